@@ -1,0 +1,290 @@
+"""The configuration: TOML in, one frozen object out.
+
+Strict: an unknown key, a wrong type or a value out of range is refused with the file, the dotted key and the nearest
+valid one, before anything else happens. Every key is explained where it is declared; there are no defaults elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shard_tools.command import CommandError
+
+TUBELET, PATCH = 2, 16  # one token is 2 frames x 16 x 16 pixels, in the teacher and in the student
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{key}: {message}")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    shards: str
+    """Folder of the packed data set: the one that holds dataset.json."""
+    split: str = "train"
+    """Split to train on, as named in dataset.json."""
+    batch_size: PositiveInt = 64
+    """Global batch: clips in one optimiser step, over all ranks."""
+    num_workers: NonNegativeInt = 32
+    """DataLoader worker processes a rank; 0 decodes in the training process (for debugging)."""
+    prefetch_factor: PositiveInt = 4
+    """Batches each worker prepares ahead. Shrunk at start, with the arithmetic printed, if /dev/shm is too small."""
+    pin_memory: bool = True
+    """Copy batches to page-locked memory, so that the copy to the GPU overlaps the step. No effect without a GPU."""
+    persistent_workers: bool = True
+    """Keep workers for the whole run. The training order is endless, so there is no epoch end at which to restart."""
+    start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How workers are started. fork copies CUDA and thread state into workers and can dead-lock: avoid it."""
+    num_frames: PositiveInt = 16
+    """Frames of a clip; a multiple of the tubelet (2)."""
+    frame_stride: PositiveInt = 2
+    """Source frames from one clip frame to the next: 2 for Something-Something-v2 (12 fps), 4 for 25-30 fps video."""
+    size: PositiveInt = 224
+    """Height and width of a clip in pixels; a multiple of the patch (16)."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Video decoder. pyav keeps YUV planes (fast); decord goes through RGB and needs the decord package."""
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
+    """Area of the random resized crop as a share of the frame: least and most."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
+    """Width : height of the random resized crop: least and most."""
+    flip: bool = False
+    """Mirror half of the clips. Off: labels of Something-Something-v2 depend on left and right."""
+    window: PositiveInt = 16
+    """Shards whose samples are mixed with each other: more is better mixed, and more open files."""
+    timeout_s: PositiveFloat = 120.0
+    """Seconds without a batch after which a worker counts as hung."""
+    max_consecutive_failures: PositiveInt = 64
+    """Stop after this many failed samples in a row: then it is the data set, not a sample."""
+    max_failure_rate: Fraction = 0.05
+    """Stop when a larger share of the samples tried has failed (judged from 256 samples on)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(self.num_frames % TUBELET == 0, "num_frames", f"must be a multiple of the tubelet ({TUBELET})")
+        _require(self.size % PATCH == 0, "size", f"must be a multiple of the patch ({PATCH})")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            _require(low <= high, name, "must be [least, most]")
+        _require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+        return self
+
+
+class TeacherConfig(Section):
+    weights: str = "OpenGVLab/VideoMAEv2-Base"
+    """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; or "random"."""
+    random_width: PositiveInt = 768
+    """Token width of a teacher of random weights (weights = "random"); otherwise the weights' own."""
+    random_depth: PositiveInt = 12
+    """Blocks of a teacher of random weights."""
+    random_heads: PositiveInt = 12
+    """Attention heads of a teacher of random weights."""
+
+
+class StudentConfig(Section):
+    arch: str = "vit_base_patch16_224"
+    """Name of a timm VisionTransformer with patch 16."""
+    mode: Literal["visible", "dense"] = "visible"
+    """visible: the student sees visible tokens only and a predictor regresses the masked ones (SALT, V-JEPA);
+    dense: mask tokens stand in the student's input and a linear head regresses (simpler, costs more)."""
+    pretrained: bool = False
+    """Start from timm's image weights of `arch`, inflated over time, instead of from scratch."""
+    width: PositiveInt | None = None
+    """Token width, where it should differ from the arch's own."""
+    depth: PositiveInt | None = None
+    """Blocks, where they should differ from the arch's own."""
+    heads: PositiveInt | None = None
+    """Attention heads, where they should differ from the arch's own."""
+    predictor_width: PositiveInt = 384
+    """Token width of the predictor (mode = "visible")."""
+    predictor_depth: PositiveInt = 12
+    """Blocks of the predictor."""
+    predictor_heads: PositiveInt = 6
+    """Attention heads of the predictor; heads of 64 are fast, heads of 32 slow on every GPU."""
+
+
+class MaskConfig(Section):
+    kind: Literal["multiblock", "tube", "random"] = "multiblock"
+    """multiblock: blocks over the full duration as V-JEPA and SALT; tube: one random pattern for all times (VideoMAE);
+    random: tokens at random. Each masks the same number of tokens in every clip."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """Share of tokens masked."""
+    short_blocks: PositiveInt = 8
+    """multiblock: number of small blocks; half of the clips, drawn at random, get small blocks, the rest large ones."""
+    short_scale: Fraction = 0.15
+    """multiblock: area of a small block as a share of the frame."""
+    long_blocks: PositiveInt = 2
+    """multiblock: number of large blocks."""
+    long_scale: Fraction = 0.7
+    """multiblock: area of a large block as a share of the frame."""
+
+
+class LossConfig(Section):
+    kind: Literal["mse", "l1", "smooth_l1"] = "mse"
+    """Distance of predicted and target tokens, mean over masked tokens and channels, in fp32."""
+    target_norm: Literal["layer", "none"] = "layer"
+    """layer: targets pass a LayerNorm without weights (V-JEPA); none: the teacher's tokens as they are."""
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate of AdamW."""
+    min_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the end of the cosine, and after it."""
+    decay_steps: PositiveInt | None = None
+    """Step at which the cosine reaches min_lr; unset: train.steps. Set it where train.steps may change between a run
+    and its resumption, so that the learning rate of a step does not."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decoupled weight decay; never applied to norms, biases, positions and the mask token."""
+    warmup_steps: NonNegativeInt = 2000
+    """Steps of linear warm-up from 0 to lr."""
+    beta1: Fraction = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW: decay of the second moment (0.95 as MAE and its kin; 0.999 is slow to forget)."""
+    eps: PositiveFloat = 1e-8
+    """AdamW: term of the denominator."""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(self.min_lr <= self.lr, "min_lr", "must not exceed lr")
+        return self
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    """Optimiser steps of the whole run."""
+    run_dir: str
+    """Folder for everything the run writes (metrics, failures, checkpoints)."""
+    seed: NonNegativeInt = 0
+    """Seed of initial weights, sample order, crops and masks."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA where there is a GPU, else the CPU."""
+    compile: Literal["max-autotune", "max-autotune-no-cudagraphs", "default", "off"] = "max-autotune"
+    """torch.compile mode. One that fails is followed by the next in this order; the run says which and why."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: every matrix product in bfloat16, with master weights and AdamW state in fp32 (parameters in bf16 would
+    not move at this learning rate); fp32: for comparisons on a CPU."""
+    checkpointing: Literal["off", "full"] = "full"
+    """Gradient checkpointing of the student: full keeps only the blocks' inputs and computes each block twice."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps from one checkpoint to the next."""
+    keep_checkpoints: PositiveInt = 3
+    """Newest checkpoints kept; older ones are removed after a new one is complete."""
+    log_every: PositiveInt = 20
+    """Steps from one line of metrics to the next; the GPU is waited for only then."""
+    trace_samples: bool = False
+    """Write the keys of every batch to samples.jsonl, {"step": .., "keys": [..]}."""
+
+
+class Config(Section):
+    objective: Literal["latents"] = "latents"
+    """latents: regress the frozen teacher's tokens (SALT stage 2)."""
+    data: DataConfig
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    mask: MaskConfig = MaskConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens of a clip along time, height and width: (8, 14, 14) for 16 frames of 224."""
+        return self.data.num_frames // TUBELET, self.data.size // PATCH, self.data.size // PATCH
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of a clip: 1568 for 16 frames of 224."""
+        t, h, w = self.grid
+        return t * h * w
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; reading it back gives an equal object."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check everything.
+
+    Values of overrides are TOML (`3`, `true`, `[0.5, 1.0]`); what is not TOML is taken as a string.
+
+    Raises:
+        CommandError: no such file, not TOML, unknown key, wrong type or range; names the file and the dotted key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CommandError(f"{path}: no such configuration file; the ones that come along are in configs/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return Config.model_validate_json(json.dumps(table, default=str))  # as JSON: strict, yet arrays fill tuples
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise CommandError(f"{path}: {problems}") from None
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    parts = dotted.strip().split(".")
+    if not separator or not all(parts):
+        raise CommandError(f"--set {override}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise CommandError(f"--set {override}: {part} is a value, not a section")
+    table[parts[-1]] = value
+
+
+def _problem(error: Any) -> str:
+    """One pydantic error as `dotted.key: what is wrong, what to do`."""
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys()
+        nearest = difflib.get_close_matches(dotted, valid, n=1, cutoff=0.5)
+        nearest = nearest or [key for key in valid if key.split(".")[-1] == location[-1]][:1]
+        hint = f"the nearest valid key is {nearest[0]}" if nearest else f"sections are {', '.join(_sections())}"
+        return f"{dotted}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{dotted}: missing; set it in the file or with --set {dotted}=..."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # a check over a section: the message opens with the key itself
+        return f"{dotted}.{message}" if dotted else message
+    return f"{dotted}: {message}, found {error['input']!r}"
+
+
+def _sections() -> dict[str, type[Section]]:
+    fields = Config.model_fields.items()
+    return {n: f.annotation for n, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+
+
+def _valid_keys() -> list[str]:
+    keys = [name for name in Config.model_fields if name not in _sections()]
+    return keys + [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]

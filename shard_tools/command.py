@@ -1,0 +1,67 @@
+"""What every command of both packages does the same way: exit codes and one-line errors (design, section 3).
+
+0 fine; 1 ran, and found or left problems; 2 usage or configuration; 130 interrupted. A user's mistake is told in one
+line (what, where, what to do), never as a traceback; a bug of ours keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+OK, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+_REMEDIES = {
+    errno.ENOSPC: "make room there and run the same command again; it continues where it stopped",
+    errno.EDQUOT: "raise the quota or make room there and run the same command again; it continues where it stopped",
+    errno.EACCES: "give this user access to it, or name another folder",
+    errno.EPERM: "give this user access to it, or name another folder",
+    errno.EROFS: "the file system is read-only; name a folder on a writable one",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+    errno.EIO: "the device reported an input/output error; check the disk (dmesg), then run the same command again",
+}
+
+
+class CommandError(Exception):
+    """A mistake in usage, configuration or surroundings: one line for the user, exit code 2."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an operating system error: what failed, on which path, what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    what = error.strerror or str(error)
+    return f"{where}{what}" + (f"; {remedy}" if remedy else "")
+
+
+def run(main: Callable[[list[str] | None], int]) -> NoReturn:
+    """Run a command's `main` and leave with its exit code.
+
+    `CommandError` and operating system errors that a user can mend become one line on stderr and exit 2; Ctrl-C
+    becomes exit 130. Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        code = main(None)
+        sys.stdout.flush()
+    except CommandError as error:
+        code = fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; everything committed so far is kept", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:  # `... | head`: the reader has seen enough; keep Python from complaining at exit
+        sys.stderr.close()
+        code = OK
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        code = fail(describe_os_error(error))
+    sys.exit(code)
+
+
+def fail(message: str) -> int:
+    """Print one error line and return exit code 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return USAGE

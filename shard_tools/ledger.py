@@ -1,0 +1,147 @@
+"""The failure ledger: one record type for every failed sample, wherever it failed (design, section 3).
+
+One JSON line a failure, append-only, one file a writer, fsynced: a record that was written survives a crash, and
+a line cut short by one is recognised when reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+STAGES = ("pack", "read", "decode", "augment", "crash", "hang")
+ACTIONS = ("skipped", "substituted", "quarantined")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed sample. Fields that do not apply are None.
+
+    `time` is ISO 8601 in UTC; `offset` is the payload's byte offset in the shard; `worker` the DataLoader worker id;
+    `position` the place in the training order (design, section 4); `attempt` counts tries for that position from 0.
+    """
+
+    stage: str
+    error: str
+    message: str
+    action: str
+    time: str | None = None
+    dataset: str | None = None
+    shard: str | None = None
+    key: str | None = None
+    offset: int | None = None
+    rank: int | None = None
+    worker: int | None = None
+    pid: int | None = None
+    epoch: int | None = None
+    position: int | None = None
+    traceback: str | None = None
+    attempt: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.stage in STAGES, self.stage
+        assert self.action in ACTIONS, self.action
+
+    def to_line(self) -> str:
+        """The record as one JSON line, fields in the order of the contract."""
+        record = dataclasses.asdict(self)
+        return json.dumps({name: record[name] for name in _FIELD_ORDER}, ensure_ascii=False) + "\n"
+
+
+_FIELD_ORDER = (
+    "time", "stage", "dataset", "shard", "key", "offset", "rank", "worker", "pid", "epoch", "position",
+    "error", "message", "traceback", "action", "attempt",
+)  # fmt: skip
+
+
+def now() -> str:
+    """The present moment, ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def compact_traceback(error: BaseException) -> str:
+    """The error's call chain in one line: `file:line function < caller ...`, innermost first, causes included."""
+    chain: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        frames = traceback.extract_tb(current.__traceback__)
+        calls = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames)]
+        chain.append(f"{type(current).__name__}: {' < '.join(calls)}")
+        current = current.__cause__ or current.__context__
+    return " | from ".join(chain)
+
+
+def append(path: Path, failures: Iterable[Failure]) -> None:
+    """Append records to the ledger at `path` and bring them to the disk.
+
+    One `write` on a descriptor opened with O_APPEND: lines of several writers do not mix.
+    """
+    lines = "".join(f.to_line() for f in failures)
+    if not lines:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = lines.encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if _ends_mid_line(path):  # a writer died in the middle of a line: close that line, keep ours whole
+            data = b"\n" + data
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _ends_mid_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def read(path: Path) -> tuple[list[Failure], int]:
+    """All records of one ledger file, and the number of lines that are none (cut short, or damaged)."""
+    names = {field.name for field in dataclasses.fields(Failure)}
+    failures, damaged = [], 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                failures.append(Failure(**{name: record.get(name) for name in names}))
+            except (ValueError, AttributeError, AssertionError):
+                damaged += 1
+    return failures, damaged
+
+
+def find_ledgers(path: Path) -> list[Path]:
+    """Ledger files of a run directory (`failures/*.jsonl`), a data set (`failures.jsonl`), or the file itself."""
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("failures/*.jsonl")) + sorted(path.glob("failures.jsonl"))
+
+
+def summarise(failures: Iterable[Failure]) -> dict[str, Counter[str]]:
+    """Counts by stage, error, shard and worker."""
+    counts: dict[str, Counter[str]] = {"stage": Counter(), "error": Counter(), "shard": Counter(), "worker": Counter()}
+    for failure in failures:
+        counts["stage"][failure.stage] += 1
+        counts["error"][failure.error] += 1
+        counts["shard"][failure.shard or "(none)"] += 1
+        counts["worker"]["(none)" if failure.worker is None else f"rank {failure.rank} worker {failure.worker}"] += 1
+    return counts
+
+
+def each(paths: Iterable[Path]) -> Iterator[Failure]:
+    """Records of several ledgers, one after the other."""
+    for path in paths:
+        yield from read(path)[0]

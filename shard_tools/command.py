@@ -20,6 +20,10 @@ _REMEDIES = {
     errno.EPERM: "give this user access to it, or name another folder",
     errno.EROFS: "the file system is read-only; name a folder on a writable one",
     errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file stands where a folder is needed; check the path",
+    errno.EISDIR: "a folder stands where a file is needed; check the path",
+    errno.EEXIST: "something else stands there already; name another path",
+    errno.EFBIG: "raise the limit on file sizes (`ulimit -f`), or choose smaller files",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
     errno.EIO: "the device reported an input/output error; check the disk (dmesg), then run the same command again",
 }

@@ -11,9 +11,9 @@ import json
 import os
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 STAGES = ("pack", "read", "decode", "augment", "crash", "hang")
@@ -63,7 +63,7 @@ _FIELD_ORDER = (
 
 def now() -> str:
     """The present moment, ISO 8601 in UTC, to the millisecond."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def compact_traceback(error: BaseException) -> str:
@@ -139,9 +139,3 @@ def summarise(failures: Iterable[Failure]) -> dict[str, Counter[str]]:
         counts["shard"][failure.shard or "(none)"] += 1
         counts["worker"]["(none)" if failure.worker is None else f"rank {failure.rank} worker {failure.worker}"] += 1
     return counts
-
-
-def each(paths: Iterable[Path]) -> Iterator[Failure]:
-    """Records of several ledgers, one after the other."""
-    for path in paths:
-        yield from read(path)[0]

@@ -1,0 +1,88 @@
+"""Run independent tasks on local processes.
+
+`concurrent.futures.ProcessPoolExecutor`, because `multiprocessing.Pool` hangs for ever when a worker dies
+(cpython#96062). A worker's death costs a retry of the tasks it may have held; a task that kills its worker again when
+it runs alone is given back as dead.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class WorkerDiedError(Exception):
+    """The process that ran a task died, twice, the second time with this task alone (decoder crash, out of memory)."""
+
+
+def run_local(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[tuple[Task, Result | WorkerDiedError]]:
+    """Run `function` on every task, yielding (task, result) as they finish; `function` must be importable.
+
+    An exception of `function` is raised here. Closing the iterator (an exception, Ctrl-C) kills the workers.
+    """
+    left = list(tasks)
+    while left:
+        suspects, left = yield from _run_pool(function, left, workers)
+        for task in suspects:  # a worker died: each of these may be the reason, so each runs alone
+            guilty, _ = yield from _run_pool(function, [task], 1)
+            if guilty:
+                yield task, WorkerDiedError("the worker process died, also when it ran this task alone")
+
+
+def _run_pool(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Generator[tuple[Task, Result], None, tuple[list[Task], list[Task]]]:
+    """Run tasks on one pool until all are done or a worker dies; its value is (tasks in flight then, tasks not begun)."""
+    context = multiprocessing.get_context("forkserver")
+    workers = max(1, min(workers, len(tasks)))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pending: dict[Future[Result], Task] = {}
+    left = list(reversed(tasks))
+    try:
+        while left or pending:
+            while left and len(pending) < 2 * workers:  # submit just ahead: a death then leaves few suspects
+                pending[pool.submit(function, left[-1])] = left[-1]
+                left.pop()
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                result = future.result()
+                yield pending.pop(future), result
+        pool.shutdown()
+        return [], []
+    except BrokenProcessPool:
+        return list(pending.values()), left[::-1]
+    finally:
+        _kill(pool)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Leave when the parent is gone (SIGKILL): a pool's workers would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,68 @@
+"""`python -m shard_tools.failures RUN_OR_FILE`: what failed, by stage, error, shard and worker, and the keys."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from shard_tools import ledger
+from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools.ledger import Failure
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m shard_tools.failures",
+        description="Summarise the failure records of a training run, a data set, or one ledger file.",
+        epilog="Exit codes: 0 no failures; 1 there are failures; 2 nothing to read.",
+    )
+    parser.add_argument("path", type=Path, help="run folder, data set folder, or a .jsonl ledger")
+    parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
+    parser.add_argument("--keys", type=int, default=20, metavar="N", help="keys named at the end (default 20)")
+    args = parser.parse_args(argv)
+    if not args.path.exists():
+        raise CommandError(f"{args.path}: no such run or file; runs are under runs/")
+    if args.path.is_dir() and not _can_hold_ledger(args.path):
+        raise CommandError(f"{args.path}: neither a run nor a data set (no failures/, metrics.jsonl or dataset.json)")
+    paths = ledger.find_ledgers(args.path)
+    failures, damaged = [], 0
+    for path in paths:
+        records, bad = ledger.read(path)
+        failures += records
+        damaged += bad
+    counts = ledger.summarise(failures)
+    if args.json:
+        print(json.dumps({"failures": len(failures), "damaged_lines": damaged, **counts}))
+    else:
+        _print(args.path, failures, counts, damaged, args.keys)
+    return PROBLEMS if failures or damaged else OK
+
+
+def _can_hold_ledger(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("failures", "failures.jsonl", "metrics.jsonl", "dataset.json"))
+
+
+def _print(path: Path, failures: list[Failure], counts: dict[str, Counter[str]], damaged: int, shown: int) -> None:
+    keys = Counter((f.shard or "(none)", f.key or "(none)") for f in failures)
+    print(f"{path}: {len(failures)} failures of {len(keys)} samples")
+    if damaged:
+        print(f"  {damaged} lines are no failure records (cut short by a crash, or edited)")
+    for heading, counter in counts.items():
+        if counter:
+            print(f"by {heading}:")
+            for name, count in counter.most_common():
+                print(f"  {count:>6}  {name}")
+    last = {(f.shard or "(none)", f.key or "(none)"): f for f in failures}
+    if keys:
+        print("samples:")
+    for (shard, key), count in keys.most_common(shown):
+        failure = last[shard, key]
+        print(f"  {count:>6}  {shard} {key}: {failure.stage}: {failure.error}: {failure.message} ({failure.action})")
+    if len(keys) > shown:
+        print(f"  ... and {len(keys) - shown} more (--keys {len(keys)})")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,97 @@
+"""Pure: which sample goes into which shard. The same sources, seed and shard size give the same plan, and its hash.
+
+The plan is what makes packing reproducible and resumable: shards are independent of each other and of the number of
+workers, and a half-finished output is recognised by the plan's hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from shard_tools.format import BLOCK, FORMAT_VERSION, SPLITS, shard_name
+from shard_tools.sources import Source
+
+MIB = 1 << 20
+_AUTO_LARGEST = 256 * MIB
+_AUTO_SMALLEST = 16 * MIB
+_AUTO_SHARDS = 64
+_JSON_ESTIMATE = 2 * BLOCK  # KEY.json is 400-700 bytes for Something-Something-v2
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: an independent piece of work."""
+
+    file: str
+    split: str
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards in order, and the hash of everything that decides their bytes."""
+
+    tasks: tuple[ShardTask, ...]
+    hash: str
+    shard_bytes: int
+
+
+def auto_shard_bytes(total: int) -> int:
+    """Shard size for a data set of `total` bytes: 1/64 of it, between 16 and 256 MiB.
+
+    Reads within a shard are by sample, so its size does not bound the read size; what it decides is the granularity
+    of work and of damage. 64 or more shards keep 32 workers and 16-shard shuffle windows even; beyond 256 MiB a
+    rebuild after damage only gets longer, below 16 MiB the per-file costs (open, fsync, rename) show.
+    """
+    return min(_AUTO_LARGEST, max(_AUTO_SMALLEST, total // _AUTO_SHARDS))
+
+
+def make_plan(
+    sources: Sequence[Source], sizes: dict[str, int], *, frames: str, seed: int, shard_bytes: int | None
+) -> Plan:
+    """Distribute the sources over shards.
+
+    Within a split the order is that of a hash of (seed, key): mixed over classes, and independent of the order in
+    which the sources were found.
+
+    Args:
+        sizes: bytes of each source by key; 0 for a missing file.
+        frames: the storage tier.
+        shard_bytes: target size of a shard, None for `auto_shard_bytes`.
+    """
+    target = shard_bytes or auto_shard_bytes(sum(sizes.values()))
+    tasks: list[ShardTask] = []
+    for split in SPLITS:
+        members = sorted((s for s in sources if s.split == split), key=lambda s: (_order(seed, s.key), s.key))
+        groups = _fill(members, sizes, target)
+        tasks += [ShardTask(shard_name(split, n), split, tuple(group)) for n, group in enumerate(groups)]
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps([FORMAT_VERSION, frames, seed, target]).encode())
+    for task in tasks:
+        digest.update(task.file.encode())
+        for source in task.sources:
+            digest.update(json.dumps([*dataclasses.astuple(source), sizes[source.key]]).encode())
+    return Plan(tuple(tasks), digest.hexdigest(), target)
+
+
+def _order(seed: int, key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode(), seed=seed)
+
+
+def _fill(members: Iterable[Source], sizes: dict[str, int], target: int) -> list[list[Source]]:
+    """Consecutive groups, each as large as fits into `target` bytes, at least one member each."""
+    groups: list[list[Source]] = []
+    room = 0
+    for source in members:
+        need = sizes[source.key] + _JSON_ESTIMATE + 3 * BLOCK
+        if not groups or need > room:
+            groups.append([])
+            room = target
+        groups[-1].append(source)
+        room -= need
+    return groups

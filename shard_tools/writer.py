@@ -1,0 +1,119 @@
+"""Write one shard and its index, so that the final names only ever show whole files.
+
+Other writers finish the file even when an exception passes through, and a crashed pack looks whole. Here leaving the
+`with` block with an exception removes what was written.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import xxhash
+
+from shard_tools.format import (
+    BLOCK,
+    RECORD,
+    SampleInfo,
+    ShardInfo,
+    index_bytes,
+    index_name,
+    padding,
+    sync_folder,
+    tar_header,
+    write_atomic,
+)
+
+_BUFFER = 4 << 20  # a few large writes instead of three small ones a sample
+
+
+class ShardWriter:
+    """Context manager: `add` samples, leave the block to commit; `info` then describes the shard.
+
+    A shard without samples is not written; `info` stays None.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / name
+        self.info: ShardInfo | None = None
+        self._temporary = folder / f".{name}.{os.getpid()}.tmp"
+        self._hasher = xxhash.xxh3_64()
+        self._rows: list[dict[str, Any]] = []
+        self._offset = 0
+
+    def __enter__(self) -> Self:
+        self._file = self._temporary.open("wb", buffering=_BUFFER)
+        return self
+
+    def add(self, info: SampleInfo, ext: str, payload: bytes) -> None:
+        """Append the two members of one sample and its index row. `ext` is without a dot."""
+        head = info.to_json()
+        json_offset = self._member(f"{info.key}.json", head)
+        payload_offset = self._member(f"{info.key}.{ext}", payload)
+        self._rows.append(
+            {
+                "key": info.key,
+                "label": info.label,
+                "json_offset": json_offset,
+                "json_size": len(head),
+                "payload_offset": payload_offset,
+                "payload_size": len(payload),
+                "ext": ext,
+                "xxh3_json": xxhash.xxh3_64_intdigest(head),
+                "xxh3_payload": xxhash.xxh3_64_intdigest(payload),
+                "num_frames": info.video.num_frames,
+                "width": info.video.width,
+                "height": info.video.height,
+            }
+        )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None and self._rows:
+                self._commit()
+        except OSError as problem:  # say which file: a failed write alone does not know
+            raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
+        finally:
+            self._discard()
+
+    def _member(self, name: str, data: bytes) -> int:
+        header = tar_header(name, len(data))
+        offset = self._offset + len(header)
+        for part in (header, data, padding(len(data))):
+            self._write(part)
+        return offset
+
+    def _write(self, part: bytes) -> None:
+        try:
+            self._file.write(part)
+        except OSError as problem:
+            raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
+        self._hasher.update(part)
+        self._offset += len(part)
+
+    def _commit(self) -> None:
+        end = 2 * BLOCK
+        self._write(b"\0" * (end + -(self._offset + end) % RECORD))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        index = index_bytes(self._rows)
+        write_atomic(self.path.with_name(index_name(self.path.name)), index)
+        self._temporary.rename(self.path)
+        sync_folder(self.path.parent)
+        self.info = ShardInfo(
+            file=self.path.name,
+            bytes=self._offset,
+            samples=len(self._rows),
+            xxh3=self._hasher.hexdigest(),
+            index_xxh3=xxhash.xxh3_64_hexdigest(index),
+        )
+
+    def _discard(self) -> None:
+        try:
+            self._file.close()  # flushes: on a full disk that fails once more
+        except OSError:
+            if self.info is not None:
+                raise
+        self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,318 @@
+"""The generated data set: exact layout, exact repetition, and that motion, and only motion, tells the class."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from shard_tools import synth
+from shard_tools.synth import MOTIONS, SHAPES, TEXTURES, VIDEO_FOLDER, Spec, plan_clip, render
+
+SPEC = Spec(clips=45, classes=8, size=64, frames=12, seed=7)
+REPOSITORY = Path(synth.__file__).parents[1]
+
+# What a viewer sees, written independently of the state's axes: (to the right, down, growth, anticlockwise).
+SEEN = {
+    "Moving [something] from left to right": (1, 0, 0, 0),
+    "Moving [something] from right to left": (-1, 0, 0, 0),
+    "Moving [something] from bottom to top": (0, -1, 0, 0),
+    "Moving [something] from top to bottom": (0, 1, 0, 0),
+    "Moving [something] towards the camera": (0, 0, 1, 0),
+    "Moving [something] away from the camera": (0, 0, -1, 0),
+    "Turning [something] clockwise": (0, 0, 0, -1),
+    "Turning [something] anticlockwise": (0, 0, 0, 1),
+    "Moving [something] from lower left to upper right": (0.5**0.5, -(0.5**0.5), 0, 0),
+    "Moving [something] from upper right to lower left": (-(0.5**0.5), 0.5**0.5, 0, 0),
+    "Moving [something] from upper left to lower right": (0.5**0.5, 0.5**0.5, 0, 0),
+    "Moving [something] from lower right to upper left": (-(0.5**0.5), -(0.5**0.5), 0, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / "set"
+    assert synth.generate(out, SPEC) == {"train": 34, "validation": 6, "test": 5}
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def labels(folder: Path, name: str) -> list | dict:
+    return json.loads((folder / "labels" / f"{name}.json").read_text())
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "shard_tools.synth", *map(str, arguments)]
+
+
+def steps(clip: synth.Clip) -> np.ndarray:
+    """(T - 1, 4) state changes from frame to frame, the short way round the torus."""
+    return (np.diff(clip.states, axis=0) + 0.5) % 1 - 0.5
+
+
+# ---- repetition
+
+
+def test_same_seed_gives_the_same_bytes_with_any_number_of_workers(dataset: Path, tmp_path: Path) -> None:
+    synth.generate(tmp_path / "again", SPEC, workers=2)
+    assert contents(tmp_path / "again") == contents(dataset)
+
+
+def test_another_seed_gives_other_clips(dataset: Path, tmp_path: Path) -> None:
+    synth.generate(tmp_path / "other", dataclasses.replace(SPEC, seed=8))
+    ours, others = contents(dataset), contents(tmp_path / "other")
+    assert not set(ours.values()) & {data for name, data in others.items() if name.endswith(".webm")}
+    assert len(set(ours) - set(others)) > 40  # ids
+
+
+# ---- layout
+
+
+def test_layout_is_that_of_something_something(dataset: Path) -> None:
+    names = {"labels.json", "train.json", "validation.json", "test.json", "test-answers.csv"}
+    assert {path.name for path in dataset.iterdir()} == {VIDEO_FOLDER, "labels"}
+    assert {path.name for path in (dataset / "labels").iterdir()} == names
+    videos = {path.name for path in (dataset / VIDEO_FOLDER).iterdir()}
+    rows = [*labels(dataset, "train"), *labels(dataset, "validation"), *labels(dataset, "test")]
+    assert len({row["id"] for row in rows}) == len(rows) == SPEC.clips  # unique, so splits are disjoint
+    assert videos == {f"{row['id']}.webm" for row in rows}
+    assert all(row["id"].isascii() and row["id"].isdigit() for row in rows)
+
+
+def test_rows_are_those_of_something_something(dataset: Path) -> None:
+    classes = labels(dataset, "labels")
+    assert list(classes.values()) == [str(number) for number in range(SPEC.classes)]
+    assert "Moving something from left to right" in classes
+    for row in [*labels(dataset, "train"), *labels(dataset, "validation")]:
+        assert list(row) == ["id", "label", "template", "placeholders"]
+        (placeholder,) = row["placeholders"]
+        article, texture, shape = placeholder.split()
+        assert (article, texture in TEXTURES, shape in SHAPES) == ("a", True, True)
+        assert row["template"] in SEEN
+        assert row["template"].replace("[something]", "something") in classes
+        assert row["label"] == row["template"].replace("[something]", placeholder).lower()
+    assert all(list(row) == ["id"] for row in labels(dataset, "test"))
+    with open(dataset / "labels" / "test-answers.csv", newline="") as file:
+        answers = dict(csv.reader(file, delimiter=";"))
+    assert set(answers) == {row["id"] for row in labels(dataset, "test")}
+    assert set(answers.values()) <= set(classes)
+
+
+def test_splits_are_balanced_in_class(dataset: Path) -> None:
+    for split, size in {"train": 34, "validation": 6}.items():
+        counts = Counter(row["template"] for row in labels(dataset, split))
+        assert counts.total() == size
+        assert max(counts.values()) - min(counts[template] for template, _ in MOTIONS[: SPEC.classes]) <= 1
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3])
+def test_the_smallest_sets_are_whole(tmp_path: Path, clips: int) -> None:
+    splits = synth.generate(tmp_path, Spec(clips=clips, size=34, frames=2))  # an empty folder is fine
+    assert sum(splits.values()) == clips == len(list((tmp_path / VIDEO_FOLDER).iterdir()))
+    assert splits["train"] >= 1
+
+
+# ---- video
+
+
+@pytest.mark.parametrize(("size", "frames"), [(32, 2), (34, 5), (130, 24)])
+def test_clips_decode_to_exactly_what_was_drawn(size: int, frames: int) -> None:
+    clip = plan_clip(Spec(clips=3, size=size, frames=frames, seed=1), 2)
+    with av.open(io.BytesIO(synth.encode(clip))) as container:
+        stream = container.streams.video[0]
+        decoded = list(container.decode(stream))
+    assert (stream.codec_context.name, stream.average_rate) == ("vp9", 12)
+    assert (stream.width, stream.height, stream.pix_fmt, len(decoded)) == (size, size, "yuv420p", frames)
+    assert [round(picture.time * 12) for picture in decoded] == list(range(frames))
+    for number, picture in enumerate(decoded):  # a lossy codec would leave a trace of the motion in single frames
+        drawn = av.VideoFrame.from_ndarray(render(clip, number), format="rgb24").reformat(format="yuv420p")
+        assert np.array_equal(picture.to_ndarray(), drawn.to_ndarray())
+
+
+# ---- motion
+
+
+def test_every_class_is_listed_with_its_opposite() -> None:
+    assert [template for template, _ in MOTIONS] == list(SEEN)
+    for (_, one), (_, other) in zip(MOTIONS[::2], MOTIONS[1::2], strict=True):
+        assert np.array_equal(np.negative(one), other)
+
+
+@pytest.mark.parametrize("index", range(24))
+def test_the_class_can_be_read_from_the_pixels(index: int) -> None:
+    """Of all motions at this clip's quickness, the true one alone carries a decoded frame over into a later one."""
+    spec = Spec(clips=24, classes=12, size=96, frames=8, seed=3)
+    clip = plan_clip(spec, index)
+    with av.open(io.BytesIO(synth.encode(clip))) as container:
+        frames = [picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)]
+    early = next(k for k in range(6) if abs(clip.states[k + 2, 2] - clip.states[k, 2]) < 0.5)  # not over the sawtooth
+    direction = np.abs(MOTIONS[index % 12][1])
+    speed = np.abs(steps(clip)[0])[direction > 0][0] / direction[direction > 0][0]
+    slow, fast = synth.SLOWEST[direction > 0][0], synth.FASTEST[direction > 0][0]
+    speeds = synth.SLOWEST + (speed - slow) / (fast - slow) * (synth.FASTEST - synth.SLOWEST)
+    errors = {name: _error(frames, clip, early, 2 * np.array(seen) * speeds) for name, seen in SEEN.items()}
+    first, second = sorted(errors.values())[:2]
+    assert min(errors, key=errors.__getitem__) == MOTIONS[index % 12][0]
+    assert second > 1.5 * first
+
+
+def _error(frames: list[np.ndarray], clip: synth.Clip, early: int, move: np.ndarray) -> float:
+    """Mean difference around the object between frame `early`, moved by `move` as seen, and the frame two later."""
+    x, y, phase, _ = clip.states[early]
+    growth = (synth.RADIUS[1] / synth.RADIUS[0]) ** move[2]
+    radius = synth.RADIUS[0] * (synth.RADIUS[1] / synth.RADIUS[0]) ** phase * growth * len(frames[0])
+    before = _centred(frames[early], x, y, 360 * move[3], growth)
+    after = _centred(frames[early + 2], x + move[0], y + move[1], 0, 1)
+    rows, columns = np.indices(before.shape[:2]) - (len(before) - 1) / 2
+    return float(np.abs(before - after)[np.hypot(rows, columns) < 0.9 * radius].mean())
+
+
+def _centred(frame: np.ndarray, x: float, y: float, anticlockwise_degrees: float, growth: float) -> np.ndarray:
+    """The torus seen with (x, y) in the middle, turned and enlarged about it."""
+    size = len(frame)
+    centre = (size * (x + 1) - 0.5, size * (y + 1) - 0.5)
+    matrix = cv2.getRotationMatrix2D(centre, anticlockwise_degrees, growth)
+    matrix[:, 2] += (size - 1) / 2 - np.array(centre)
+    return cv2.warpAffine(np.tile(frame, (3, 3, 1)).astype(np.float32), matrix, (size, size), flags=cv2.INTER_LINEAR)
+
+
+def test_objects_wrap_around_the_border() -> None:
+    clip = plan_clip(Spec(clips=1, size=64), 0)
+    state = np.array([[0.5, 0.5, 0.6, 0.2], [0.0, 0.0, 0.6, 0.2]])
+    clip = dataclasses.replace(clip, states=state, background=np.zeros_like(clip.background))
+    middle, corner = render(clip, 0).astype(int), render(clip, 1).astype(int)
+    assert middle.max() > 100
+    assert np.abs(np.roll(middle, (32, 32), axis=(0, 1)) - corner).max() <= 1
+
+
+def test_speeds_can_be_seen_and_do_not_alias() -> None:
+    spec = Spec(clips=1, classes=12, size=32, frames=3)
+    clips = [plan_clip(spec, index) for index in range(600)]
+    for index, clip in enumerate(clips):
+        direction = np.array(MOTIONS[index % 12][1])
+        moved = steps(clip)
+        assert np.allclose(moved[0], moved[1])
+        assert np.array_equal(np.sign(np.round(moved[0], 9)), np.sign(direction))
+        seen = np.abs(moved[0]) / np.where(direction, np.abs(direction), 1)
+        assert (2 * seen < (1 / 3, 1 / 3, 1 / 6, 36 / 360)).all()  # a star repeats every 72 degrees
+        assert (14 * seen[direction != 0] > 0.2).all()  # over 8 frames at stride 2
+
+
+def test_no_object_looks_the_same_when_turned() -> None:
+    for texture in TEXTURES:
+        for shape in SHAPES:
+            sprite = synth._draw_sprite(np.random.default_rng(5), texture, shape, 64).astype(np.float32)
+            seen = sprite[..., :3] * sprite[..., 3:] / 255
+            for angle in range(24, 360, 12):
+                turned = cv2.warpAffine(seen, cv2.getRotationMatrix2D((31.5, 31.5), angle, 1), (64, 64))
+                assert np.abs(turned - seen).sum() > 0.1 * seen.sum(), (texture, shape, angle)
+
+
+# ---- single frames say nothing
+
+
+def test_look_and_start_do_not_know_the_class() -> None:
+    for index in range(40):
+        one, other = plan_clip(Spec(1, classes=2, size=32), index), plan_clip(Spec(1, classes=11, size=32), index)
+        assert one.placeholder == other.placeholder
+        assert np.array_equal(one.states[0], other.states[0])
+        assert np.array_equal(one.sprite, other.sprite)
+        assert np.array_equal(one.background, other.background)
+
+
+def test_the_state_is_uniform_at_every_frame_whatever_the_class() -> None:
+    """Kolmogorov-Smirnov against uniform for every class, frame and coordinate; 2.4 / sqrt(n) is p = 2e-5."""
+    spec, each = Spec(1, classes=12, size=32, frames=24, seed=1), 200
+    states = np.stack([plan_clip(spec, index).states[[0, 12, 23]] for index in range(12 * each)])
+    assert states.min() >= 0
+    assert states.max() < 1
+    values = np.sort(states.reshape(each, 12, 3, 4), axis=0)  # (n, class, frame, coordinate)
+    ranks = np.arange(each)[:, None, None, None] / each
+    distance = np.maximum(values - ranks, ranks + 1 / each - values).max(axis=0)
+    assert distance.max() < 2.4 / each**0.5
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--clips", "0"], "--clips 0: give a number from 1 to"),
+        (["--clips", "4", "--classes", "13"], "--classes 13: give a number from 2 to 12"),
+        (["--clips", "4", "--size", "33"], "--size 33: give an even number"),
+        (["--clips", "4", "--size", "1026"], "--size 1026: give a number from 32 to 1024"),
+        (["--clips", "4", "--seed", "-1"], "--seed -1: give a number from 0"),
+        (["--clips", "4", "--workers", "0"], "--workers 0: give"),
+        (["--clips", "many"], "argument --clips: invalid int value: 'many'"),
+        ([], "the following arguments are required: --clips"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    with pytest.raises(synth.CommandError) as refusal:
+        synth.main([str(tmp_path / "out"), *arguments])
+    assert str(refusal.value).startswith(expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_commands_exit_2_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    cases = {
+        (tmp_path / "new", "--clips", "0"): "--clips 0: give a number from 1 to",
+        (tmp_path / "new", "--clips", "1", "--size", "3x3"): "argument --size: invalid int value: '3x3'",
+        (tmp_path / "used", "--clips", "1"): "delete it, or name a new folder",
+        (tmp_path / "used" / "file", "--clips", "1"): "cannot be made (Not a directory)",
+        ("/proc/synth", "--clips", "1"): "cannot be made",
+    }
+    for arguments, expected in cases.items():
+        done = subprocess.run(command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ")
+        assert expected in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(synth.CommandError, match="No space left on device; the set is unfinished"):
+        synth.generate(tmp_path / "out", Spec(clips=2, size=32, frames=2))
+
+
+def test_interrupted_runs_exit_130_without_labels_and_are_recognised(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(out, "--clips", 5000, "--size", 32, "--workers", 2),
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(out.glob("*/*.webm")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal's Ctrl-C reaches the workers too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert [path.name for path in out.iterdir()] == [VIDEO_FOLDER]
+    with pytest.raises(synth.CommandError, match="unfinished set"):
+        synth.generate(out, SPEC)

@@ -89,9 +89,7 @@ def _blocks(h: int, w: int, config: MaskConfig, rng: np.random.Generator) -> np.
     Source: multi-block masks of V-JEPA (arXiv 2404.08471) with the pair of scales that SALT (arXiv 2509.24317) keeps.
     """
     short = rng.random() < 0.5
-    number, scale = (
-        (config.short_blocks, config.short_scale) if short else (config.long_blocks, config.long_scale)
-    )
+    number, scale = (config.short_blocks, config.short_scale) if short else (config.long_blocks, config.long_scale)
     aspect = np.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1]), number))
     heights = np.clip(np.rint(np.sqrt(scale * h * w * aspect)), 1, h).astype(np.int64)
     widths = np.clip(np.rint(np.sqrt(scale * h * w / aspect)), 1, w).astype(np.int64)

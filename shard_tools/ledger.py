@@ -25,13 +25,14 @@ class Failure:
     """One failed sample. Fields that do not apply are None.
 
     `time` is ISO 8601 in UTC; `offset` is the payload's byte offset in the shard; `worker` the DataLoader worker id;
+    `action` is None where a worker was lost but no sample (a kill from outside);
     `position` the place in the training order (design, section 4); `attempt` counts tries for that position from 0.
     """
 
     stage: str
     error: str
     message: str
-    action: str
+    action: str | None
     time: str | None = None
     dataset: str | None = None
     shard: str | None = None
@@ -47,7 +48,7 @@ class Failure:
 
     def __post_init__(self) -> None:
         assert self.stage in STAGES, self.stage
-        assert self.action in ACTIONS, self.action
+        assert self.action in (*ACTIONS, None), self.action
 
     def to_line(self) -> str:
         """The record as one JSON line, fields in the order of the contract."""

@@ -251,14 +251,14 @@ def _write_clips(out: Path, spec: Spec, ids: list[str], workers: int) -> Iterato
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, spec.clips), context, initializer=cv2.setNumThreads, initargs=(1,))
-    # Workers inherit that Ctrl-C is ignored: only this process answers it, and none of them prints a traceback.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        written = pool.map(write, range(spec.clips), ids)
-        signal.signal(signal.SIGINT, previous)
+        # Workers inherit a blocked Ctrl-C: only this process answers it, and none of them prints a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        written = pool.map(write, range(spec.clips), ids)  # starts them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield from written
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pool.shutdown(cancel_futures=True)
 
 

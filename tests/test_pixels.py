@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import Colorspace, ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 
 from salt_wds.pixels import IMAGENET_MEAN, IMAGENET_STD, to_normalised_rgb, yuv_to_rgb
 from shard_tools.format import COLOURS

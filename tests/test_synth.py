@@ -300,14 +300,15 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         synth.generate(tmp_path / "out", Spec(clips=2, size=32, frames=2))
 
 
-def test_interrupted_runs_exit_130_without_labels_and_are_recognised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", [VIDEO_FOLDER, "*/*.webm"], ids=["workers starting", "clips being written"])
+def test_interrupted_runs_exit_130_without_labels_and_are_recognised(tmp_path: Path, sign: str) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(out, "--clips", 5000, "--size", 32, "--workers", 2),
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not any(out.glob("*/*.webm")) and time.monotonic() < deadline:
+    while not any(out.glob(sign)) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # the terminal's Ctrl-C reaches the workers too
     _, stderr = process.communicate(timeout=60)

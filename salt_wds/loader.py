@@ -1,0 +1,362 @@
+"""What the trainer sees: an endless iterator of batches that survives its workers.
+
+A torch DataLoader runs the pipeline in worker processes. This file starts it, fits its prefetching to the shared
+memory there is, notices a worker that died or hangs and starts fresh ones at the next undelivered batch, writes the
+ledger, and stops the run when failures are too many to be single samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from salt_wds.budget import fit_budget
+from salt_wds.catalog import Catalog, open_catalog
+from salt_wds.config import Config, DataConfig
+from salt_wds.pipeline import IN_FLIGHT_COLUMNS, STAGES, Batch, PipelineSpec, build_pipeline, make_order, make_sample
+from shard_tools import ledger
+from shard_tools.command import CommandError
+from shard_tools.ledger import Failure
+
+log = logging.getLogger(__name__)
+
+_RATE_SAMPLES = 256  # a failure rate over fewer samples says nothing
+_RECOVERY_LIMIT, _RECOVERY_WINDOW = 10, 100  # more recoveries within so many batches: it is not a single sample
+
+
+class LoaderStopped(Exception):
+    """The data, not a sample, is at fault; the message has counts, paths and the command that checks the shards."""
+
+
+# --- failure policy -----------------------------------------------------------------------------------------------
+
+
+class FailurePolicy:
+    """Counts failures, warns as they repeat, and says when there are too many."""
+
+    def __init__(self, data: DataConfig, folder: str) -> None:
+        self._data, self._folder = data, folder
+        self._consecutive = 0
+        self._samples = 0
+        self._next_warning = 1
+        self.total = 0
+        self.by_kind: Counter[str] = Counter()
+
+    def observe(self, batch: Batch) -> None:
+        """Take in one batch.
+
+        Raises:
+            LoaderStopped: over `max_consecutive_failures` or `max_failure_rate`, or a slot that nothing could fill.
+        """
+        failures: Sequence[Failure] = batch["failures"]
+        for failure in failures:
+            self.count(failure)
+        if "unfillable" in batch:
+            raise LoaderStopped(f"{batch['unfillable']}; {self._advice()}")
+        self._samples += len(batch["keys"]) + len(failures)
+        failed_positions = {f.position for f in failures}
+        for position in batch["positions"]:
+            self._consecutive = self._consecutive + 1 if position in failed_positions else 0
+            if self._consecutive > self._data.max_consecutive_failures:
+                raise LoaderStopped(f"{self._consecutive} samples in a row failed; {self._advice(failures)}")
+        if self._samples >= _RATE_SAMPLES and self.total > self._data.max_failure_rate * self._samples:
+            raise LoaderStopped(
+                f"{self.total} of {self._samples} samples failed, more than data.max_failure_rate = "
+                f"{self._data.max_failure_rate:g} allows; {self._advice(failures)}"
+            )
+
+    def count(self, failure: Failure) -> None:
+        """Count one failure; warn at the first, the 2nd, 4th, 8th ... so that many do not drown the log."""
+        self.total += 1
+        self.by_kind[failure.stage] += 1
+        if self.total >= self._next_warning:
+            self._next_warning = 2 * self.total
+            log.warning(
+                "failure %d: %s of %s %s (worker %s): %s: %s; %s",
+                self.total, failure.stage, failure.shard, failure.key, failure.worker, failure.error, failure.message,
+                failure.action,
+            )  # fmt: skip
+
+    def _advice(self, failures: Sequence[Failure] = ()) -> str:
+        names = ", ".join(f"{f.shard} {f.key}" for f in failures[-5:])
+        counts = ", ".join(f"{count} {stage}" for stage, count in self.by_kind.most_common())
+        return f"{names + '; ' if names else ''}in all {counts}; check: python -m shard_tools.verify {self._folder}"
+
+
+# --- the loader ---------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Endless iterator over this rank's batches, from batch `start` on (see pipeline for what a batch holds).
+
+    Args:
+        ledger_path: where failed samples are recorded.
+        start: number of the first batch; with the configuration it is the whole state of the loader.
+        quarantine: keys not to touch, besides those the ledger has as quarantined.
+
+    Raises:
+        CommandError: not a data set, or no room in shared memory.
+        LoaderStopped: while iterating, when failures are too many.
+    """
+
+    def __init__(
+        self, config: Config, ledger_path: Path, *, rank: int = 0, world_size: int = 1, start: int = 0,
+        quarantine: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        data = config.data
+        if data.batch_size % world_size:
+            raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
+        self.catalog: Catalog = open_catalog(Path(data.shards), data.split)
+        self.spec = PipelineSpec(
+            catalog=self.catalog,
+            data=data,
+            mask=config.mask,
+            grid=config.grid,
+            seed=config.train.seed,
+            rank=rank,
+            world_size=world_size,
+            in_flight=torch.zeros(
+                (max(data.num_workers, 1), len(IN_FLIGHT_COLUMNS)), dtype=torch.int64
+            ).share_memory_(),
+            quarantine=quarantined_keys(ledger_path) | frozenset(quarantine),
+        )
+        self.next_batch = start
+        self.policy = FailurePolicy(data, self.catalog.folder)
+        self.budget = fit_budget(self.batch_bytes, data)
+        self._ledger_path = ledger_path
+        self._recoveries: deque[int] = deque(maxlen=_RECOVERY_LIMIT + 1)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of this rank's batch: clips, and masks of 2 bytes a token."""
+        t, h, w = self.spec.grid
+        return self.spec.local_batch * (self.spec.clip_bytes + 2 * t * h * w)
+
+    def describe(self) -> list[str]:
+        """Lines for the start of a run: data set, split, effective loader settings, memory."""
+        data, catalog = self.spec.data, self.catalog
+        samples = catalog.first[-1]
+        cores = len(os.sched_getaffinity(0))
+        crowded = f" (more than the {cores} cores)" if data.num_workers > cores else ""
+        return [
+            f"data      {catalog.folder} ({catalog.name}), split {catalog.split}: {samples:,} samples in "
+            f"{len(catalog.files)} shards, {samples / data.batch_size:.1f} batches of {data.batch_size} an epoch",
+            f"loader    {data.num_workers} workers{crowded} ({data.start_method}), prefetch {self.budget.prefetch}, "
+            f"pin_memory {self._pin_memory}, persistent, decoder {data.decoder}, timeout {data.timeout_s:g} s",
+            f"memory    {self.budget}"
+            if data.num_workers
+            else "memory    no workers: batches are made in this process",
+        ]
+
+    def __iter__(self) -> Iterator[Batch]:
+        workers = _Workers(self.spec, self.budget.prefetch, self._pin_memory, self.next_batch)
+        try:
+            while True:
+                try:
+                    batch = workers.next()
+                except WorkerLostError as lost:
+                    workers.stop()
+                    self._recover(lost)
+                    workers = _Workers(self.spec, self.budget.prefetch, self._pin_memory, self.next_batch)
+                    continue
+                assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
+                ledger.append(self._ledger_path, batch["failures"])
+                self.policy.observe(batch)
+                self.next_batch += 1
+                yield batch
+        finally:
+            workers.stop()
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self.spec.data.pin_memory and torch.cuda.is_available()
+
+    def _recover(self, lost: WorkerLostError) -> None:
+        """Find out which samples the lost workers were at, try each alone, and record the outcome."""
+        failures = [self._judge(worker, reason, lost.stage) for worker, reason in lost.workers.items()]
+        ledger.append(self._ledger_path, failures)
+        for failure in failures:
+            self.policy.count(failure)
+        self._recoveries.append(self.next_batch)
+        if len(self._recoveries) > _RECOVERY_LIMIT and self.next_batch - self._recoveries[0] < _RECOVERY_WINDOW:
+            raise LoaderStopped(
+                f"workers were lost {len(self._recoveries)} times within {_RECOVERY_WINDOW} batches, the last: {lost}; "
+                f"see {self._ledger_path}, and check memory (dmesg) and the shards: "
+                f"python -m shard_tools.verify {self.catalog.folder}"
+            )
+        log.warning("%s; starting fresh workers at batch %d", lost, self.next_batch)
+
+    def _judge(self, worker: int, reason: str, stage: str) -> Failure:
+        """The record of a lost worker; a sample that also kills or hangs a throw-away process is quarantined.
+
+        A kill from outside (OOM killer, operator) leaves the sample innocent: action is None, nothing is lost.
+        """
+        pid, _, position, attempt, status = self.spec.in_flight[worker].tolist()
+        if STAGES[status] == "idle":
+            return self._lost_record(stage, worker, pid, f"{reason}, between samples")
+        order = make_order(self.spec)
+        place = order.locate(position) if attempt == 0 else order.substitute(position, attempt)
+        row = self.catalog.row(*place)
+        verdict = try_sample(self.spec, position, attempt)
+        if verdict is not None:
+            self.spec = replace(self.spec, quarantine=self.spec.quarantine | {row.key})
+        return self._lost_record(
+            stage,
+            worker,
+            pid,
+            f"{reason}, at stage {STAGES[status]}; tried alone: {verdict or 'no harm, delivered by a fresh worker'}",
+            shard=self.catalog.files[place.shard],
+            key=row.key,
+            offset=row.payload_offset,
+            epoch=order.epoch(position),
+            position=position,
+            attempt=attempt,
+            action="quarantined" if verdict is not None else None,
+        )
+
+    def _lost_record(self, stage: str, worker: int, pid: int, message: str, **fields: Any) -> Failure:
+        return Failure(
+            time=ledger.now(),
+            stage=stage,
+            dataset=self.catalog.name,
+            rank=self.spec.rank,
+            worker=worker,
+            pid=pid,
+            error="WorkerLostError",
+            message=message,
+            **{"action": None, **fields},
+        )
+
+
+def quarantined_keys(ledger_path: Path) -> frozenset[str]:
+    """Keys that an earlier part of the run quarantined: the ledger is what makes a resumed run take the same turns."""
+    if not ledger_path.exists():
+        return frozenset()
+    failures, _ = ledger.read(ledger_path)
+    return frozenset(f.key for f in failures if f.action == "quarantined" and f.stage in ("crash", "hang") and f.key)
+
+
+def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:
+    """Run one sample in a throw-away process; what it did to it ("killed by SIGABRT", "hung"), or None."""
+    context = multiprocessing.get_context("spawn" if spec.data.start_method == "fork" else spec.data.start_method)
+    spec = replace(spec, in_flight=torch.zeros((1, len(IN_FLIGHT_COLUMNS)), dtype=torch.int64))
+    process = context.Process(target=make_sample, args=(spec, position, attempt))
+    process.start()
+    process.join(spec.data.timeout_s)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"hung for {spec.data.timeout_s:g} s"
+    code = process.exitcode
+    process.close()
+    return _exit_reason(code) if code else None
+
+
+class WorkerLostError(Exception):
+    """Workers died ("crash") or gave nothing for too long ("hang"); `workers` maps their number to what is known."""
+
+    def __init__(self, stage: str, workers: dict[int, str]) -> None:
+        self.stage, self.workers = stage, workers
+        super().__init__("; ".join(f"worker {number}: {reason}" for number, reason in workers.items()))
+
+
+class _Workers:
+    """One generation of DataLoader workers."""
+
+    def __init__(self, spec: PipelineSpec, prefetch: int, pin_memory: bool, start: int) -> None:
+        data = spec.data
+        self._data = data
+        self._delivered = 0
+        spec.in_flight.zero_()
+        context = multiprocessing.get_context(data.start_method) if data.num_workers else None
+        if data.num_workers and data.start_method == "forkserver":
+            context.set_forkserver_preload(_our_modules())
+        with warnings.catch_warnings():  # more workers than cores is the user's choice; describe() says so
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                build_pipeline(spec, start),
+                batch_size=None,
+                num_workers=data.num_workers,
+                prefetch_factor=prefetch if data.num_workers else None,
+                pin_memory=pin_memory,
+                timeout=data.timeout_s if data.num_workers else 0,
+                multiprocessing_context=context,
+                worker_init_fn=_ignore_stop_signals,
+            )
+            self._iterator = iter(loader)
+
+    def next(self) -> Batch:
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            lost = self._lost(error)
+            if lost is None:
+                raise
+            raise lost from error
+        self._delivered += 1
+        return batch
+
+    @property
+    def _turn(self) -> int:
+        """The worker that makes the next batch: they take turns, and torch keeps them in order."""
+        return self._delivered % max(self._data.num_workers, 1)
+
+    def _lost(self, error: RuntimeError) -> WorkerLostError | None:
+        """What torch's error means for our workers; None when it is an error of ours that a worker passed on."""
+        message = str(error)
+        if re.search(r"timed out after", message):
+            reason = f"gave no batch for {self._data.timeout_s:g} s"
+            return WorkerLostError("hang", {self._turn: reason})
+        if re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", message):
+            time.sleep(0.1)  # several may be dying together
+            dead = {n: _exit_reason(w.exitcode) for n, w in enumerate(self._processes) if w.exitcode is not None}
+            return WorkerLostError("crash", dead or {self._turn: "died"})
+        return None
+
+    @property
+    def _processes(self) -> list[multiprocessing.Process]:
+        return getattr(self._iterator, "_workers", [])
+
+    def stop(self) -> None:
+        """End all workers at once; batches under way are made again by the next generation."""
+        for process in self._processes:  # killed first: torch would wait 5 s for each that hangs
+            process.kill()
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Ctrl-C and a group's SIGTERM reach workers, too; the training process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _our_modules() -> list[str]:
+    """Our modules that are loaded here: workers are forked from a server that has them, too, and start at once.
+
+    Not the one behind `python -m`: every worker runs it again under another name.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    ours = (name for name in sys.modules if name.partition(".")[0] in ("salt_wds", "shard_tools"))
+    return [name for name in ours if spec is None or name != spec.name]
+
+
+def _exit_reason(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"exited with code {exitcode}"
+    return f"killed by {signal.Signals(-exitcode).name}"

@@ -1,0 +1,149 @@
+"""What a run writes down: metrics.jsonl (the truth), its replay in TensorBoard, samples.jsonl, and the interval's means.
+
+Values stay on the device while they are summed; they are fetched once an interval.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from shard_tools.command import CommandError
+from shard_tools.format import write_atomic
+
+
+class Meter:
+    """Means over the steps since the last line of metrics, summed on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take in one step's scalars, without waiting for them."""
+        self._count += 1
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self) -> dict[str, float]:
+        """Fetch the means (waits for the device)."""
+        return {name: (total / self._count).item() for name, total in self._sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint between two lines of metrics: the next line is then that of an undisturbed run."""
+        return {"count": self._count, "sums": {name: total.item() for name, total in self._sums.items()}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Meter:
+        meter = cls()
+        meter._count = state["count"]
+        meter._sums = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in state["sums"].items()}
+        return meter
+
+
+class Clock:
+    """Where the wall time of an interval went."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.steps = self.clips = 0
+        self.wait_s = self.read_ms = self.decode_ms = 0.0
+
+    def add(self, clips: int, wait_s: float, read_ms: float, decode_ms: float) -> None:
+        """One step: clips in it, seconds waited for its batch, the workers' mean ms a clip."""
+        self.steps += 1
+        self.clips += clips
+        self.wait_s += wait_s
+        self.read_ms += read_ms
+        self.decode_ms += decode_ms
+
+    def rates(self) -> dict[str, float]:
+        """clips_per_sec; step_ms and data_wait_ms a step; data_wait_share of the time; decode_ms and read_ms a clip."""
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        steps = max(self.steps, 1)
+        return {
+            "clips_per_sec": self.clips / seconds,
+            "step_ms": 1e3 * seconds / steps,
+            "data_wait_ms": 1e3 * self.wait_s / steps,
+            "data_wait_share": self.wait_s / seconds,
+            "decode_ms": self.decode_ms / steps,
+            "read_ms": self.read_ms / steps,
+        }
+
+
+class RunLog:
+    """The files of a run that grow with it. Lines after `step` are cut off first: they will be written again."""
+
+    def __init__(self, run_dir: Path, step: int, trace_samples: bool) -> None:
+        self._metrics = _open_after(run_dir / "metrics.jsonl", step)
+        self._samples = _open_after(run_dir / "samples.jsonl", step) if trace_samples else None
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=30)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """One line of metrics, and its numbers in TensorBoard."""
+        _write(self._metrics, line)
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, line["step"])
+
+    def samples(self, step: int, keys: list[str]) -> None:
+        """The keys of one step's batch, if tracing is on."""
+        if self._samples is not None:
+            _write(self._samples, {"step": step, "keys": keys})
+
+    def sync(self) -> None:
+        """Bring everything to the disk: a checkpoint must not be ahead of the log."""
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                os.fsync(file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        self.sync()
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl; one cut short by a crash is left out.
+
+    Raises:
+        CommandError: there is no such file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CommandError(f"{path}: no metrics; is this the folder of a run?") from None
+    return [line for line in map(_parse, text.splitlines()) if line is not None]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def _open_after(path: Path, step: int) -> TextIO:
+    if path.exists():
+        kept = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if (r := _parse(line)) and r["step"] <= step
+        ]
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+    return path.open("a", encoding="utf-8")
+
+
+def _write(file: TextIO, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()

@@ -1,0 +1,60 @@
+"""The loss between predicted and target tokens, and the numbers that make it readable.
+
+A loss alone says little: its scale is the teacher's. R2 says which share of the targets' variance is explained
+(0: no better than predicting the mean), and the two standard deviations show a collapse before the loss does.
+
+Shapes: B clips, N tokens, K masked tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from salt_wds.config import LossConfig
+
+_DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+_SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite where targets do not vary at all
+
+
+def gather_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:  # noqa: N803
+    """The tokens at `index_BK` (int64), each clip its own: (B, K, D)."""
+    return torch.take_along_dim(tokens_BND, index_BK[..., None], dim=1)
+
+
+def normalise_targets(targets: Tensor, target_norm: str) -> Tensor:
+    """Targets as the student regresses them, fp32, same shape.
+
+    layer: every token less its mean over channels, divided by its standard deviation (a LayerNorm without weights, as
+    V-JEPA, arXiv 2404.08471); none: the teacher's tokens as they are.
+    """
+    targets = targets.float()
+    return F.layer_norm(targets, targets.shape[-1:]) if target_norm == "layer" else targets
+
+
+def masked_loss(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: N803
+    """Mean distance over masked tokens and channels, in fp32, whatever the precision of the inputs.
+
+    Args:
+        predictions_BKD: the student's tokens at masked places.
+        targets_BKD: the teacher's, after `normalise_targets`; no gradient flows into them.
+        config: its `kind` is the distance; smooth_l1 turns from square to absolute at 1.
+
+    Returns:
+        The loss, a scalar; and detached fp32 scalars, left on the device:
+        `r2` 1 - MSE / variance of the targets about their per-channel mean over the batch's masked tokens,
+        `target_std` and `prediction_std` standard deviation over the batch's masked tokens, mean over channels.
+    """
+    predictions, targets = predictions_BKD.float(), targets_BKD.detach().float()
+    loss = _DISTANCES[config.kind](predictions, targets)
+    with torch.no_grad():
+        target_var = targets.flatten(0, 1).var(dim=0, correction=0)
+        prediction_var = predictions.flatten(0, 1).var(dim=0, correction=0)
+        mse = (predictions - targets).square().mean()
+        stats = {
+            "r2": 1 - mse / target_var.mean().clamp_min(_SMALLEST),
+            "target_std": target_var.sqrt().mean(),
+            "prediction_std": prediction_var.sqrt().mean(),
+        }
+    return loss, stats

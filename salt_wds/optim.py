@@ -1,0 +1,83 @@
+"""AdamW with its two groups, and the learning rate as a pure function of the step.
+
+There is no scheduler object, hence no scheduler state: the step alone says the learning rate, so a resumed run has that
+of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from salt_wds.config import OptimConfig
+
+_UNDECAYED_NAMES = ("positions", "pos_embed", "mask_token")  # tables and tokens that are added, not multiplied
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters in two groups, `decay` and `no_decay` (their key "name").
+
+    Matrices and kernels decay; vectors (norms, biases, layer scales), position tables and mask tokens do not.
+
+    Args:
+        model: frozen parameters are left out.
+        config: rates and moments; the first learning rate is that of step 0 only after `set_learning_rate`.
+        fused: one kernel for all parameters (CUDA).
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "name": "decay",
+            "params": [p for name, p in trainable if _decays(name, p)],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "name": "no_decay",
+            "params": [p for name, p in trainable if not _decays(name, p)],
+            "weight_decay": 0.0,
+        },
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    """One line a group for the start of a run: name, tensors, parameters, weight decay."""
+    lines = []
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        lines.append(
+            f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters, "
+            f"weight decay {group['weight_decay']:g}"
+        )
+    return lines
+
+
+def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
+    """Learning rate of a step, counted from 0.
+
+    Linear warm-up from 0 (the first step has lr / warmup_steps, step warmup_steps - 1 has lr), half a cosine
+    (SGDR, arXiv 1608.03983) down to min_lr at `decay_steps`, or at `steps` where that is unset, then min_lr.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    end = config.decay_steps or steps
+    if step >= end:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups; one that is a tensor (CUDA graphs read its address) is filled in place."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not name.endswith(_UNDECAYED_NAMES)

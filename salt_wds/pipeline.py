@@ -1,0 +1,365 @@
+"""What a worker does: positions -> raw samples -> clips -> whole batches, as a WebDataset pipeline.
+
+    batch number -> requests (slot, position, attempt) -> read -> wds.map(decode) -> wds.map(user stages) -> batch
+
+A sample that fails anywhere is recorded with shard, key, worker and position, and its slot is asked for again with
+the next attempt: a substitute that depends on nothing but (seed, position, attempt). So a batch always has its shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import webdataset as wds
+import xxhash
+
+from salt_wds.catalog import Catalog, Row
+from salt_wds.config import DataConfig, MaskConfig
+from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
+from salt_wds.masks import make_mask
+from salt_wds.order import Order, sample_rng
+from shard_tools import ledger
+from shard_tools.format import COLOURS
+from shard_tools.ledger import Failure
+
+Sample = dict[str, Any]
+Batch = dict[str, Any]
+
+STAGES = ("idle", "read", "decode", "augment")  # what the in-flight table says a worker is at
+IN_FLIGHT_COLUMNS = ("pid", "batch", "position", "attempt", "stage")
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """Everything a worker needs; picklable. `in_flight` is (workers, 5) int64 in shared memory, see the columns."""
+
+    catalog: Catalog
+    data: DataConfig
+    mask: MaskConfig
+    grid: tuple[int, int, int]
+    seed: int
+    rank: int
+    world_size: int
+    in_flight: torch.Tensor
+    quarantine: frozenset[str] = frozenset()
+    user_stages: tuple[Callable[[Sample], Sample], ...] = ()
+
+    @property
+    def local_batch(self) -> int:
+        """Clips of one global batch on this rank."""
+        return self.data.batch_size // self.world_size
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one clip: YUV 4:2:0, 1.5 bytes a pixel."""
+        return self.data.num_frames * self.data.size**2 * 3 // 2
+
+
+class SampleError(Exception):
+    """A stage failed on a sample; the cause is chained. Webdataset's handlers see only the exception, so it carries
+    what they need."""
+
+    def __init__(self, stage: str, sample: Sample) -> None:
+        super().__init__(f"{stage} failed on {sample['__key__']} of {sample['__url__']}")
+        self.stage, self.sample = stage, sample
+
+
+class QuarantinedError(Exception):
+    """The sample killed or hung a worker before; it is not touched again."""
+
+
+class DroppedError(Exception):
+    """A user's stage gave nothing back."""
+
+
+class UnfillableError(Exception):
+    """Every substitute for a slot failed, too: the data set is at fault, not a sample."""
+
+
+@dataclass
+class Recorder:
+    """The pipeline's error handler: makes a Failure of each SampleError and goes on; other errors pass through."""
+
+    spec: PipelineSpec
+    worker: int
+    failures: list[Failure] = field(default_factory=list)
+
+    def __call__(self, error: Exception) -> bool:
+        if not isinstance(error, SampleError):
+            raise error  # webdataset would end the stream without a word
+        sample, cause = error.sample, error.__cause__ or error
+        quarantined = isinstance(cause, QuarantinedError)
+        self.failures.append(
+            Failure(
+                time=ledger.now(),
+                stage=error.stage,
+                dataset=self.spec.catalog.name,
+                shard=sample["__url__"],
+                key=sample["__key__"],
+                offset=sample["row"].payload_offset,
+                rank=self.spec.rank,
+                worker=self.worker,
+                pid=os.getpid(),
+                epoch=sample["epoch"],
+                position=sample["position"],
+                error=type(cause).__name__,
+                message=str(cause),
+                traceback=None if quarantined else ledger.compact_traceback(cause),
+                action="quarantined" if quarantined else "substituted",
+                attempt=sample["attempt"],
+            )
+        )
+        return True
+
+
+def build_pipeline(spec: PipelineSpec, start_batch: int) -> wds.DataPipeline:
+    """The pipeline of whole batches from `start_batch` on, endless; each DataLoader worker yields every W-th batch."""
+    return wds.DataPipeline(_BatchNumbers(start_batch), _Batches(spec))
+
+
+def make_order(spec: PipelineSpec) -> Order:
+    """The training order of the spec's data set."""
+    return Order(spec.catalog.shard_samples, spec.data.window, spec.seed)
+
+
+def make_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
+    """Read and decode one sample alone, as a worker would; an ordinary failure is no harm, it is met again there."""
+    _Worker(spec).try_one(position, attempt)
+
+
+class _BatchNumbers:
+    """Source stage: the numbers of the global batches this worker makes. Workers take them in turn."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def __call__(self) -> Iterator[int]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        number = self._start + worker
+        while True:
+            yield number
+            number += workers
+
+
+class _Batches:
+    """Stage: batch numbers -> collated batches of this rank's slice."""
+
+    def __init__(self, spec: PipelineSpec) -> None:
+        self._spec = spec
+
+    def __call__(self, numbers: Iterable[int]) -> Iterator[Batch]:
+        worker = _Worker(self._spec)
+        for number in numbers:
+            try:
+                yield worker.make_batch(number)
+            except UnfillableError as error:  # the records must reach the ledger before the run ends
+                yield {"number": number, "failures": worker.take_failures(), "unfillable": str(error)}
+                return
+
+
+class _Worker:
+    """One worker process at work: open shards, decoder, and the batch being made."""
+
+    def __init__(self, spec: PipelineSpec) -> None:
+        info = torch.utils.data.get_worker_info()
+        if info is not None:
+            cv2.setNumThreads(0)  # the workers are the threads
+        self._spec = spec
+        self._order = make_order(spec)
+        self._decode = get_decoder(spec.data.decoder)
+        self._reader = _Reader(spec.catalog)
+        self._recorder = Recorder(spec, info.id if info else 0)
+        self._status = spec.in_flight[info.id if info else 0].numpy()
+        self._status[0] = os.getpid()
+
+    def make_batch(self, number: int) -> Batch:
+        """The rank's slice of global batch `number`, as tensors.
+
+        clips (B, T, S*S*3//2) uint8; colour (B,) int64, index into COLOURS; mask (B, N) int16, visible then masked
+        tokens; label (B,) int64, -1 for none; keys; positions; failures on the way; mean ms a clip for reading and
+        decoding.
+
+        Raises:
+            UnfillableError: more than `max_consecutive_failures` attempts for one slot.
+        """
+        spec = self._spec
+        self._status[1] = number
+        first = number * spec.data.batch_size + spec.rank * spec.local_batch
+        clips = _shared_empty((spec.local_batch, spec.data.num_frames, spec.data.size**2 * 3 // 2))
+        rows: list[Sample | None] = [None] * spec.local_batch
+        requests = [self._request(slot, first + slot, 0, clips) for slot in range(spec.local_batch)]
+        self._reader.announce(requests)
+        while requests:
+            for sample in self._samples(requests):
+                rows[sample["slot"]] = sample
+            requests = [self._next_attempt(r, clips) for r in requests if rows[r["slot"]] is None]
+        self._status[4] = STAGES.index("idle")
+        done = [row for row in rows if row is not None]
+        return {
+            "number": number,
+            "clips": clips,
+            "colour": torch.tensor([row["colour"] for row in done]),
+            "mask": torch.from_numpy(np.stack([row["mask"] for row in done])),
+            "label": torch.tensor([-1 if row["json"]["label"] is None else row["json"]["label"] for row in done]),
+            "keys": [row["__key__"] for row in done],
+            "positions": [row["position"] for row in done],
+            "failures": self.take_failures(),
+            "read_ms": 1e3 * sum(row["read_s"] for row in done) / len(done),
+            "decode_ms": 1e3 * sum(row["decode_s"] for row in done) / len(done),
+        }
+
+    def try_one(self, position: int, attempt: int) -> None:
+        """Send one request through the pipeline; failures are recorded, and forgotten with this process."""
+        clips = _shared_empty((1, self._spec.data.num_frames, self._spec.data.size**2 * 3 // 2))
+        for _ in self._samples([self._request(0, position, attempt, clips)]):
+            pass
+
+    def take_failures(self) -> list[Failure]:
+        """The failures since the last call."""
+        failures, self._recorder.failures = self._recorder.failures, []
+        return failures
+
+    def _samples(self, requests: list[Sample]) -> wds.DataPipeline:
+        """The WebDataset pipeline over some requests: read, decode, the user's own stages."""
+        handler = self._recorder
+        return wds.DataPipeline(
+            lambda: iter(requests),
+            wds.map(self._guard("read", self._read), handler=handler),
+            wds.map(self._guard("decode", self._decode_clip), handler=handler),
+            *(wds.map(self._guard("augment", stage), handler=handler) for stage in self._spec.user_stages),
+        )
+
+    def _guard(self, name: str, function: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:
+        """Announce the stage in the in-flight table, and attach the sample to an exception."""
+
+        def stage(sample: Sample) -> Sample:
+            self._status[2], self._status[3] = sample["position"], sample["attempt"]
+            self._status[4] = STAGES.index(name)
+            try:
+                result = function(sample)
+                if result is None:
+                    raise DroppedError("the stage returned None: it dropped the sample")
+                return result
+            except Exception as error:
+                raise SampleError(name, sample) from error
+
+        return stage
+
+    def _request(self, slot: int, position: int, attempt: int, clips: torch.Tensor) -> Sample:
+        place = self._order.locate(position) if attempt == 0 else self._order.substitute(position, attempt)
+        row = self._spec.catalog.row(*place)
+        return {
+            "__key__": row.key,
+            "__url__": self._spec.catalog.files[place.shard],
+            "__worker__": self._recorder.worker,
+            "slot": slot,
+            "position": position,
+            "epoch": self._order.epoch(position),
+            "attempt": attempt,
+            "shard": place.shard,
+            "row": row,
+            "clip": clips[slot].numpy(),
+        }
+
+    def _next_attempt(self, request: Sample, clips: torch.Tensor) -> Sample:
+        attempt = request["attempt"] + 1
+        if attempt > self._spec.data.max_consecutive_failures:
+            last = self._recorder.failures[-1]
+            raise UnfillableError(
+                f"{attempt} samples in a row failed for position {request['position']}; the last: {last.shard} "
+                f"{last.key}: {last.error}: {last.message}"
+            )
+        return self._request(request["slot"], request["position"], attempt, clips)
+
+    def _read(self, sample: Sample) -> Sample:
+        """Add `json` (the content of KEY.json) and `payload` (bytes), checked against the index's hashes."""
+        if sample["__key__"] in self._spec.quarantine:
+            raise QuarantinedError("it killed or hung a worker before, see the ledger")
+        started = time.perf_counter()
+        sample["json"], sample["payload"] = self._reader.read(sample["shard"], sample["row"])
+        sample["read_s"] = time.perf_counter() - started
+        return sample
+
+    def _decode_clip(self, sample: Sample) -> Sample:
+        """Decode, crop and resize into the batch; draw the mask. Everything random comes from the position."""
+        started = time.perf_counter()
+        data, row, video = self._spec.data, sample["row"], sample["json"]["video"]
+        rng = sample_rng(self._spec.seed, sample["position"])
+        info = VideoInfo(row.num_frames, row.width, row.height, COLOURS.index((video["matrix"], video["range"])))
+        frames = choose_frames(info.num_frames, data.num_frames, data.frame_stride, rng)
+        crop = random_crop(info.width, info.height, data.crop_scale, data.crop_ratio, data.flip, rng)
+        sample["colour"] = self._decode(sample.pop("payload"), info, frames, crop, data.size, sample["clip"])
+        sample["mask"] = make_mask(self._spec.grid, self._spec.mask, rng)
+        sample["decode_s"] = time.perf_counter() - started
+        return sample
+
+
+class HashMismatchError(Exception):
+    """A member's bytes are not those that were packed."""
+
+
+class _Reader:
+    """Reads samples by `pread` at indexed offsets; one open file a shard, the least recently used closed first."""
+
+    _MOST_OPEN = 64
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._open: dict[int, int] = {}
+
+    def announce(self, requests: list[Sample]) -> None:
+        """Tell the kernel which byte ranges come next, so that the drive's queue is full while we decode."""
+        for request in requests:
+            row: Row = request["row"]
+            try:
+                start, end = row.json_offset, row.payload_offset + row.payload_size
+                os.posix_fadvise(self._file(request["shard"]), start, end - start, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                continue  # only a hint; reading this sample meets the same error and records it
+
+    def read(self, shard: int, row: Row) -> tuple[dict[str, Any], bytes]:
+        """The content of KEY.json and the payload, in one read: the members are adjacent.
+
+        Raises:
+            OSError: the shard cannot be read.
+            HashMismatchError: the bytes are not those that were packed.
+        """
+        wanted = row.payload_offset + row.payload_size - row.json_offset
+        data = os.pread(self._file(shard), wanted, row.json_offset)
+        head = data[: row.json_size]
+        payload = data[row.payload_offset - row.json_offset :]
+        for name, part, expected in (("json", head, row.xxh3_json), (row.ext, payload, row.xxh3_payload)):
+            if xxhash.xxh3_64_intdigest(part) != expected:
+                raise HashMismatchError(
+                    f"{row.key}.{name}: the bytes at {row.json_offset} are not those that were packed; "
+                    f"check: python -m shard_tools.verify {self._catalog.folder}"
+                )
+        return json.loads(head), payload
+
+    def _file(self, shard: int) -> int:
+        descriptor = self._open.pop(shard, None)
+        if descriptor is None:
+            if len(self._open) >= self._MOST_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            path = Path(self._catalog.folder, self._catalog.files[shard])
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = descriptor
+        return descriptor
+
+
+def _shared_empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised uint8 tensor; in a worker, in the shared memory it will travel in (no copy on the way)."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -15,6 +15,7 @@ was interrupted. The same arguments give the same bytes, whatever the number of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -252,14 +253,30 @@ def _write_clips(out: Path, spec: Spec, ids: list[str], workers: int) -> Iterato
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, spec.clips), context, initializer=cv2.setNumThreads, initargs=(1,))
     try:
-        # Workers inherit a blocked Ctrl-C: only this process answers it, and none of them prints a traceback.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        written = pool.map(write, range(spec.clips), ids)  # starts them
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with _interrupts_deferred():
+            written = pool.map(write, range(spec.clips), ids)  # starts the workers
         yield from written
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Start worker processes in here. They inherit a blocked Ctrl-C, so that only this process answers it, later.
+
+    Blocking is not enough for this process itself: its other threads (OpenBLAS, OpenCV) would still take the signal,
+    and a KeyboardInterrupt amid starting a worker makes the pool wait for ever.
+    """
+    deferred: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: deferred.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, previous)
+        if deferred:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _write_clip(folder: Path, spec: Spec, index: int, video_id: str) -> str:

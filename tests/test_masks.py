@@ -136,9 +136,7 @@ def test_multiblock_of_one_block_is_that_block():
 def test_half_of_the_clips_have_small_blocks():
     # A large block of the whole frame is thinned to a random pattern; a single small one stays one block.
     config = MaskConfig(kind="multiblock", ratio=0.25, short_blocks=1, short_scale=0.25, long_blocks=1, long_scale=1.0)
-    coherent = [
-        neighbours_alike(as_volume(make_mask(GRID, config, rng(s)), GRID, config)[0]) > 0.8 for s in range(400)
-    ]
+    coherent = [neighbours_alike(as_volume(make_mask(GRID, config, rng(s)), GRID, config)[0]) > 0.8 for s in range(400)]
     assert 0.4 < np.mean(coherent) < 0.6
 
 

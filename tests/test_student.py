@@ -241,7 +241,10 @@ def test_image_weights_offline_is_one_clear_error(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"arch": "vit_bse_patch16_224"}, "'vit_bse_patch16_224' is not a model of timm; close names: vit_base_patch16_"),
+        (
+            {"arch": "vit_bse_patch16_224"},
+            "'vit_bse_patch16_224' is not a model of timm; close names: vit_base_patch16_",
+        ),
         ({"arch": "vit_base_patch32_224"}, "has patches of 32, not 16; close names: .*patch16"),
         ({"arch": "resnet18"}, "'resnet18' is not a VisionTransformer"),
         ({"arch": "vit_relpos_small_patch16_224"}, "is not a VisionTransformer; close names: vit_small_patch16_224"),

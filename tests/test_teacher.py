@@ -406,7 +406,7 @@ def test_random_is_seeded_and_said_aloud(caplog):
 
 
 def test_random_sizes_that_do_not_fit():
-    with pytest.raises(CommandError, match="teacher.random_heads: 5 heads do not divide a width of 96"):
+    with pytest.raises(CommandError, match=r"teacher\.random_heads: 5 heads do not divide a width of 96"):
         load("random", random_width=96, random_heads=5)
 
 
@@ -502,7 +502,9 @@ def test_wrong_keys_are_named(state, tmp_path, change, text):
 def test_unknown_key_in_hugging_face_layout(tmp_path):
     model = VideoMAEModel(hugging_face_config())
     model.save_pretrained(tmp_path)
-    save_file(load_file(tmp_path / "model.safetensors") | {"embeddings.cls": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {"embeddings.cls": torch.ones(1)}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(CommandError, match=r"1 unexpected \(embeddings.cls\), as transformers names them; download"):
         load(tmp_path)
 
@@ -551,7 +553,9 @@ def test_offline_hub_name_is_one_clear_line(monkeypatch, tmp_path):
     with pytest.raises(CommandError) as raised:
         load("OpenGVLab/VideoMAEv2-Base")
     message = str(raised.value)
-    assert message.startswith("teacher.weights = 'OpenGVLab/VideoMAEv2-Base': not in the local cache and the hub cannot")
+    assert message.startswith(
+        "teacher.weights = 'OpenGVLab/VideoMAEv2-Base': not in the local cache and the hub cannot"
+    )
     assert message.endswith(DOWNLOAD)
     assert "\n" not in message
 

@@ -93,7 +93,7 @@ def _table(lines: list[dict[str, Any]]) -> None:
         ("decode_ms", "decode, ms/clip", ".1f"),
         ("failures", "failures", "d"),
     ):
-        print(f"{label:<16}{first[name]:>12{form}}{last[name]:>12{form}}")
+        print(f"{label:<16}{format(first[name], form):>12}{format(last[name], form):>12}")
     print(f"masked loss cut by {1 - last['loss'] / first['loss']:.0%}")
 
 

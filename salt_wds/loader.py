@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,16 @@ from torch.utils.data import DataLoader
 from salt_wds.budget import fit_budget
 from salt_wds.catalog import Catalog, open_catalog
 from salt_wds.config import Config, DataConfig
-from salt_wds.pipeline import IN_FLIGHT_COLUMNS, STAGES, Batch, PipelineSpec, build_pipeline, make_order, make_sample
+from salt_wds.pipeline import (
+    IN_FLIGHT_COLUMNS,
+    STAGES,
+    Batch,
+    PipelineSpec,
+    Sample,
+    build_pipeline,
+    make_order,
+    make_sample,
+)
 from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.ledger import Failure
@@ -107,6 +116,9 @@ class Loader:
         ledger_path: where failed samples are recorded.
         start: number of the first batch; with the configuration it is the whole state of the loader.
         quarantine: keys not to touch, besides those the ledger has as quarantined.
+        stages: functions of your own that each sample passes after decoding, before batching; importable by name,
+            since workers run them. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json`, `colour`,
+            `mask`; an exception costs the sample, as any other failure.
 
     Raises:
         CommandError: not a data set, or no room in shared memory.
@@ -115,7 +127,7 @@ class Loader:
 
     def __init__(
         self, config: Config, ledger_path: Path, *, rank: int = 0, world_size: int = 1, start: int = 0,
-        quarantine: Iterable[str] = (),
+        quarantine: Iterable[str] = (), stages: Sequence[Callable[[Sample], Sample]] = (),
     ) -> None:  # fmt: skip
         data = config.data
         if data.batch_size % world_size:
@@ -133,6 +145,7 @@ class Loader:
                 (max(data.num_workers, 1), len(IN_FLIGHT_COLUMNS)), dtype=torch.int64
             ).share_memory_(),
             quarantine=quarantined_keys(ledger_path) | frozenset(quarantine),
+            user_stages=tuple(stages),
         )
         self.next_batch = start
         self.policy = FailurePolicy(data, self.catalog.folder)

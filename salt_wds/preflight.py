@@ -23,9 +23,9 @@ from salt_wds.budget import shared_memory_used
 from salt_wds.config import Config, load_config
 from salt_wds.loader import Loader, LoaderStopped
 from salt_wds.masks import num_masked
+from salt_wds.models import build_models, pick_device
 from salt_wds.pipeline import Batch
 from salt_wds.step import Step, make_forward
-from salt_wds.train import build_models, pick_device
 from shard_tools.command import OK, PROBLEMS, CommandError, run
 from shard_tools.format import COLOURS, DATASET_FILE
 

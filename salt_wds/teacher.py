@@ -205,14 +205,14 @@ def _download(repository: str) -> Path:
         if isinstance(error, GatedRepoError):
             reason = "its owners ask to accept their terms on its page first, and to log in (`hf auth login`)"
         elif isinstance(error, RepositoryNotFoundError):
-            reason = "there is no such repository on the hub, nor such a folder here"
+            reason = "the hub has no such repository"
         elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            reason = f"the repository lacks one of {' and '.join(_HUB_FILES)}"
+            reason = f"the hub's repository lacks one of {' and '.join(_HUB_FILES)}"
         else:
             first_line = (str(error).strip().splitlines() or [""])[0]
-            reason = f"not in the local cache and the hub cannot be reached ({type(error).__name__}: {first_line})"
+            reason = f"not cached, and not to be had from the hub ({type(error).__name__}: {first_line})"
         raise CommandError(
-            f"teacher.weights = {repository!r}: {reason}; download {' and '.join(_HUB_FILES)} of "
+            f"teacher.weights = {repository!r}: no such folder here, and {reason}; download {' and '.join(_HUB_FILES)} of "
             f"https://huggingface.co/{repository} into one folder and use --set teacher.weights=/path/to/folder"
         ) from None
 

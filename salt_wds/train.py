@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,11 +23,10 @@ from salt_wds import checkpoint
 from salt_wds.config import Config, load_config
 from salt_wds.loader import Loader, LoaderStopped
 from salt_wds.metrics import Clock, Meter, RunLog
+from salt_wds.models import Models, build_models, pick_device
 from salt_wds.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 from salt_wds.pipeline import Batch
 from salt_wds.step import Step, make_forward
-from salt_wds.student import build_student
-from salt_wds.teacher import load_teacher
 from shard_tools.command import INTERRUPTED, OK, PROBLEMS, CommandError, run
 from shard_tools.format import write_atomic
 
@@ -96,50 +94,6 @@ def train(config: Config, *, resume: bool = False, dry_run: bool = False) -> int
 
 
 # --- what a run starts from ---------------------------------------------------------------------------------------
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for train.device.
-
-    Raises:
-        CommandError: cuda was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CommandError(
-            'train.device = "cuda": torch sees no GPU; check nvidia-smi and the torch build, or use "cpu"'
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Models:
-    """The two networks, on the device."""
-
-    teacher: nn.Module
-    student: nn.Module
-
-
-def build_models(config: Config, device: torch.device) -> Models:
-    """Frozen teacher and fresh student; seed torch first.
-
-    Raises:
-        CommandError: weights missing or of another layout, or sizes that do not fit each other.
-    """
-    data, teacher_config = config.data, config.teacher
-    teacher = load_teacher(
-        teacher_config.weights,
-        size=data.size,
-        num_frames=data.num_frames,
-        random_width=teacher_config.random_width,
-        random_depth=teacher_config.random_depth,
-        random_heads=teacher_config.random_heads,
-    )
-    if config.train.precision == "bf16":
-        teacher = teacher.to(torch.bfloat16)  # it is never updated, so it needs no fp32 master copy
-    student = build_student(
-        config.student, grid=config.grid, target_width=teacher.width, checkpointing=config.train.checkpointing
-    )
-    return Models(teacher.to(device), student.to(device).train())
 
 
 def describe(

@@ -211,7 +211,8 @@ def encode(clip: Clip) -> bytes:
 def generate(out: Path, spec: Spec, workers: int = 1) -> dict[str, int]:
     """Write the whole data set into `out`, which must be empty or absent; returns the number of clips of each split.
 
-    Raises CommandError if `out` is in use or cannot be written, or if a worker process dies.
+    Raises CommandError if `out` is in use or cannot be written, or if a worker process dies. With more than one worker,
+    call it from the main thread only (signals are set there).
     """
     _prepare(out)
     ids = _draw_ids(spec)

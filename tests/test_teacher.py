@@ -554,7 +554,7 @@ def test_offline_hub_name_is_one_clear_line(monkeypatch, tmp_path):
         load("OpenGVLab/VideoMAEv2-Base")
     message = str(raised.value)
     assert message.startswith(
-        "teacher.weights = 'OpenGVLab/VideoMAEv2-Base': not in the local cache and the hub cannot"
+        "teacher.weights = 'OpenGVLab/VideoMAEv2-Base': no such folder here, and not cached, and not"
     )
     assert message.endswith(DOWNLOAD)
     assert "\n" not in message
@@ -572,9 +572,9 @@ class Response:
     ("kind", "text"),
     [
         (GatedRepoError, "accept their terms on its page first, and to log in"),
-        (RepositoryNotFoundError, "there is no such repository on the hub, nor such a folder here"),
-        (EntryNotFoundError, "the repository lacks one of config.json and model.safetensors"),
-        (ConnectionError, "the hub cannot be reached"),
+        (RepositoryNotFoundError, "no such folder here, and the hub has no such repository"),
+        (EntryNotFoundError, "the hub's repository lacks one of config.json and model.safetensors"),
+        (ConnectionError, "not to be had from the hub"),
     ],
 )
 def test_hub_refusals(monkeypatch, kind, text):

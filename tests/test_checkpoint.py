@@ -1,0 +1,102 @@
+"""Checkpoints: whole or not there, exact, and damaged ones are passed over by name."""
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from salt_wds import checkpoint
+from shard_tools.command import CommandError
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim < 2]},
+    ]
+    return model, torch.optim.AdamW(groups, lr=1e-2, fused=True)
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(16, 4)).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
+    model, optimizer = make()
+    for _ in range(3):
+        step(model, optimizer)
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {"next_batch": 3, "value": 0.1 + 0.2})
+    step(model, optimizer)
+
+    other, other_optimizer = make(seed=9)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == path
+    assert found[1]["value"] == 0.1 + 0.2
+    checkpoint.load(path, other, other_optimizer)
+    step(other, other_optimizer)  # draws from the restored generator
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage):
+    model, optimizer = make()
+    step(model, optimizer)
+    good = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    bad = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    victim = bad / ("state.json" if damage == "state" else "trainer.safetensors")
+    data = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "flip":
+        data[-5] ^= 1
+        victim.write_bytes(data)
+    else:
+        victim.write_bytes(data[: len(data) // 2])
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == good
+    assert str(bad) in caplog.text
+
+
+def test_an_interrupted_write_is_not_a_checkpoint(tmp_path, monkeypatch):
+    model, optimizer = make()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 1, model, optimizer, {})
+    assert list(tmp_path.iterdir()) == []
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_old_checkpoints_and_leftovers_are_removed(tmp_path):
+    model, optimizer = make()
+    for number in range(1, 6):
+        checkpoint.save(tmp_path, number, model, optimizer, {})
+    (tmp_path / ".step-00000009.77.tmp").mkdir()
+    checkpoint.remove_old(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    other = nn.Linear(3, 3)
+    with pytest.raises(CommandError, match="not a checkpoint of this model"):
+        checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    assert json.loads((path / "state.json").read_text())["step"] == 1

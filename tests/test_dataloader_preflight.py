@@ -1,0 +1,42 @@
+"""Preflight as a test: `PREFLIGHT_CONFIG=configs/base.toml pytest tests/test_dataloader_preflight.py`.
+
+Without PREFLIGHT_CONFIG it checks this machine with configs/tiny.toml on generated clips. PREFLIGHT_SET holds overrides,
+separated by white space (`data.num_workers=8 teacher.weights=random`). The numbers are printed: add `-rP` to see them.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from salt_wds import preflight
+from salt_wds.config import load_config
+
+BATCHES = int(os.environ.get("PREFLIGHT_BATCHES", "20"))
+
+
+@pytest.fixture(scope="module")
+def config(repository, request):
+    path = os.environ.get("PREFLIGHT_CONFIG")
+    overrides = os.environ.get("PREFLIGHT_SET", "").split()
+    if path is not None:
+        return load_config(Path(path), overrides)
+    generated = request.getfixturevalue("dataset")
+    return load_config(repository / "configs" / "tiny.toml", [f"data.shards={generated}", *overrides])
+
+
+@pytest.fixture
+def ledger_path(tmp_path):
+    return tmp_path / "failures.jsonl"
+
+
+def test_a_single_batch_is_whole(config, ledger_path):
+    print(preflight.check_single_batch(config, ledger_path))
+
+
+def test_workers_hold_under_stress_and_give_shared_memory_back(config, ledger_path):
+    print(preflight.check_workers(config, ledger_path, BATCHES))
+
+
+def test_teacher_and_student_take_a_batch(config, ledger_path):
+    print(preflight.check_models(config, ledger_path))

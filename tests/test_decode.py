@@ -1,0 +1,183 @@
+"""Decoding: frame choice, crops, planes exactly as the decoder gives them, and both backends in agreement."""
+
+import importlib.util
+import io
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salt_wds.decode import Crop, DecodeError, VideoInfo, choose_frames, decode_pyav, get_decoder, random_crop
+from salt_wds.order import sample_rng
+from salt_wds.pixels import yuv_to_rgb
+from shard_tools.format import COLOURS
+from shard_tools.frames import probe
+
+needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
+
+
+def make_video(width, height, frames, codec="libvpx-vp9", pix_fmt="yuv420p", container="webm", options=None):
+    """A video of smooth moving gradients, as bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=12, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        y, x = np.mgrid[0:height, 0:width]
+        for t in range(frames):
+            phases = x / width + t / 8, y / height + t / 11, (x + y) / (width + height) + t / 13
+            picture = np.stack([127.5 + 120 * np.sin(2 * np.pi * phase) for phase in phases], -1)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def info_of(payload):
+    video = probe(payload)
+    return VideoInfo(video.num_frames, video.width, video.height, COLOURS.index((video.matrix, video.range)))
+
+
+def decode(payload, frames, crop, size, decoder=decode_pyav):
+    out = np.zeros((len(frames), size * size * 3 // 2), np.uint8)
+    colour = decoder(payload, info_of(payload), np.asarray(frames), crop, size, out)
+    return out, colour
+
+
+@given(st.integers(1, 200), st.integers(1, 32), st.integers(1, 8), st.integers(0, 999))
+def test_frames_are_evenly_spaced_and_inside(num_frames, clip_frames, stride, seed):
+    frames = choose_frames(num_frames, clip_frames, stride, np.random.default_rng(seed))
+    assert len(frames) == clip_frames
+    assert frames[0] >= 0
+    assert frames[-1] < num_frames
+    if (clip_frames - 1) * stride < num_frames:
+        assert (np.diff(frames) == stride).all()
+    else:  # too short: from the start, last frame repeated
+        assert (frames == np.minimum(stride * np.arange(clip_frames), num_frames - 1)).all()
+
+
+@given(st.integers(16, 500), st.integers(16, 300), st.integers(0, 9999))
+def test_crops_are_inside_aligned_with_chroma_and_of_the_asked_area(width, height, seed):
+    crop = random_crop(width, height, (0.3, 1.0), (0.75, 4 / 3), False, np.random.default_rng(seed))
+    assert crop.x % 2 == crop.y % 2 == 0
+    assert crop.x + crop.width <= width
+    assert crop.y + crop.height <= height
+    assert crop.width > 0
+    assert crop.height > 0
+    if 0.75 <= width / height <= 4 / 3:
+        assert crop.width * crop.height >= 0.25 * width * height
+
+
+def test_flip_is_off_unless_asked_for_and_then_half_of_the_crops():
+    crops = [random_crop(320, 240, (0.5, 1), (0.75, 1.33), True, sample_rng(0, i)) for i in range(400)]
+    assert 150 < sum(c.flip for c in crops) < 250
+    assert not random_crop(320, 240, (0.5, 1), (0.75, 1.33), False, sample_rng(0, 0)).flip
+
+
+def test_an_uncropped_frame_at_native_size_is_what_the_decoder_gave():
+    payload = make_video(64, 64, 6)
+    out, colour = decode(payload, [1, 4], Crop(0, 0, 64, 64, False), 64)
+    with av.open(io.BytesIO(payload)) as container:
+        pictures = [frame.to_ndarray().reshape(-1) for frame in container.decode(video=0)]
+    assert (out[0] == pictures[1]).all()
+    assert (out[1] == pictures[4]).all()
+    assert COLOURS[colour] == ("bt601", "limited")
+
+
+def test_flip_mirrors_every_plane():
+    payload = make_video(64, 64, 2)
+    plain, _ = decode(payload, [0], Crop(0, 0, 64, 64, False), 64)
+    mirrored, _ = decode(payload, [0], Crop(0, 0, 64, 64, True), 64)
+    for start, side in ((0, 64), (4096, 32), (4096 + 1024, 32)):
+        part = slice(start, start + side * side)
+        assert (mirrored[0, part].reshape(side, side) == plain[0, part].reshape(side, side)[:, ::-1]).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(135, 97), (134, 240), (33, 17), (1280, 720)])
+def test_odd_and_large_sizes_keep_luma_and_chroma_together(width, height):
+    """Against FFmpeg's own RGB of the same frame, resized: edges of chroma must lie where those of luma do."""
+    import cv2
+
+    payload = make_video(width, height, 3)
+    crop = Crop(0, 0, width, height, False)
+    out, colour = decode(payload, [2], crop, 32)
+    ours = yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([colour]), 32)[0, :, 0].permute(1, 2, 0).numpy() * 255
+    with av.open(io.BytesIO(payload)) as container:
+        *_, frame = container.decode(video=0)
+        theirs = cv2.resize(frame.to_ndarray(format="rgb24"), (32, 32), interpolation=cv2.INTER_AREA)
+    assert np.abs(ours - theirs).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "codec", "container"), [("yuv444p", "libvpx-vp9", "webm"), ("yuv420p10le", "ffv1", "matroska")]
+)
+def test_other_pixel_formats_become_8_bit_420(pix_fmt, codec, container):
+    payload = make_video(64, 48, 4, codec, pix_fmt, container)
+    plain = make_video(64, 48, 4)
+    crop = Crop(0, 0, 64, 48, False)
+    ours, _ = decode(payload, [3], crop, 32)
+    reference, _ = decode(plain, [3], crop, 32)
+    assert np.abs(ours.astype(int) - reference).mean() < 4
+
+
+def test_frames_repeat_where_the_clip_is_longer_than_the_video():
+    payload = make_video(32, 32, 3)
+    out, _ = decode(payload, [0, 2, 2, 2], Crop(0, 0, 32, 32, False), 32)
+    assert (out[1] == out[2]).all()
+    assert (out[1] == out[3]).all()
+    assert (out[0] != out[1]).any()
+
+
+@pytest.mark.parametrize("name", ["pyav", pytest.param("decord", marks=needs_decord)])
+def test_a_video_that_ends_early_is_an_error_not_a_shorter_clip(name):
+    payload = make_video(32, 32, 5)
+    out = np.zeros((2, 32 * 32 * 3 // 2), np.uint8)
+    with pytest.raises(DecodeError, match="ends early"):
+        get_decoder(name)(payload, VideoInfo(9, 32, 32, 0), np.array([0, 8]), Crop(0, 0, 32, 32, False), 32, out)
+
+
+def test_bytes_that_are_no_video_are_an_error():
+    out = np.zeros((1, 32 * 32 * 3 // 2), np.uint8)
+    with pytest.raises(av.FFmpegError):
+        decode_pyav(b"no video" * 100, VideoInfo(9, 32, 32, 0), np.array([0]), Crop(0, 0, 32, 32, False), 32, out)
+
+
+@needs_decord
+def test_decord_agrees_with_pyav_on_real_clips(real_clips):
+    """Same frames exactly; pixels within a mean of 3 of 255 levels in RGB, 99% of them within 20.
+
+    decord resizes RGB and comes back through bt601, PyAV resizes the planes: chroma differs at edges.
+    """
+    size, worst_mean, worst_tail = 112, 0.0, 0.0
+    for position, path in enumerate(sorted((real_clips / "20bn-something-something-v2").glob("*.webm"))[::3]):
+        payload, rng = path.read_bytes(), sample_rng(0, position)
+        info = info_of(payload)
+        frames = choose_frames(info.num_frames, 8, 2, rng)
+        crop = random_crop(info.width, info.height, (0.5, 1), (0.75, 1.33), False, rng)
+        pictures = []
+        for name in ("pyav", "decord"):
+            out, colour = decode(payload, frames, crop, size, get_decoder(name))
+            pictures.append(255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([colour]), size))
+        difference = (pictures[0] - pictures[1]).abs()
+        other_frames = (pictures[0][:, :, 1:] - pictures[1][:, :, :-1]).abs().mean()
+        assert difference.mean() < max(other_frames, 1.0)  # nearer to its own frame than to its neighbour
+        worst_mean = max(worst_mean, difference.mean().item())
+        worst_tail = max(worst_tail, difference.flatten()[::7].quantile(0.99).item())
+    print(f"decord against pyav: mean {worst_mean:.2f}, 99% within {worst_tail:.1f} levels")
+    assert worst_mean < 3
+    assert worst_tail < 20
+
+
+@needs_decord
+def test_decord_chooses_the_same_pictures_as_pyav(real_clips):
+    """At native size without a crop, the RGB that FFmpeg makes of frame k is decord's frame k, to the level."""
+    import decord
+
+    for path in sorted((real_clips / "20bn-something-something-v2").glob("*.webm"))[::5]:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(reader) == len(frames)
+        for number in (0, len(frames) // 2, len(frames) - 1):
+            assert np.abs(reader[number].asnumpy().astype(int) - frames[number]).max() <= 2

@@ -1,0 +1,315 @@
+"""The loader: batches do not depend on how they are made, failures are named and replaced, workers may die."""
+
+import os
+import signal
+import time
+from itertools import chain, islice
+
+import psutil
+import pytest
+import torch
+
+from salt_wds import budget as budget_module
+from salt_wds.budget import fit_budget
+from salt_wds.config import load_config
+from salt_wds.loader import FailurePolicy, Loader, LoaderStopped
+from salt_wds.order import Order
+from shard_tools import ledger
+from shard_tools.command import CommandError
+from shard_tools.format import index_name, read_dataset, read_index
+
+STOPPED_KEY = "STOPPED_KEY"  # environment variable: the key on which the stages below do their worst
+
+
+def abort_on_key(sample):
+    if sample["__key__"] == os.environ[STOPPED_KEY]:
+        os.abort()
+    return sample
+
+
+def hang_on_key(sample):
+    if sample["__key__"] == os.environ[STOPPED_KEY]:
+        time.sleep(3600)
+    return sample
+
+
+def raise_on_key(sample):
+    if sample["__key__"] == os.environ[STOPPED_KEY]:
+        raise ArithmeticError("injected")
+    return sample
+
+
+def darken(sample):
+    sample["clip"] //= 2
+    return sample
+
+
+def drop_everything(sample):
+    return None
+
+
+@pytest.fixture
+def make_config(dataset, repository):
+    def make(shards=dataset, **data):
+        settings = {"batch_size": 8, "num_workers": 2, "window": 2, "timeout_s": 60.0, **data}
+        overrides = [f"data.{k}={str(v).lower()}" for k, v in settings.items()]
+        return load_config(repository / "configs" / "tiny.toml", [f"data.shards={shards}", *overrides])
+
+    return make
+
+
+def take(config, path, count, **options):
+    """Content of `count` batches: keys, a checksum of the pixels, masks."""
+    iterator = iter(Loader(config, path, **options))
+    content = [
+        (b["number"], tuple(b["keys"]), int(b["clips"].long().sum()), b["mask"].tolist(), b["label"].tolist())
+        for b in islice(iterator, count)
+    ]
+    iterator.close()
+    return content
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_workers": 1}, {"num_workers": 3, "prefetch_factor": 1}, {"num_workers": 2, "start_method": "spawn"}],
+)
+def test_batches_do_not_depend_on_workers_and_prefetch(make_config, tmp_path, settings):
+    reference = take(make_config(num_workers=0), tmp_path / "a.jsonl", 9)
+    assert take(make_config(**settings), tmp_path / "b.jsonl", 9) == reference
+    assert [content[0] for content in reference] == list(range(9))
+
+
+def test_a_loader_started_later_goes_on_with_the_same_batches(make_config, tmp_path):
+    reference = take(make_config(num_workers=0), tmp_path / "a.jsonl", 9)
+    assert take(make_config(), tmp_path / "b.jsonl", 4, start=5) == reference[5:]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_same_global_batch(make_config, tmp_path, ranks):
+    whole = take(make_config(num_workers=0), tmp_path / "a.jsonl", 3)
+    config = make_config(num_workers=0)
+    parts = [take(config, tmp_path / "b.jsonl", 3, rank=r, world_size=ranks) for r in range(ranks)]
+    for number, content in enumerate(whole):
+        assert content[1] == tuple(chain.from_iterable(part[number][1] for part in parts))
+        assert content[3] == list(chain.from_iterable(part[number][3] for part in parts))
+
+
+def test_an_epoch_has_every_sample_once(make_config, dataset, tmp_path):
+    samples = read_dataset(dataset).splits["train"].samples
+    batches = take(make_config(batch_size=1, num_workers=0), tmp_path / "l.jsonl", samples)
+    assert len({keys[0] for _, keys, *_ in batches}) == samples
+
+
+def test_batch_has_what_the_trainer_needs(make_config, tmp_path, dataset):
+    batch = next(iter(Loader(make_config(num_workers=0), tmp_path / "l.jsonl")))
+    assert batch["clips"].shape == (8, 8, 64 * 64 * 3 // 2)
+    assert batch["clips"].dtype == torch.uint8
+    assert batch["mask"].long().sort(dim=1).values.tolist() == [list(range(64))] * 8
+    assert set(batch["label"].tolist()) <= set(range(len(read_dataset(dataset).classes)))
+    assert batch["failures"] == []
+    assert batch["decode_ms"] > 0
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(dataset, tmp_path):
+    """A copy of the data set, and a function that flips a byte in the middle of a sample's payload; returns its key."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in dataset.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    shards = [info.file for info in read_dataset(folder).splits["train"].shards]
+
+    def damage(shard, row):
+        index = read_index(folder / index_name(shards[shard])).to_pylist()[row]
+        data = bytearray((folder / shards[shard]).read_bytes())
+        data[index["payload_offset"] + index["payload_size"] // 2] ^= 0xFF
+        (folder / shards[shard]).write_bytes(data)
+        return shards[shard], index["key"], index["payload_offset"]
+
+    return folder, damage
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_costs_its_slot_and_nothing_else(make_config, damaged, tmp_path, workers):
+    folder, damage = damaged
+    reference = take(make_config(folder, num_workers=0), tmp_path / "a.jsonl", 6)
+    shard, key, offset = damage(1, 0)
+    ledger_path = tmp_path / "b.jsonl"
+    content = take(make_config(folder, num_workers=workers, max_failure_rate=1.0), ledger_path, 6)
+    failures, _ = ledger.read(ledger_path)
+    assert failures
+    assert {(f.shard, f.key, f.offset, f.stage, f.error, f.action) for f in failures} == {
+        (shard, key, offset, "read", "HashMismatchError", "substituted")
+    }
+    assert all(f.worker in range(max(workers, 1)) and f.rank == 0 and f.pid and f.traceback for f in failures)
+    failed = {f.position for f in failures}
+    for (number, keys, *_), (_, before, *_) in zip(content, reference, strict=True):
+        for slot, (now, then) in enumerate(zip(keys, before, strict=True)):
+            if number * 8 + slot in failed:
+                assert then == key
+                assert now != key
+            else:
+                assert now == then
+
+
+def test_substitutes_do_not_depend_on_the_workers(make_config, damaged, tmp_path):
+    folder, damage = damaged
+    for row in range(2):
+        damage(0, row)
+    runs = [
+        take(make_config(folder, num_workers=w, max_failure_rate=1.0), tmp_path / f"{w}.jsonl", 8) for w in (0, 1, 3)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_missing_shard_is_an_error_at_start_and_a_failure_later(make_config, damaged, tmp_path):
+    folder, _ = damaged
+    loader = Loader(make_config(folder, num_workers=0, max_failure_rate=1.0), tmp_path / "l.jsonl")
+    lost = loader.catalog.files[0]
+    (folder / lost).unlink()
+    content = list(islice(iter(loader), 6))
+    assert len(content) == 6
+    failures, _ = ledger.read(tmp_path / "l.jsonl")
+    assert {(f.shard, f.error) for f in failures} == {(lost, "FileNotFoundError")}
+    with pytest.raises(CommandError, match="shard is missing"):
+        Loader(make_config(folder), tmp_path / "l.jsonl")
+
+
+def test_a_data_set_that_fails_everywhere_stops_with_the_command_that_checks_it(make_config, damaged, tmp_path):
+    folder, damage = damaged
+    for shard, info in enumerate(read_dataset(folder).splits["train"].shards):
+        for row in range(info.samples):
+            damage(shard, row)
+    config = make_config(folder, max_consecutive_failures=5)
+    with pytest.raises(LoaderStopped, match=r"6 samples in a row failed .* python -m shard_tools.verify"):
+        next(iter(Loader(config, tmp_path / "l.jsonl")))
+    failures, _ = ledger.read(tmp_path / "l.jsonl")
+    assert len(failures) >= 6  # they reached the ledger although no batch came
+
+
+def test_the_policy_stops_at_the_configured_rate(make_config):
+    policy = FailurePolicy(make_config(max_failure_rate=0.1).data, "/data")
+    failure = ledger.Failure("decode", "E", "m", "substituted", position=0, shard="s", key="k")
+
+    def batch(number, failures):
+        positions = list(range(number * 32, number * 32 + 32))
+        return {"failures": failures, "keys": ["k"] * 32, "positions": positions}
+
+    for number in range(7):  # 14%: too few samples to judge
+        policy.observe(batch(number, [failure] * 5))
+    with pytest.raises(LoaderStopped, match="max_failure_rate"):
+        policy.observe(batch(7, [failure] * 5))
+    assert policy.total == 40
+
+
+# --- users' stages ------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_of_the_user_changes_clips(make_config, tmp_path):
+    config = make_config(num_workers=0)
+    plain = next(iter(Loader(config, tmp_path / "l.jsonl")))["clips"]
+    dark = next(iter(Loader(config, tmp_path / "l.jsonl", stages=[darken])))["clips"]
+    assert (dark == plain // 2).all()
+
+
+def test_a_stage_that_raises_or_drops_costs_the_sample(make_config, tmp_path, monkeypatch):
+    config = make_config(num_workers=0, max_failure_rate=1.0, max_consecutive_failures=3)
+    key = take(config, tmp_path / "a.jsonl", 1)[0][1][3]
+    monkeypatch.setenv(STOPPED_KEY, key)
+    batch = next(iter(Loader(config, tmp_path / "b.jsonl", stages=[raise_on_key])))
+    assert key not in batch["keys"]
+    assert [(f.stage, f.key, f.error, f.message) for f in batch["failures"]] == [
+        ("augment", key, "ArithmeticError", "injected")
+    ]
+    with pytest.raises(LoaderStopped, match="DroppedError"):
+        next(iter(Loader(config, tmp_path / "c.jsonl", stages=[drop_everything])))
+
+
+# --- workers that die or hang -------------------------------------------------------------------------------------
+
+
+def children():
+    return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_costs_nothing(make_config, tmp_path, number):
+    reference = take(make_config(num_workers=0), tmp_path / "a.jsonl", 12)
+    loader = Loader(make_config(), tmp_path / "b.jsonl")
+    content = []
+    iterator = iter(loader)
+    for batch in islice(iterator, 12):
+        content.append((batch["number"], tuple(batch["keys"]), int(batch["clips"].long().sum())))
+        if batch["number"] == 4:
+            victim = int(loader.spec.in_flight[1, 0])
+            os.kill(victim, number)
+    iterator.close()
+    assert content == [c[:3] for c in reference]
+    (failure,), _ = ledger.read(tmp_path / "b.jsonl")
+    assert (failure.stage, failure.worker, failure.pid) == ("crash", 1, victim)
+    assert number.name in failure.message
+    assert failure.action is None  # nothing was lost
+
+
+@pytest.mark.parametrize(("stage", "kind", "word"), [(abort_on_key, "crash", "SIGABRT"), (hang_on_key, "hang", "hung")])
+def test_a_sample_that_kills_or_hangs_its_worker_each_time_is_quarantined(
+    make_config, tmp_path, monkeypatch, stage, kind, word
+):
+    plain = take(make_config(num_workers=0), tmp_path / "a.jsonl", 8)
+    key = plain[2][1][5]
+    monkeypatch.setenv(STOPPED_KEY, key)
+    config = make_config(timeout_s=60.0 if kind == "crash" else 8.0)
+    content = take(config, tmp_path / "b.jsonl", 8, stages=[stage])
+    failures, _ = ledger.read(tmp_path / "b.jsonl")
+    (verdict,) = [f for f in failures if f.stage == kind and f.action == "quarantined"]
+    assert verdict.key == key
+    assert word in verdict.message
+    for (number, keys, *_), (_, before, *_) in zip(content, plain, strict=True):
+        assert key not in keys
+        assert all(a == b or b == key for a, b in zip(keys, before, strict=True)), number
+    # A resumed run reads the verdict from the ledger and does not touch the sample again.
+    resumed = take(config, tmp_path / "b.jsonl", 8, stages=[stage])
+    assert resumed == content
+    again, _ = ledger.read(tmp_path / "b.jsonl")
+    assert len([f for f in again if f.stage in ("crash", "hang")]) == len([f for f in failures if f.stage == kind])
+
+
+def test_nothing_is_left_behind(make_config, tmp_path):
+    before, shm = children(), set(os.listdir("/dev/shm"))
+    take(make_config(), tmp_path / "l.jsonl", 3)
+    psutil.wait_procs([psutil.Process(p) for p in children() - before if psutil.pid_exists(p)], timeout=1)
+    left = [psutil.Process(p).cmdline() for p in children() - before if psutil.pid_exists(p)]
+    # the fork server and the resource tracker serve the whole program
+    assert all("forkserver" in " ".join(c) or "resource_tracker" in " ".join(c) for c in left)
+    assert set(os.listdir("/dev/shm")) <= shm
+
+
+# --- shared memory ------------------------------------------------------------------------------------------------
+
+
+def test_prefetch_is_lowered_to_what_fits_with_the_arithmetic(make_config, monkeypatch):
+    monkeypatch.setattr(budget_module, "_free_shared_memory", lambda: (10**9, "/dev/shm"))
+    data = make_config(num_workers=4, prefetch_factor=4).data
+    budget = fit_budget(10**8, data)
+    assert budget.prefetch == 2
+    assert str(budget) == (
+        "batch 100.0 MB x 4 workers x 2 prefetched = 0.80 GB of 1.00 GB free in /dev/shm "
+        "(prefetch_factor lowered from 4, which needs 1.60 GB)"
+    )
+    assert fit_budget(10**7, data).prefetch == 4
+
+
+def test_too_little_shared_memory_is_refused_with_the_remedy(make_config, monkeypatch):
+    monkeypatch.setattr(budget_module, "_free_shared_memory", lambda: (10**9, "/dev/shm"))
+    with pytest.raises(CommandError, match=r"32 workers x one batch of 77.1 MB = 2.47 GB.*num_workers to 11"):
+        fit_budget(77_070_336, make_config(num_workers=32).data)
+
+
+def test_order_and_loader_agree(make_config, tmp_path):
+    loader = Loader(make_config(num_workers=0), tmp_path / "l.jsonl", start=3)
+    batch = next(iter(loader))
+    order = Order(loader.catalog.shard_samples, 2, 0)
+    assert batch["keys"] == [loader.catalog.row(*order.locate(p)).key for p in range(24, 32)]

@@ -1,24 +1,31 @@
-"""Shared memory: how much prefetched batches take, how much there is, and the prefetch factor that fits.
+"""Memory for prefetched batches: how much they take, how much there is, and the prefetch factor that fits.
 
-A worker that writes a batch into a full /dev/shm dies of a bus error, so this is settled before the first batch.
+float32 batches in /dev/shm were what ended runs with bus errors. Here a batch is 8 times smaller (YUV 4:2:0 in uint8),
+all slots for batches are allocated before the first (see shared), and this is the arithmetic.
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from salt_wds.config import DataConfig
 from shard_tools.command import CommandError
 
-_SHM = Path("/dev/shm")
-_SPARE = 0.9  # share of the free memory that batches may take; queues and other programs need some, too
+_USED = 0.8  # share of the available memory that batches may take; models, workers and the page cache need some, too
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Shared memory that prefetched batches take, and the prefetch factor that fits. Sizes in bytes."""
+    """Memory of the slots for batches, and the prefetch factor that fits. Sizes in bytes."""
 
     batch: int
     workers: int
@@ -27,58 +34,71 @@ class Budget:
     free: int
     limited_by: str
 
-    def __str__(self) -> str:
-        def gb(size: float) -> str:
-            return f"{size / 1e9:.2f} GB"
+    @property
+    def slots(self) -> int:
+        """Slots of one worker: its prefetched batches, and the one being taken from it meanwhile."""
+        return self.prefetch + 1
 
+    @property
+    def total(self) -> int:
+        """Bytes of all slots."""
+        return self.batch * max(self.workers, 1) * self.slots
+
+    def __str__(self) -> str:
         line = (
-            f"batch {self.batch / 1e6:.1f} MB x {self.workers} workers x {self.prefetch} prefetched = "
-            f"{gb(self.batch * self.workers * self.prefetch)} of {gb(self.free)} free in {self.limited_by}"
+            f"batch {self.batch / 1e6:.1f} MB x {self.workers} workers x ({self.prefetch} prefetched + 1) = "
+            f"{self.total / 1e9:.2f} GB of {self.free / 1e9:.2f} GB available ({self.limited_by})"
         )
         if self.prefetch < self.wanted_prefetch:
-            wanted = gb(self.batch * self.workers * self.wanted_prefetch)
-            line += f" (prefetch_factor lowered from {self.wanted_prefetch}, which needs {wanted})"
+            wanted = self.batch * self.workers * (self.wanted_prefetch + 1)
+            line += f"; prefetch_factor lowered from {self.wanted_prefetch}, which needs {wanted / 1e9:.2f} GB"
         return line
 
 
 def fit_budget(batch_bytes: int, data: DataConfig) -> Budget:
-    """The largest prefetch factor, up to the configured one, whose batches fit into shared memory.
-
-    A batch that finds /dev/shm full kills its worker with a bus error; so this is settled before the first.
+    """The largest prefetch factor, up to the configured one, whose slots fit into the memory available.
 
     Raises:
-        CommandError: not even one batch a worker fits; with the arithmetic and what to change.
+        CommandError: not even one prefetched batch a worker fits; with the arithmetic and what to change.
     """
-    free, limited_by = _free_shared_memory()
-    one_each = batch_bytes * max(data.num_workers, 1)
-    fits = int(free * _SPARE // one_each)
-    if data.num_workers and fits < 1:
+    free, limited_by = available_memory()
+    if not data.num_workers:
+        return Budget(batch_bytes, 0, 0, 0, free, limited_by)
+    fits = int(free * _USED // (batch_bytes * data.num_workers)) - 1
+    if fits < 1:
         raise CommandError(
-            f"shared memory: {data.num_workers} workers x one batch of {batch_bytes / 1e6:.1f} MB = "
-            f"{one_each / 1e9:.2f} GB, but {limited_by} has {free / 1e9:.2f} GB free (of which {_SPARE:.0%} are used); "
-            f"lower data.num_workers to {int(free * _SPARE // batch_bytes)} or data.batch_size, or enlarge it "
-            "(docker run --shm-size, mount -o remount,size=32G /dev/shm)"
+            f"memory: {data.num_workers} workers x 2 batches of {batch_bytes / 1e6:.1f} MB = "
+            f"{2 * data.num_workers * batch_bytes / 1e9:.2f} GB, but {limited_by} leaves {free / 1e9:.2f} GB (of which "
+            f"batches may take {_USED:.0%}); lower data.num_workers to {int(free * _USED // (2 * batch_bytes))} or "
+            "data.batch_size, or give the job more memory"
         )
-    prefetch = min(data.prefetch_factor, fits)
-    return Budget(batch_bytes, data.num_workers, data.prefetch_factor, prefetch, free, limited_by)
+    return Budget(
+        batch_bytes, data.num_workers, data.prefetch_factor, min(data.prefetch_factor, fits), free, limited_by
+    )
 
 
-def _free_shared_memory() -> tuple[int, str]:
-    """Free bytes for shared memory, and what bounds them: /dev/shm, or the control group's memory limit."""
-    free, limited_by = shutil.disk_usage(_SHM).free, str(_SHM)
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+def available_memory() -> tuple[int, str]:
+    """Bytes that may still be allocated, and what bounds them: the machine, or the control group's limit."""
+    free, limited_by = _meminfo("MemAvailable"), "machine"
+    for limit_file, used_file, stat_file in _CGROUPS:
         try:
-            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
-        except OSError:
+            limit, used = Path(limit_file).read_text().strip(), int(Path(used_file).read_text())
+            stat = dict(line.split() for line in Path(stat_file).read_text().splitlines())
+        except (OSError, ValueError):
             continue
-        if limit != "max" and int(limit) - int(used) < free:
-            free, limited_by = max(int(limit) - int(used), 0), f"the control group ({limit_file})"
+        used -= int(stat.get("inactive_file", 0))  # page cache that the kernel gives back
+        if limit != "max" and int(limit) - used < free:
+            free, limited_by = max(int(limit) - used, 0), f"control group, {limit_file}"
     return free, limited_by
 
 
 def shared_memory_used() -> int:
-    """Bytes of /dev/shm in use, by anyone."""
-    return shutil.disk_usage(_SHM).used
+    """Bytes of shared memory in use on this machine, by anyone: /dev/shm and anonymous."""
+    return _meminfo("Shmem")
+
+
+def _meminfo(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    raise CommandError(f"/proc/meminfo: no line {name}; this program needs Linux with /proc mounted")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from salt_wds.shared import SharedArray
 from shard_tools.format import DatasetError, index_name, read_dataset, read_index
 
 
@@ -60,7 +60,7 @@ class Catalog:
     first: tuple[int, ...]
     extensions: tuple[str, ...]
     classes: tuple[str, ...]
-    table: torch.Tensor  # (samples, bytes of a row) uint8, in shared memory
+    table: SharedArray  # (samples,) of records: _NUMBERS and the key
 
     @property
     def shard_samples(self) -> list[int]:
@@ -68,13 +68,9 @@ class Catalog:
 
     def row(self, shard: int, row: int) -> Row:
         """The index row of a sample."""
-        fields = self._view()[self.first[shard] + row]
+        fields = self.table.array[self.first[shard] + row]
         values = {name: fields[name].item() for name in _NUMBERS.names if name != "ext"}
         return Row(key=fields["key"].decode(), ext=self.extensions[fields["ext"]], **values)
-
-    def _view(self) -> np.ndarray:
-        key_bytes = self.table.shape[1] - _NUMBERS.itemsize
-        return self.table.numpy().view(_dtype(key_bytes))[:, 0]
 
 
 def open_catalog(folder: Path, split: str) -> Catalog:
@@ -116,18 +112,14 @@ def open_catalog(folder: Path, split: str) -> Catalog:
     )
 
 
-def _dtype(key_bytes: int) -> np.dtype:
-    return np.dtype([*_NUMBERS.descr, ("key", f"S{key_bytes}")])
-
-
-def _to_shared(index: pa.Table) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """The rows as bytes in shared memory, with extensions numbered."""
+def _to_shared(index: pa.Table) -> tuple[SharedArray, tuple[str, ...]]:
+    """The rows as records in shared memory, with extensions numbered."""
     keys = np.array(index["key"].to_pylist(), dtype=bytes)
     names, ext_numbers = np.unique(index["ext"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
-    rows = np.zeros(len(keys), dtype=_dtype(keys.dtype.itemsize))
+    table = SharedArray((len(keys),), [*_NUMBERS.descr, ("key", keys.dtype)])
+    rows = table.array
     rows["key"], rows["ext"] = keys, ext_numbers
     for name in _NUMBERS.names:
         if name != "ext":
             rows[name] = index[name].to_numpy()
-    table = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1)).share_memory_()
     return table, tuple(str(name) for name in names)

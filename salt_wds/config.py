@@ -51,8 +51,9 @@ class DataConfig(Section):
     """Copy batches to page-locked memory, so that the copy to the GPU overlaps the step. No effect without a GPU."""
     persistent_workers: bool = True
     """Keep workers for the whole run. The training order is endless, so there is no epoch end at which to restart."""
-    start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
-    """How workers are started. fork copies CUDA and thread state into workers and can dead-lock: avoid it."""
+    start_method: Literal["forkserver"] = "forkserver"
+    """How workers are started; the only way offered. fork copies CUDA and thread state and can dead-lock; spawn imports
+    everything anew in every worker, and its SIGCHLD would raise in the middle of a step when a worker dies."""
     num_frames: PositiveInt = 16
     """Frames of a clip; a multiple of the tubelet (2)."""
     frame_stride: PositiveInt = 2

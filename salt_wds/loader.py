@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -36,13 +37,16 @@ from salt_wds.pipeline import (
     build_pipeline,
     make_order,
     make_sample,
+    slot_bytes,
 )
+from salt_wds.shared import SharedArray
 from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.ledger import Failure
 
 log = logging.getLogger(__name__)
 
+_POLL_S = 1.0  # how long a worker may be dead before that is noticed
 _RATE_SAMPLES = 256  # a failure rate over fewer samples says nothing
 _RECOVERY_LIMIT, _RECOVERY_WINDOW = 10, 100  # more recoveries within so many batches: it is not a single sample
 
@@ -60,7 +64,7 @@ class FailurePolicy:
     def __init__(self, data: DataConfig, folder: str) -> None:
         self._data, self._folder = data, folder
         self._consecutive = 0
-        self._samples = 0
+        self._samples = self._failed = 0
         self._next_warning = 1
         self.total = 0
         self.by_kind: Counter[str] = Counter()
@@ -77,14 +81,15 @@ class FailurePolicy:
         if "unfillable" in batch:
             raise LoaderStopped(f"{batch['unfillable']}; {self._advice()}")
         self._samples += len(batch["keys"]) + len(failures)
+        self._failed += len(failures)
         failed_positions = {f.position for f in failures}
         for position in batch["positions"]:
             self._consecutive = self._consecutive + 1 if position in failed_positions else 0
             if self._consecutive > self._data.max_consecutive_failures:
                 raise LoaderStopped(f"{self._consecutive} samples in a row failed; {self._advice(failures)}")
-        if self._samples >= _RATE_SAMPLES and self.total > self._data.max_failure_rate * self._samples:
+        if self._samples >= _RATE_SAMPLES and self._failed > self._data.max_failure_rate * self._samples:
             raise LoaderStopped(
-                f"{self.total} of {self._samples} samples failed, more than data.max_failure_rate = "
+                f"{self._failed} of {self._samples} samples failed, more than data.max_failure_rate = "
                 f"{self._data.max_failure_rate:g} allows; {self._advice(failures)}"
             )
 
@@ -133,6 +138,11 @@ class Loader:
         if data.batch_size % world_size:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
         self.catalog: Catalog = open_catalog(Path(data.shards), data.split)
+        local_batch = data.batch_size // world_size
+        clip_shape = data.num_frames, data.size**2 * 3 // 2
+        self.batch_bytes = slot_bytes(local_batch, clip_shape, config.grid)
+        self.budget = fit_budget(self.batch_bytes, data)
+        workers = max(data.num_workers, 1)
         self.spec = PipelineSpec(
             catalog=self.catalog,
             data=data,
@@ -141,23 +151,15 @@ class Loader:
             seed=config.train.seed,
             rank=rank,
             world_size=world_size,
-            in_flight=torch.zeros(
-                (max(data.num_workers, 1), len(IN_FLIGHT_COLUMNS)), dtype=torch.int64
-            ).share_memory_(),
+            in_flight=SharedArray((workers, len(IN_FLIGHT_COLUMNS)), np.int64),
+            slots=SharedArray((workers, self.budget.slots, self.batch_bytes), np.uint8),
             quarantine=quarantined_keys(ledger_path) | frozenset(quarantine),
             user_stages=tuple(stages),
         )
         self.next_batch = start
         self.policy = FailurePolicy(data, self.catalog.folder)
-        self.budget = fit_budget(self.batch_bytes, data)
         self._ledger_path = ledger_path
         self._recoveries: deque[int] = deque(maxlen=_RECOVERY_LIMIT + 1)
-
-    @property
-    def batch_bytes(self) -> int:
-        """Bytes of this rank's batch: clips, and masks of 2 bytes a token."""
-        t, h, w = self.spec.grid
-        return self.spec.local_batch * (self.spec.clip_bytes + 2 * t * h * w)
 
     def describe(self) -> list[str]:
         """Lines for the start of a run: data set, split, effective loader settings, memory."""
@@ -176,7 +178,7 @@ class Loader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        workers = _Workers(self.spec, self.budget.prefetch, self._pin_memory, self.next_batch)
+        workers = _Workers(self.spec, self.budget.prefetch, self.next_batch)
         try:
             while True:
                 try:
@@ -184,15 +186,26 @@ class Loader:
                 except WorkerLostError as lost:
                     workers.stop()
                     self._recover(lost)
-                    workers = _Workers(self.spec, self.budget.prefetch, self._pin_memory, self.next_batch)
+                    workers = _Workers(self.spec, self.budget.prefetch, self.next_batch)
                     continue
                 assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
                 ledger.append(self._ledger_path, batch["failures"])
                 self.policy.observe(batch)
                 self.next_batch += 1
-                yield batch
+                yield self._own(batch)
         finally:
             workers.stop()
+
+    def _own(self, batch: Batch) -> Batch:
+        """The batch as tensors of its own, page-locked where a GPU takes them: its slot is free for the worker again.
+
+        Shapes: clips (B, T, S*S*3//2) uint8; mask (B, N) int16, visible then masked tokens; colour and label (B,) int64.
+        """
+        clips, masks = self.spec.views(batch.pop("worker"), batch.pop("slot"))
+        for name, array in (("clips", clips), ("mask", masks), ("colour", batch["colour"]), ("label", batch["label"])):
+            tensor = torch.from_numpy(array)
+            batch[name] = tensor.pin_memory() if self._pin_memory else tensor.clone()
+        return batch
 
     @property
     def _pin_memory(self) -> bool:
@@ -218,7 +231,7 @@ class Loader:
 
         A kill from outside (OOM killer, operator) leaves the sample innocent: action is None, nothing is lost.
         """
-        pid, _, position, attempt, status = self.spec.in_flight[worker].tolist()
+        pid, _, position, attempt, status = self.spec.in_flight.array[worker].tolist()
         if STAGES[status] == "idle":
             return self._lost_record(stage, worker, pid, f"{reason}, between samples")
         order = make_order(self.spec)
@@ -265,8 +278,8 @@ def quarantined_keys(ledger_path: Path) -> frozenset[str]:
 
 def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:
     """Run one sample in a throw-away process; what it did to it ("killed by SIGABRT", "hung"), or None."""
-    context = multiprocessing.get_context("spawn" if spec.data.start_method == "fork" else spec.data.start_method)
-    spec = replace(spec, in_flight=torch.zeros((1, len(IN_FLIGHT_COLUMNS)), dtype=torch.int64))
+    context = multiprocessing.get_context(spec.data.start_method)
+    spec = replace(spec, in_flight=SharedArray((1, len(IN_FLIGHT_COLUMNS)), np.int64))
     process = context.Process(target=make_sample, args=(spec, position, attempt))
     process.start()
     process.join(spec.data.timeout_s)
@@ -290,38 +303,47 @@ class WorkerLostError(Exception):
 class _Workers:
     """One generation of DataLoader workers."""
 
-    def __init__(self, spec: PipelineSpec, prefetch: int, pin_memory: bool, start: int) -> None:
+    def __init__(self, spec: PipelineSpec, prefetch: int, start: int) -> None:
         data = spec.data
         self._data = data
         self._delivered = 0
-        spec.in_flight.zero_()
+        spec.in_flight.array[:] = 0
         context = multiprocessing.get_context(data.start_method) if data.num_workers else None
-        if data.num_workers and data.start_method == "forkserver":
+        if context is not None:
             context.set_forkserver_preload(_our_modules())
         with warnings.catch_warnings():  # more workers than cores is the user's choice; describe() says so
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
                 build_pipeline(spec, start),
                 batch_size=None,
+                collate_fn=_as_it_is,
                 num_workers=data.num_workers,
                 prefetch_factor=prefetch if data.num_workers else None,
-                pin_memory=pin_memory,
-                timeout=data.timeout_s if data.num_workers else 0,
+                timeout=_POLL_S if data.num_workers else 0,
                 multiprocessing_context=context,
                 worker_init_fn=_ignore_stop_signals,
             )
             self._iterator = iter(loader)
 
     def next(self) -> Batch:
-        try:
-            batch = next(self._iterator)
-        except RuntimeError as error:
-            lost = self._lost(error)
-            if lost is None:
-                raise
-            raise lost from error
-        self._delivered += 1
-        return batch
+        """The next batch.
+
+        Raises:
+            WorkerLostError: a worker died, or the one whose turn it is gave nothing for `timeout_s`.
+        """
+        deadline = time.monotonic() + self._data.timeout_s
+        while True:
+            try:
+                batch = next(self._iterator)
+            except RuntimeError as error:
+                if "timed out after" in str(error) and time.monotonic() < deadline:
+                    continue  # torch looks for dead workers only when a wait is over: hence short waits, many times
+                lost = self._lost(error)
+                if lost is None:
+                    raise
+                raise lost from error
+            self._delivered += 1
+            return batch
 
     @property
     def _turn(self) -> int:
@@ -331,7 +353,7 @@ class _Workers:
     def _lost(self, error: RuntimeError) -> WorkerLostError | None:
         """What torch's error means for our workers; None when it is an error of ours that a worker passed on."""
         message = str(error)
-        if re.search(r"timed out after", message):
+        if "timed out after" in message:
             reason = f"gave no batch for {self._data.timeout_s:g} s"
             return WorkerLostError("hang", {self._turn: reason})
         if re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", message):
@@ -351,6 +373,11 @@ class _Workers:
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """Instead of torch's conversion to tensors: those would travel through /dev/shm, one file descriptor each."""
+    return batch
 
 
 def _ignore_stop_signals(worker: int) -> None:

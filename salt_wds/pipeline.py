@@ -1,14 +1,15 @@
 """What a worker does: positions -> raw samples -> clips -> whole batches, as a WebDataset pipeline.
 
-    batch number -> requests (slot, position, attempt) -> read -> wds.map(decode) -> wds.map(user stages) -> batch
+    batch number -> requests (item, position, attempt) -> read -> wds.map(decode) -> wds.map(user stages) -> batch
 
-A sample that fails anywhere is recorded with shard, key, worker and position, and its slot is asked for again with
+A sample that fails anywhere is recorded with shard, key, worker and position, and its place is asked for again with
 the next attempt: a substitute that depends on nothing but (seed, position, attempt). So a batch always has its shape.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
 from salt_wds.masks import make_mask
 from salt_wds.order import Order, sample_rng
+from salt_wds.shared import SharedArray
 from shard_tools import ledger
 from shard_tools.format import COLOURS
 from shard_tools.ledger import Failure
@@ -40,7 +42,11 @@ IN_FLIGHT_COLUMNS = ("pid", "batch", "position", "attempt", "stage")
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """Everything a worker needs; picklable. `in_flight` is (workers, 5) int64 in shared memory, see the columns."""
+    """Everything a worker needs; picklable.
+
+    `in_flight` is (workers, 5) int64, see IN_FLIGHT_COLUMNS; `slots` is (workers, slots of a worker, bytes of a batch)
+    uint8: a worker writes its batches into its own slots in turn, and only their number travels.
+    """
 
     catalog: Catalog
     data: DataConfig
@@ -49,7 +55,8 @@ class PipelineSpec:
     seed: int
     rank: int
     world_size: int
-    in_flight: torch.Tensor
+    in_flight: SharedArray
+    slots: SharedArray
     quarantine: frozenset[str] = frozenset()
     user_stages: tuple[Callable[[Sample], Sample], ...] = ()
 
@@ -59,9 +66,21 @@ class PipelineSpec:
         return self.data.batch_size // self.world_size
 
     @property
-    def clip_bytes(self) -> int:
-        """Bytes of one clip: YUV 4:2:0, 1.5 bytes a pixel."""
-        return self.data.num_frames * self.data.size**2 * 3 // 2
+    def clip_shape(self) -> tuple[int, int]:
+        """Frames, and bytes of a frame: YUV 4:2:0, 1.5 bytes a pixel."""
+        return self.data.num_frames, self.data.size**2 * 3 // 2
+
+    def views(self, worker: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clips (B, T, S*S*3//2) uint8 and masks (B, N) int16 in a slot."""
+        memory = self.slots.array[worker, slot]
+        end = self.local_batch * math.prod(self.clip_shape)
+        clips = memory[:end].reshape(self.local_batch, *self.clip_shape)
+        return clips, memory[end:].view(np.int16).reshape(self.local_batch, -1)
+
+
+def slot_bytes(local_batch: int, clip_shape: tuple[int, int], grid: tuple[int, int, int]) -> int:
+    """Bytes of a batch: clips in uint8, masks in int16."""
+    return local_batch * (math.prod(clip_shape) + 2 * math.prod(grid))
 
 
 class SampleError(Exception):
@@ -179,38 +198,41 @@ class _Worker:
         self._decode = get_decoder(spec.data.decoder)
         self._reader = _Reader(spec.catalog)
         self._recorder = Recorder(spec, info.id if info else 0)
-        self._status = spec.in_flight[info.id if info else 0].numpy()
+        self._status = spec.in_flight.array[info.id if info else 0]
+        self._batches_made = 0
         self._status[0] = os.getpid()
 
     def make_batch(self, number: int) -> Batch:
-        """The rank's slice of global batch `number`, as tensors.
+        """The rank's slice of global batch `number`: clips and masks in this worker's next slot, the rest here.
 
-        clips (B, T, S*S*3//2) uint8; colour (B,) int64, index into COLOURS; mask (B, N) int16, visible then masked
-        tokens; label (B,) int64, -1 for none; keys; positions; failures on the way; mean ms a clip for reading and
-        decoding.
+        Keys: number; worker and slot; colour (B,) int64, index into COLOURS; label (B,) int64, -1 for none; keys;
+        positions; failures on the way; mean ms a clip for reading and decoding.
 
         Raises:
-            UnfillableError: more than `max_consecutive_failures` attempts for one slot.
+            UnfillableError: more than `max_consecutive_failures` attempts for one place in the batch.
         """
         spec = self._spec
         self._status[1] = number
         first = number * spec.data.batch_size + spec.rank * spec.local_batch
-        clips = _shared_empty((spec.local_batch, spec.data.num_frames, spec.data.size**2 * 3 // 2))
+        slot = self._batches_made % spec.slots.array.shape[1]
+        clips, masks = spec.views(self._recorder.worker, slot)
         rows: list[Sample | None] = [None] * spec.local_batch
-        requests = [self._request(slot, first + slot, 0, clips) for slot in range(spec.local_batch)]
+        requests = [self._request(i, first + i, 0, clips) for i in range(spec.local_batch)]
         self._reader.announce(requests)
         while requests:
             for sample in self._samples(requests):
-                rows[sample["slot"]] = sample
-            requests = [self._next_attempt(r, clips) for r in requests if rows[r["slot"]] is None]
+                rows[sample["item"]] = sample
+                masks[sample["item"]] = sample["mask"]
+            requests = [self._next_attempt(r, clips) for r in requests if rows[r["item"]] is None]
+        self._batches_made += 1
         self._status[4] = STAGES.index("idle")
         done = [row for row in rows if row is not None]
         return {
             "number": number,
-            "clips": clips,
-            "colour": torch.tensor([row["colour"] for row in done]),
-            "mask": torch.from_numpy(np.stack([row["mask"] for row in done])),
-            "label": torch.tensor([-1 if row["json"]["label"] is None else row["json"]["label"] for row in done]),
+            "worker": self._recorder.worker,
+            "slot": slot,
+            "colour": np.array([row["colour"] for row in done]),
+            "label": np.array([-1 if row["json"]["label"] is None else row["json"]["label"] for row in done]),
             "keys": [row["__key__"] for row in done],
             "positions": [row["position"] for row in done],
             "failures": self.take_failures(),
@@ -220,7 +242,7 @@ class _Worker:
 
     def try_one(self, position: int, attempt: int) -> None:
         """Send one request through the pipeline; failures are recorded, and forgotten with this process."""
-        clips = _shared_empty((1, self._spec.data.num_frames, self._spec.data.size**2 * 3 // 2))
+        clips = np.empty((1, *self._spec.clip_shape), np.uint8)
         for _ in self._samples([self._request(0, position, attempt, clips)]):
             pass
 
@@ -255,23 +277,23 @@ class _Worker:
 
         return stage
 
-    def _request(self, slot: int, position: int, attempt: int, clips: torch.Tensor) -> Sample:
+    def _request(self, item: int, position: int, attempt: int, clips: np.ndarray) -> Sample:
         place = self._order.locate(position) if attempt == 0 else self._order.substitute(position, attempt)
         row = self._spec.catalog.row(*place)
         return {
             "__key__": row.key,
             "__url__": self._spec.catalog.files[place.shard],
             "__worker__": self._recorder.worker,
-            "slot": slot,
+            "item": item,
             "position": position,
             "epoch": self._order.epoch(position),
             "attempt": attempt,
             "shard": place.shard,
             "row": row,
-            "clip": clips[slot].numpy(),
+            "clip": clips[item],
         }
 
-    def _next_attempt(self, request: Sample, clips: torch.Tensor) -> Sample:
+    def _next_attempt(self, request: Sample, clips: np.ndarray) -> Sample:
         attempt = request["attempt"] + 1
         if attempt > self._spec.data.max_consecutive_failures:
             last = self._recorder.failures[-1]
@@ -279,7 +301,7 @@ class _Worker:
                 f"{attempt} samples in a row failed for position {request['position']}; the last: {last.shard} "
                 f"{last.key}: {last.error}: {last.message}"
             )
-        return self._request(request["slot"], request["position"], attempt, clips)
+        return self._request(request["item"], request["position"], attempt, clips)
 
     def _read(self, sample: Sample) -> Sample:
         """Add `json` (the content of KEY.json) and `payload` (bytes), checked against the index's hashes."""
@@ -355,11 +377,3 @@ class _Reader:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = descriptor
         return descriptor
-
-
-def _shared_empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised uint8 tensor; in a worker, in the shared memory it will travel in (no copy on the way)."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # as torch's own collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

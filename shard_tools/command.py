@@ -7,6 +7,9 @@ line (what, where, what to do), never as a traceback; a bug of ours keeps its tr
 from __future__ import annotations
 
 import errno
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -33,6 +36,11 @@ class CommandError(Exception):
     """A mistake in usage, configuration or surroundings: one line for the user, exit code 2."""
 
 
+def one_line(text: object) -> str:
+    """The text without line breaks: one problem, one line, whatever names and messages hold."""
+    return " ".join(str(text).split())
+
+
 def describe_os_error(error: OSError) -> str:
     """One line for an operating system error: what failed, on which path, what to do."""
     where = f"{error.filename}: " if error.filename else ""
@@ -44,20 +52,23 @@ def describe_os_error(error: OSError) -> str:
 def run(main: Callable[[list[str] | None], int]) -> NoReturn:
     """Run a command's `main` and leave with its exit code.
 
-    `CommandError` and operating system errors that a user can mend become one line on stderr and exit 2; Ctrl-C
-    becomes exit 130. Anything else is a bug of ours and keeps its traceback.
+    `CommandError` and operating system errors that a user can mend become one line on stderr and exit 2; Ctrl-C and
+    SIGTERM become exit 130. Anything else is a bug of ours and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be printable
     try:
         code = main(None)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except CommandError as error:
         code = fail(str(error))
     except KeyboardInterrupt:
         print("interrupted; everything committed so far is kept", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # `... | head`: the reader has seen enough; keep Python from complaining at exit
-        sys.stderr.close()
-        code = OK
+    except BrokenPipeError:  # `... | head`: nobody reads on. The work stopped there, so this is not exit code 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there once more at exit
+        code = INTERRUPTED
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
@@ -67,5 +78,5 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
 
 def fail(message: str) -> int:
     """Print one error line and return exit code 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return USAGE

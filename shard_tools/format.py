@@ -1,6 +1,6 @@
-"""The contract on disk (design, section 3): names, keys, tar headers, index schema, dataset.json, strict reading.
+"""The contract on disk (design, section 3): names, keys, index schema, dataset.json. The tar itself is in ustar.py.
 
-Both packages read and write data sets through this file and nothing else, so what it says is what the format is:
+Both packages read and write data sets through these files and nothing else, so what they say is what the format is:
 
     dataset.json            written last: no dataset.json, no data set
     SPLIT-000000.tar        USTAR; a sample is two adjacent members, KEY.json then KEY.EXT
@@ -11,14 +11,15 @@ Both packages read and write data sets through this file and nothing else, so wh
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,17 +27,15 @@ import pydantic
 import xxhash
 
 from shard_tools import __version__
-from shard_tools.command import CommandError
+from shard_tools.command import CommandError, one_line
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 FAILURES_FILE = "failures.jsonl"
 SPLITS = ("train", "validation", "test")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
+_FILE_NAME = re.compile(r"[^/\0]+")  # of a shard: inside the folder of the data set
 COLOURS = (("bt601", "limited"), ("bt601", "full"), ("bt709", "limited"), ("bt709", "full"))  # (matrix, range)
-BLOCK = 512
-RECORD = 20 * BLOCK  # tar pads archives to whole records
-MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -128,128 +127,6 @@ class SampleInfo:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
 
-# --- tar ----------------------------------------------------------------------------------------------------------
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """The 512-byte USTAR header of a regular file, with fixed mode, owner and time: same inputs, same bytes."""
-    assert len(name.encode()) <= 100, name
-    assert 0 <= size <= MAX_MEMBER_BYTES, size
-    fields = (
-        name.encode().ljust(100, b"\0"),
-        b"0000644\0",  # mode
-        b"0000000\0",  # uid
-        b"0000000\0",  # gid
-        b"%011o\0" % size,
-        b"%011o\0" % 0,  # mtime
-        b" " * 8,  # checksum, counted as blanks
-        b"0",  # regular file
-        b"\0" * 100,  # link name
-        b"ustar\0" + b"00",
-        b"\0" * (32 + 32),  # user and group name
-        b"0000000\0" + b"0000000\0",  # device numbers
-        b"\0" * (155 + 12),  # prefix, padding
-    )
-    block = b"".join(fields)
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def padding(size: int) -> bytes:
-    """Zeros from the end of a member's data to the next block."""
-    return b"\0" * (-size % BLOCK)
-
-
-@dataclass(frozen=True)
-class Member:
-    """One member of a tar: its name, the offset of its data in the tar, and the data."""
-
-    name: str
-    offset: int
-    data: bytes
-
-    @property
-    def key(self) -> str:
-        return self.name.partition(".")[0]
-
-    @property
-    def ext(self) -> str:
-        return self.name.partition(".")[2]
-
-
-class ShardDamage(Exception):
-    """A shard whose structure is broken at `offset`; `kind` is "bad_header" or "truncated"."""
-
-    def __init__(self, kind: str, offset: int, detail: str) -> None:
-        super().__init__(f"{kind} at byte {offset}: {detail}")
-        self.kind, self.offset, self.detail = kind, offset, detail
-
-
-def parse_header(block: bytes, offset: int) -> tuple[str, int]:
-    """Name and size in a tar header, strictly: only regular USTAR files with plain relative names pass.
-
-    Raises:
-        ShardDamage: checksum, magic, type, name or a number is not what the contract allows.
-    """
-
-    def broken(detail: str) -> ShardDamage:
-        return ShardDamage("bad_header", offset, detail)
-
-    try:
-        checksum = int(block[148:156].strip(b" \0"), 8)
-        size = int(block[124:136].strip(b" \0"), 8)
-        name = block[:100].partition(b"\0")[0].decode("ascii")
-    except ValueError:
-        raise broken("not a tar header: a number or the name is not readable") from None
-    if checksum != sum(block[:148]) + 8 * 32 + sum(block[156:]):
-        raise broken("the header's checksum is wrong")
-    if block[257:265] != b"ustar\x0000":
-        raise broken("not a USTAR header (GNU and PAX extensions are not part of the format)")
-    if block[156:157] != b"0":
-        raise broken(f"member {name!r} is not a regular file (type {block[156:157]!r})")
-    if not name or "/" in name or block[345:500].strip(b"\0"):
-        raise broken(f"member name {name!r} is empty or has a folder in it")
-    return name, size
-
-
-def read_members(file: BinaryIO, hasher: Any = None) -> Iterator[Member]:
-    """Members of a tar in one sequential read, strictly, unlike tarfile, which ends silently at a damaged header.
-
-    Args:
-        file: opened for binary reading, at its start; a large buffer pays.
-        hasher: receives every byte of the file through `update`, so that the whole file's hash needs no second read.
-
-    Raises:
-        ShardDamage: at the first place where the structure is broken, the end mark included.
-    """
-    update = hasher.update if hasher is not None else lambda data: None
-    offset = 0
-    while True:
-        block = file.read(BLOCK)
-        update(block)
-        if len(block) < BLOCK:
-            raise ShardDamage("truncated", offset, "the file ends without the end-of-archive mark")
-        if not any(block):
-            break
-        name, size = parse_header(block, offset)
-        offset += BLOCK
-        data = file.read(size)
-        pad = file.read(-size % BLOCK)
-        update(data)
-        update(pad)
-        if len(data) < size or len(pad) < -size % BLOCK:
-            raise ShardDamage("truncated", offset, f"{name} should hold {size} bytes, the file ends before")
-        if any(pad):
-            raise ShardDamage("bad_header", offset + size, f"the padding after {name} is not zero")
-        yield Member(name, offset, data)
-        offset += size + len(pad)
-    tail = file.read()
-    update(tail)
-    if len(tail) < BLOCK:
-        raise ShardDamage("truncated", offset, "the end-of-archive mark is incomplete")
-    if any(tail):
-        raise ShardDamage("bad_header", offset, "there is data behind the end-of-archive mark")
-
-
 # --- index --------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +137,20 @@ def index_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
+def parse_index(data: bytes) -> pa.Table:
+    """The index in the bytes of a parquet file, every value checked to be of its column's type.
+
+    Raises:
+        ValueError: not parquet, damaged, or without the columns of INDEX_SCHEMA.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data)).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        table.validate(full=True)  # or text that is no UTF-8 would only show where it is used
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"not a readable index ({one_line(error)[:200]})") from None
+    return table
+
+
 def read_index(path: Path) -> pa.Table:
     """A shard's index.
 
@@ -268,12 +159,13 @@ def read_index(path: Path) -> pa.Table:
     """
     check = f"check the data set: python -m shard_tools.verify {path.parent}"
     try:
-        table = pq.read_table(path, memory_map=False)
-        return table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        return parse_index(path.read_bytes())
     except FileNotFoundError:
         raise DatasetError(f"{path}: the index is missing; {check}") from None
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-        raise DatasetError(f"{path}: not a readable index ({' '.join(str(error).split())[:200]}); {check}") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: {error.strerror or error}; {check}") from None
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}; {check}") from None
 
 
 # --- dataset.json -------------------------------------------------------------------------------------------------
@@ -361,12 +253,16 @@ def read_dataset(folder: Path) -> Dataset:
         ) from None
     remedy = "pack again with --overwrite, or restore the file"
     try:
-        version = json.loads(text).get("format_version")
+        version = json.loads(text).get("format_version")  # asked first: other versions may have other fields
         if version != FORMAT_VERSION:
             raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
-        return pydantic.TypeAdapter(Dataset).validate_json(text)
-    except (pydantic.ValidationError, ValueError, AttributeError) as error:
-        raise DatasetError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); {remedy}") from None
+        dataset = pydantic.TypeAdapter(Dataset).validate_json(text, strict=True)
+        for name in (info.file for split in dataset.splits.values() for info in split.shards):
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a file name")
+        return dataset
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DatasetError(f"{path}: damaged ({one_line(error)[:200]}); {remedy}") from None
 
 
 # --- durable writes -----------------------------------------------------------------------------------------------
@@ -377,6 +273,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot; nothing more can be done there
+            raise
     finally:
         os.close(descriptor)
 
@@ -393,7 +292,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except BaseException:
+    except OSError as error:  # say which file: a failed write alone does not know
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)

@@ -19,6 +19,8 @@ _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
 )
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+# Left to itself FFmpeg also takes still pictures for videos, and playlists, which open other files.
+_OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv"}
 
 
 class BadVideoError(Exception):
@@ -39,11 +41,14 @@ def probe(payload: bytes) -> Video:
     if declared is not None and declared > len(payload):
         raise BadVideoError(f"cut short: the container declares {declared} bytes, the file has {len(payload)}")
     try:
-        with av.open(io.BytesIO(payload)) as container:
+        # titles and the like need not be UTF-8
+        with av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadVideoError("no video stream in the file")
             stream = container.streams.video[0]
             context = stream.codec_context
+            if context is None:
+                raise BadVideoError("its codec is not known here")
             num_frames = _count_frames(container, stream)
             if not num_frames or not context.width or not context.height:
                 raise BadVideoError("no video frames in the file")

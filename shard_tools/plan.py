@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import xxhash
 
-from shard_tools.format import BLOCK, FORMAT_VERSION, SPLITS, shard_name
+from shard_tools.format import FORMAT_VERSION, SPLITS, shard_name
 from shard_tools.sources import Source
+from shard_tools.ustar import BLOCK
 
 MIB = 1 << 20
 _AUTO_LARGEST = 256 * MIB

@@ -8,19 +8,21 @@ folders   CLASS/video.mp4, or SPLIT/CLASS/video.mp4 with splits train, validatio
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from shard_tools.command import CommandError
+import pydantic
+
+from shard_tools.command import CommandError, one_line
 from shard_tools.format import DATASET_FILE, SPLITS, make_key
 
 VIDEO_SUFFIXES = frozenset((".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv"))
 _SSV2_PREFIX = "something-something-v2-"
+Content = TypeVar("Content")
 _SPLIT_FOLDERS = {
     "train": "train",
     "validation": "validation",
@@ -43,14 +45,17 @@ class Source:
     placeholders: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceSet:
     """All videos found, the class names in order of their label, and what was passed over, by reason and name."""
 
     layout: str
-    sources: list[Source]
-    classes: list[str]
+    sources: list[Source] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
     passed_over: dict[str, list[str]] = field(default_factory=dict)
+
+    def pass_over(self, reason: str, name: str) -> None:
+        self.passed_over.setdefault(reason, []).append(name)
 
 
 def find_sources(root: Path, layout: str, exclude: Path) -> SourceSet:
@@ -76,6 +81,10 @@ def find_sources(root: Path, layout: str, exclude: Path) -> SourceSet:
             f"{root}: no videos found (looked for {', '.join(sorted(VIDEO_SUFFIXES))} in layout {found.layout}); "
             "name the folder that holds them, or choose --layout"
         )
+    key, count = Counter(source.key for source in found.sources).most_common(1)[0]
+    if count > 1:
+        paths = [source.path for source in found.sources if source.key == key]
+        raise CommandError(f"{root}: {' and '.join(paths)} would both get the key {key}; rename one of them")
     return found
 
 
@@ -94,47 +103,44 @@ def _ssv2_label_files(root: Path) -> dict[str, Path]:
 
 
 def _find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
-    videos = _ssv2_videos(root)
+    found = SourceSet("ssv2")
+    videos = _ssv2_videos(root, found)
+    if not videos:
+        return found
     rows = {split: _read_rows(label_files[split]) for split in SPLITS if split in label_files}
     answers = _read_test_answers(label_files)
-    classes = _ssv2_classes(label_files, rows)
-    labels = {name: number for number, name in enumerate(classes)}
-    sources, passed_over, seen = [], _Passed(), {}
+    found.classes = _ssv2_classes(label_files, rows)
+    labels = {name: number for number, name in enumerate(found.classes)}
+    seen: dict[str, str] = {}
     for split, entries in rows.items():
         for row in entries:
-            identity = str(row["id"])
+            identity = str(row.id)
             if identity in seen:
-                passed_over.add(f"id already taken by split {seen[identity]}", f"{split}: {identity}")
+                found.pass_over(f"id already taken by split {seen[identity]}", f"{split}: {identity}")
+                continue
+            if not identity or "/" in identity or "\0" in identity:
+                found.pass_over("id that cannot be a file name", f"{split}: {identity!r}")
                 continue
             seen[identity] = split
-            template = row.get("template")
-            name = _without_brackets(template) if template else answers.get(identity)
+            name = _without_brackets(row.template) if row.template else answers.get(identity)
             if name is not None and name not in labels:
-                passed_over.add("class not in labels.json, packed without a label", f"{identity}: {name}")
+                found.pass_over("class not in labels.json, packed without a label", f"{identity}: {name}")
             # An entry without a file keeps the path where it should be: packing then names it as missing.
             path = videos.pop(identity, None) or _expected_path(root, identity)
-            sources.append(
+            found.sources.append(
                 Source(
                     key=make_key(identity),
                     path=path,
                     split=split,
                     label=labels.get(name) if name is not None else None,
-                    label_text=row.get("label"),
-                    template=template or name,
-                    placeholders=tuple(str(p) for p in row.get("placeholders", ())),
+                    label_text=row.label,
+                    template=row.template or name,
+                    placeholders=row.placeholders or (),
                 )
             )
     for path in sorted(videos.values()):
-        passed_over.add("video without an entry in any split", path)
-    return SourceSet("ssv2", sources, classes, passed_over.reasons)
-
-
-class _Passed:
-    def __init__(self) -> None:
-        self.reasons: dict[str, list[str]] = {}
-
-    def add(self, reason: str, name: str) -> None:
-        self.reasons.setdefault(reason, []).append(name)
+        found.pass_over("video without an entry in any split", path)
+    return found
 
 
 def _ssv2_video_folders(root: Path) -> list[Path]:
@@ -142,16 +148,17 @@ def _ssv2_video_folders(root: Path) -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def _ssv2_videos(root: Path) -> dict[str, str]:
-    """Id -> path relative to the root; where an id is in several folders the first folder of the list has it."""
+def _ssv2_videos(root: Path, found: SourceSet) -> dict[str, str]:
+    """Id -> path relative to the root; of several files of one id, the first folder and .webm come first."""
     videos: dict[str, str] = {}
     for folder in _ssv2_video_folders(root):
         prefix = "" if folder == root else folder.name + "/"
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                stem, suffix = os.path.splitext(entry.name)
-                if suffix.lower() in VIDEO_SUFFIXES:
-                    videos.setdefault(stem, prefix + entry.name)
+        for name in sorted(os.listdir(folder), key=lambda name: (not name.endswith(".webm"), name)):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in VIDEO_SUFFIXES or name.startswith("."):
+                continue
+            if videos.setdefault(stem, prefix + name) != prefix + name:
+                found.pass_over("another file has the same id", prefix + name)
     return videos
 
 
@@ -160,18 +167,31 @@ def _expected_path(root: Path, identity: str) -> str:
     return ("" if folder == root else folder.name + "/") + f"{identity}.webm"
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = _read_json(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-        raise CommandError(f'{path}: expected a list of objects with an "id"; is this the label file of the data set?')
-    return rows
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One entry of a label file, as far as it is used here."""
+
+    id: int | str
+    label: str | None = None
+    template: str | None = None
+    placeholders: tuple[str, ...] | None = None
 
 
-def _read_json(path: Path) -> Any:
+def _read_rows(path: Path) -> list[_Row]:
+    return _read_json(path, list[_Row], 'a list of objects with an "id"')
+
+
+def _read_json(path: Path, kind: type[Content], expected: str) -> Content:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put a byte order mark before UTF-8
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CommandError(f"{path}: not JSON ({error}); fetch the label file again") from None
+        return pydantic.TypeAdapter(kind).validate_json(data)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"[{step}]" for step in first["loc"])
+        raise CommandError(
+            f"{path}: expected {expected}, found at {where or 'the top'}: {one_line(first['msg'])}; is this the label "
+            "file of the data set?"
+        ) from None
 
 
 def _read_test_answers(label_files: dict[str, Path]) -> dict[str, str]:
@@ -181,23 +201,22 @@ def _read_test_answers(label_files: dict[str, Path]) -> dict[str, str]:
     for name in ("test-answers.csv", f"{_SSV2_PREFIX}test-answers.csv"):
         path = label_files["test"].with_name(name)
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise CommandError(f"{path}: not UTF-8 text ({error}); fetch it again, or move it away") from None
             pairs = (line.partition(";") for line in lines if ";" in line)
             return {identity.strip(): _without_brackets(label.strip()) for identity, _, label in pairs}
     return {}
 
 
-def _ssv2_classes(label_files: dict[str, Path], rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _ssv2_classes(label_files: dict[str, Path], rows: dict[str, list[_Row]]) -> list[str]:
     """Class names in order of their number: from labels.json, or the sorted templates where that is missing."""
     if "labels" not in label_files:
-        return sorted(
-            {_without_brackets(r["template"]) for entries in rows.values() for r in entries if r.get("template")}
-        )
+        return sorted({_without_brackets(row.template) for entries in rows.values() for row in entries if row.template})
     path = label_files["labels"]
-    try:
-        numbers = {_without_brackets(name): int(number) for name, number in _read_json(path).items()}
-    except (AttributeError, ValueError, TypeError):
-        raise CommandError(f'{path}: expected {{"class name": "number"}}; fetch the label file again') from None
+    written = _read_json(path, dict[str, int], '{"class name": "number"}')
+    numbers = {_without_brackets(name): number for name, number in written.items()}
     if sorted(numbers.values()) != list(range(len(numbers))):
         raise CommandError(
             f"{path}: class numbers are not 0..{len(numbers) - 1}, each once; fetch the label file again"
@@ -213,14 +232,21 @@ def _without_brackets(template: str) -> str:
 
 
 def _find_folders(root: Path, exclude: Path) -> SourceSet:
-    paths = sorted(_walk_videos(root, exclude))
-    split_level = any(path.split("/")[0] in _SPLIT_FOLDERS and path.count("/") >= 1 for path in paths)
+    found = SourceSet("folders")
+    paths = []
+    for path in sorted(path.relative_to(root).as_posix() for path in _walk_videos(root, exclude)):
+        if _is_text(path):
+            paths.append(path)
+        else:
+            found.pass_over("name that is not UTF-8 text", path)
+    top = {path.split("/")[0] for path in paths if "/" in path}
+    split_level = bool(top) and top <= _SPLIT_FOLDERS.keys()  # else a class may be called "train"
     entries = [_split_and_class(path, split_level) for path in paths]
-    classes = sorted({name for _, name in entries if name is not None})
-    labels = {name: number for number, name in enumerate(classes)}
+    found.classes = sorted({name for _, name in entries if name is not None})
+    labels = {name: number for number, name in enumerate(found.classes)}
     keys = [make_key(os.path.splitext(path)[0].replace("/", "_")) for path in paths]
     taken = Counter(keys)
-    sources = [
+    found.sources = [
         Source(
             # a/b_c.mp4 and a_b/c.mp4 meet in one key, as do a.mp4 and a.webm: the whole path tells them apart
             key=key if taken[key] == 1 else make_key(path),
@@ -232,28 +258,41 @@ def _find_folders(root: Path, exclude: Path) -> SourceSet:
         )
         for path, key, (split, name) in zip(paths, keys, entries, strict=True)
     ]
-    return SourceSet("folders", sources, classes)
+    return found
 
 
 def _split_and_class(path: str, split_level: bool) -> tuple[str, str | None]:
     parts = path.split("/")[:-1]
-    split = _SPLIT_FOLDERS[parts.pop(0)] if split_level and parts and parts[0] in _SPLIT_FOLDERS else "train"
+    split = _SPLIT_FOLDERS[parts.pop(0)] if split_level and parts else "train"
     return split, parts[0] if parts else None
 
 
-def _walk_videos(root: Path, exclude: Path) -> Iterator[str]:
-    """Videos below the root, relative, without the output folder, other packed data sets and hidden folders."""
-    for folder, names, files in os.walk(root, onerror=_refuse, followlinks=True):
-        here = Path(folder)
-        names[:] = [n for n in names if not n.startswith(".") and not _is_output(here / n, exclude)]
-        for file in files:
-            if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES and not file.startswith("."):
-                yield (here / file).relative_to(root).as_posix()
+def _walk_videos(folder: Path, exclude: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Videos below a folder, without the output folder, other packed data sets and hidden files and folders.
+
+    Links are followed, but for those that lead back to a folder they lie in.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if not _is_output(folder / entry.name, exclude):
+                    yield from _walk_videos(folder / entry.name, exclude, (*above, real))
+            elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
+                yield folder / entry.name
 
 
 def _is_output(folder: Path, exclude: Path) -> bool:
     return folder.resolve() == exclude.resolve() or (folder / DATASET_FILE).is_file()
 
 
-def _refuse(error: OSError) -> None:
-    raise error
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8: a JSON file cannot hold them
+        return False
+    return True

@@ -33,6 +33,7 @@ import av
 import av.codec.context
 import cv2
 import numpy as np
+from numpy.random import Generator, default_rng  # np.random is imported lazily, and that swallows a Ctrl-C
 from tqdm import tqdm
 
 from shard_tools.command import OK, CommandError, run
@@ -106,7 +107,7 @@ class Clip:
 
 def plan_clip(spec: Spec, index: int) -> Clip:
     """Everything about clip `index`. Its class is `index % spec.classes`, and touches nothing but the velocity."""
-    rng = np.random.default_rng([spec.seed, index])
+    rng = default_rng([spec.seed, index])
     start, quickness = rng.random(4), rng.random()
     direction = np.array(MOTIONS[index % spec.classes][1])
     velocity = direction * (SLOWEST + quickness * (FASTEST - SLOWEST))
@@ -134,7 +135,7 @@ def render(clip: Clip, frame: int) -> np.ndarray:
     return np.rint(blended).astype(np.uint8)
 
 
-def _draw_sprite(rng: np.random.Generator, texture: str, shape: str, side: int) -> np.ndarray:
+def _draw_sprite(rng: Generator, texture: str, shape: str, side: int) -> np.ndarray:
     """The object as (side, side, 4) uint8 RGBA. A wedge of a third colour makes every turn of it visible."""
     axis = (np.arange(side) + 0.5) * 2 / side - 1
     u, v = np.meshgrid(axis, axis)
@@ -151,7 +152,7 @@ def _draw_sprite(rng: np.random.Generator, texture: str, shape: str, side: int) 
     return np.rint(np.dstack([colour, alpha * 255])).astype(np.uint8)
 
 
-def _pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _pattern(rng: Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The texture as a mixing weight in [0, 1], like `u` and `v` (object coordinates, -1 to 1)."""
     rate, phases = np.pi * rng.uniform(2, 4), rng.uniform(0, 2 * np.pi, 2)
     if texture == "striped":
@@ -177,7 +178,7 @@ def _inside(shape: str, r: np.ndarray, theta: np.ndarray) -> np.ndarray:
     return np.cos(np.pi / corners) / np.cos(off_edge) - r
 
 
-def _draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
+def _draw_background(rng: Generator, size: int) -> np.ndarray:
     """Blurred noise of random coarseness between two muted colours, (size, size, 3) uint8 RGB."""
     cells = round(3 * 8 ** rng.random())
     noise = cv2.resize(rng.random((cells, cells)), (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
@@ -241,7 +242,7 @@ def _prepare(out: Path) -> None:
 
 def _draw_ids(spec: Spec) -> list[str]:
     """One unique number a clip, in no order. Three words of seed keep the stream apart from every clip's two."""
-    rng = np.random.default_rng([spec.seed, 0, 1])
+    rng = default_rng([spec.seed, 0, 1])
     return [str(number + 1) for number in rng.choice(max(220_847, 4 * spec.clips), spec.clips, replace=False)]
 
 

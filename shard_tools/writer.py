@@ -13,18 +13,8 @@ from typing import Any, Self
 
 import xxhash
 
-from shard_tools.format import (
-    BLOCK,
-    RECORD,
-    SampleInfo,
-    ShardInfo,
-    index_bytes,
-    index_name,
-    padding,
-    sync_folder,
-    tar_header,
-    write_atomic,
-)
+from shard_tools.format import SampleInfo, ShardInfo, index_bytes, index_name, sync_folder, write_atomic
+from shard_tools.ustar import BLOCK, RECORD, padding, tar_header
 
 _BUFFER = 4 << 20  # a few large writes instead of three small ones a sample
 

@@ -49,7 +49,18 @@ def test_a_run_writes_what_the_contract_says(make_config, tmp_path, capsys):
     run_dir = tmp_path / "run"
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    wanted = {"step", "loss", "r2", "lr", "grad_norm", "clips_per_sec", "data_wait_ms", "decode_ms", "step_ms", "failures"}
+    wanted = {
+        "step",
+        "loss",
+        "r2",
+        "lr",
+        "grad_norm",
+        "clips_per_sec",
+        "data_wait_ms",
+        "decode_ms",
+        "step_ms",
+        "failures",
+    }
     for line in lines:
         assert wanted <= set(line)
         assert all(math.isfinite(line[name]) for name in wanted)
@@ -70,7 +81,9 @@ def test_stopping_and_resuming_changes_nothing(make_config, tmp_path, log_every)
     """Also with other workers after the break, and with a line of metrics whose interval the break cuts."""
     assert train(make_config("whole", train__log_every=log_every, train__steps=12)) == 0
     assert train(make_config("parts", train__log_every=log_every, train__steps=6, train__trace_samples=True)) == 0
-    later = make_config("parts", train__log_every=log_every, train__steps=12, data__num_workers=2, train__trace_samples=True)
+    later = make_config(
+        "parts", train__log_every=log_every, train__steps=12, data__num_workers=2, train__trace_samples=True
+    )
     assert train(later, resume=True) == 0
     whole, parts = dict_of(losses(tmp_path / "whole")), dict_of(losses(tmp_path / "parts"))
     assert set(whole) <= set(parts)
@@ -282,7 +295,9 @@ def test_sigterm_writes_a_checkpoint_and_the_resumed_run_is_the_undisturbed_one(
     process.kill()
     process.communicate(timeout=60)
 
-    done = subprocess.run([*start, "--resume"], cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*start, "--resume"], cwd=repository, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert losses(run_dir) == losses(tmp_path / "whole")
     a, b = (tmp_path / run / "checkpoints/step-00000030/model.safetensors" for run in ("whole", "run"))
@@ -306,7 +321,11 @@ def test_bad_input_ends_in_one_line_and_exit_2(make_config, tmp_path, repository
         (["--config", "configs/tiny.toml", "--set", "data.shards=/nowhere"], "/nowhere: no such folder"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "salt_wds.train", *arguments], cwd=repository, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "salt_wds.train", *arguments],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 2
         (line,) = done.stderr.strip().splitlines()
@@ -326,7 +345,11 @@ def test_a_failing_sample_is_in_the_ledger_and_in_the_metrics(make_config, tmp_p
     assert last["failures"] == len(failures)
     assert sum(last["failures_by_kind"].values()) == len(failures)
     listed = subprocess.run(
-        [sys.executable, "-m", "shard_tools.failures", str(run_dir)], cwd=repository, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "shard_tools.failures", str(run_dir)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert listed.returncode == 1
     for shard, key in bad:

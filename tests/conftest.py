@@ -1,0 +1,89 @@
+"""What tests share: running a command as a user does, a generated data set, the same packed, a few real clips.
+
+`videos`, `dataset` and `real_clips` are read-only: a test that damages something damages a copy of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shard_tools.format import index_name, read_dataset, read_index
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"
+
+RunModule = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_module(
+    module: str, *args: object, check: bool = True, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGS` in the repository root. With `check`, another exit code than 0 fails the test."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode:
+        pytest.fail(f"{module} left with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="session", name="run_module")
+def _run_module() -> RunModule:
+    return run_module
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 generated clips of 64x64 and 24 frames in 4 classes, in the layout of Something-Something-v2."""
+    out = tmp_path_factory.mktemp("videos") / "generated"
+    run_module("shard_tools.synth", out, "--clips", 40, "--classes", 4, "--size", 64, "--frames", 24, "--seed", 1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def dataset(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`videos` packed into shards of 128 KiB: several of four or five samples in the training split."""
+    out = tmp_path_factory.mktemp("dataset") / "shards"
+    run_module("shard_tools.pack", videos, "--out", out, "--shard-size", "128KiB")
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """36 real clips in the layout of Something-Something-v2; not part of the repository."""
+    if not REAL_CLIPS.is_dir():
+        pytest.skip(f"no real clips: {REAL_CLIPS.name} is not beside the repository")
+    return REAL_CLIPS
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def damaged_dataset(dataset: Path, tmp_path: Path) -> tuple[Path, set[tuple[str, str]]]:
+    """A copy of the data set with two damaged training payloads, and the set of their (shard, key)."""
+    folder = tmp_path / "damaged-shards"
+    shutil.copytree(dataset, folder)
+    damaged = set()
+    for info in read_dataset(folder).splits["train"].shards[:2]:
+        row = read_index(folder / index_name(info.file)).to_pylist()[0]
+        with (folder / info.file).open("r+b") as file:
+            file.seek(row["payload_offset"] + row["payload_size"] // 2)
+            file.write(os.urandom(16))
+        damaged.add((info.file, row["key"]))
+    return folder, damaged

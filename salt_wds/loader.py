@@ -41,7 +41,7 @@ from salt_wds.pipeline import (
 )
 from salt_wds.shared import SharedArray
 from shard_tools import ledger
-from shard_tools.command import CommandError
+from shard_tools.command import CommandError, end_with_parent
 from shard_tools.ledger import Failure
 
 log = logging.getLogger(__name__)
@@ -321,7 +321,8 @@ class _Workers:
                 prefetch_factor=prefetch if data.num_workers else None,
                 timeout=_POLL_S if data.num_workers else 0,
                 multiprocessing_context=context,
-                worker_init_fn=_ignore_stop_signals,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # torch draws a seed for workers; not from the generator of the run
             )
             self._iterator = iter(loader)
 
@@ -380,10 +381,11 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Ctrl-C and a group's SIGTERM reach workers, too; the training process decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _our_modules() -> list[str]:

@@ -30,6 +30,7 @@ from salt_wds.masks import make_mask
 from salt_wds.order import Order, sample_rng
 from salt_wds.shared import SharedArray
 from shard_tools import ledger
+from shard_tools.command import end_with_parent
 from shard_tools.format import COLOURS
 from shard_tools.ledger import Failure
 
@@ -151,7 +152,11 @@ def make_order(spec: PipelineSpec) -> Order:
 
 
 def make_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
-    """Read and decode one sample alone, as a worker would; an ordinary failure is no harm, it is met again there."""
+    """In a process of its own: read and decode one sample, as a worker would.
+
+    An ordinary failure does no harm here, the worker meets it again and records it.
+    """
+    end_with_parent()
     _Worker(spec).try_one(position, attempt)
 
 

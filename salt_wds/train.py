@@ -184,10 +184,10 @@ class _Trainer:
         self.clock = Clock()
         # Of the batches since the last wait for the device: a loss that is not finite is noticed only then.
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.train.log_every + 1)
-        # AdamW's fused kernel skips the update while this is not zero; it is never reset, so the first step that is not
+        # AdamW's fused kernel skips the update while `found_inf` is 1; it is never reset, so the first step that is not
         # finite, and all after it, leave the parameters alone, without waiting for the device every step.
-        self.stopped_at = torch.zeros((), dtype=torch.float32, device=device)
-        optimizer.found_inf = self.stopped_at
+        self.stopped_at = torch.zeros((), dtype=torch.int64, device=device)
+        optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
     def run(self) -> int:
         train = self.config.train
@@ -236,7 +236,8 @@ class _Trainer:
         limit = self.config.optim.clip_grad_norm or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), limit)
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        self.stopped_at.copy_(torch.where(finite | (self.stopped_at > 0), self.stopped_at, float(self.step)))
+        self.stopped_at.copy_(torch.where(finite | (self.stopped_at > 0), self.stopped_at, self.step))
+        self.optimizer.found_inf.copy_(self.stopped_at > 0)
         self.optimizer.step()
         self.meter.add({"loss": loss, **stats, "grad_norm": grad_norm})
         return grad_norm

@@ -176,7 +176,7 @@ class TrainConfig(Section):
     """Optimiser steps of the whole run."""
     run_dir: str
     """Folder for everything the run writes (metrics, failures, checkpoints)."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, sample order, crops and masks."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA where there is a GPU, else the CPU."""

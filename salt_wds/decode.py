@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import av
@@ -16,9 +16,12 @@ import cv2
 import numpy as np
 
 from shard_tools.command import CommandError
-from shard_tools.format import COLOURS
+from shard_tools.format import COLOURS, FRAME_TIERS
 
 DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # what the way back from decord's RGB uses
+
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the size, rounded up
 
 
 class DecodeError(Exception):
@@ -89,14 +92,21 @@ def _even(x: int, y: int, w: int, h: int, width: int, height: int, flip: bool) -
     return Crop(x, y, w, h, flip)
 
 
-def get_decoder(name: str) -> Callable[..., int]:
-    """The decoder function behind a name: `decoder(payload, info, frames, crop, size, out) -> colour`.
+Decoder = Callable[..., int]
+
+
+def get_decoder(name: str, ext: str) -> Decoder:
+    """The decoder for payloads of extension `ext`: `decoder(payload, info, frames, crop, size, out) -> colour`.
 
     It writes the clip into `out`, (T, S*S*3//2) uint8, and returns the colour of what it wrote (index into COLOURS).
+    `name` (data.decoder) decides for video files; the frame tiers have one decoder each, whose payload is a list with
+    the bytes of every wanted frame, repeated ones once.
 
     Raises:
         CommandError: the decoder's package is not installed.
     """
+    if ext in FRAME_TIERS:
+        return {"mjpeg": decode_mjpeg, "y4m": decode_y4m}[ext]
     if name == "decord":
         if importlib.util.find_spec("decord") is None:
             raise CommandError(
@@ -106,7 +116,7 @@ def get_decoder(name: str) -> Callable[..., int]:
     return decode_pyav
 
 
-# --- PyAV: planes as the decoder leaves them ----------------------------------------------------------------------
+# --- video files through PyAV: planes as the decoder leaves them --------------------------------------------------
 
 
 def decode_pyav(payload: bytes, info: VideoInfo, frames: np.ndarray, crop: Crop, size: int, out: np.ndarray) -> int:
@@ -139,7 +149,7 @@ def _frames(payload: bytes) -> Iterator[av.VideoFrame]:
         yield from container.decode(stream)
 
 
-def _planes(frame: av.VideoFrame, info: VideoInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _planes(frame: av.VideoFrame, info: VideoInfo) -> Planes:
     """Y, U and V of a frame without their padding: views, not copies; U and V have (n + 1) // 2 columns and rows."""
     if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (info.width, info.height):
         frame = frame.reformat(width=info.width, height=info.height, format="yuv420p")
@@ -151,7 +161,7 @@ def _planes(frame: av.VideoFrame, info: VideoInfo) -> tuple[np.ndarray, np.ndarr
     )
 
 
-def _write_planes(planes: tuple[np.ndarray, np.ndarray, np.ndarray], crop: Crop, size: int, out: np.ndarray) -> None:
+def _write_planes(planes: Planes, crop: Crop, size: int, out: np.ndarray) -> None:
     """Crop and resize each plane into its part of `out`, (S*S*3//2,) uint8."""
     half = size // 2
     luma, chroma = size * size, half * half
@@ -178,6 +188,59 @@ def _resize(source: np.ndarray, target: np.ndarray) -> None:
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     written = cv2.resize(source, target.shape[1::-1], dst=target, interpolation=method)
     assert written is target or np.shares_memory(written, target)
+
+
+# --- frame tiers: only the wanted frames were read ----------------------------------------------------------------
+
+
+def decode_mjpeg(
+    payload: list[bytes], info: VideoInfo, frames: np.ndarray, crop: Crop, size: int, out: np.ndarray
+) -> int:
+    """Decode JPEGs with FFmpeg's mjpeg decoder, to planes.
+
+    Raises:
+        DecodeError: a JPEG gives no picture.
+        av.FFmpegError: a JPEG is damaged.
+    """
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.thread_count = 1
+    pictures = (_planes(_only_frame(decoder, jpeg), info) for jpeg in payload)
+    return _write_clip(pictures, info, frames, crop, size, out)
+
+
+def _only_frame(decoder: av.VideoCodecContext, jpeg: bytes) -> av.VideoFrame:
+    decoded = decoder.decode(av.Packet(jpeg))
+    if len(decoded) != 1:
+        raise DecodeError(f"a JPEG of {len(jpeg)} bytes gives {len(decoded)} pictures")
+    return decoded[0]
+
+
+def decode_y4m(
+    payload: list[bytes], info: VideoInfo, frames: np.ndarray, crop: Crop, size: int, out: np.ndarray
+) -> int:
+    """Views into the bytes of raw frames: nothing to decode."""
+    w, h = info.width, info.height
+    rows, columns = (h + 1) // 2, (w + 1) // 2
+    ends = w * h, w * h + rows * columns
+
+    def planes(frame: bytes) -> Planes:
+        data = np.frombuffer(frame, np.uint8)
+        chroma = (data[ends[0] : ends[1]], data[ends[1] :])
+        u, v = (part.reshape(rows, columns) for part in chroma)
+        return data[: ends[0]].reshape(h, w), u, v
+
+    return _write_clip(map(planes, payload), info, frames, crop, size, out)
+
+
+def _write_clip(
+    pictures: Iterable[Planes], info: VideoInfo, frames: np.ndarray, crop: Crop, size: int, out: np.ndarray
+) -> int:
+    """Write one picture for each different frame number, and copies where a number repeats (always at the end)."""
+    slots = np.unique(frames, return_index=True)[1]
+    for slot, planes in zip(slots, pictures, strict=True):
+        _write_planes(planes, crop, size, out[slot])
+    out[len(slots) :] = out[len(slots) - 1]
+    return info.colour
 
 
 # --- decord: the user's package, through RGB ----------------------------------------------------------------------

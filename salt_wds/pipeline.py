@@ -8,26 +8,24 @@ the next attempt: a substitute that depends on nothing but (seed, position, atte
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import webdataset as wds
-import xxhash
 
-from salt_wds.catalog import Catalog, Row
+from salt_wds.catalog import Catalog
 from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
 from salt_wds.masks import make_mask
 from salt_wds.order import Order, sample_rng
+from salt_wds.reader import Reader
 from salt_wds.shared import SharedArray
 from shard_tools import ledger
 from shard_tools.command import end_with_parent
@@ -200,8 +198,8 @@ class _Worker:
             cv2.setNumThreads(0)  # the workers are the threads
         self._spec = spec
         self._order = make_order(spec)
-        self._decode = get_decoder(spec.data.decoder)
-        self._reader = _Reader(spec.catalog)
+        self._decoders = {ext: get_decoder(spec.data.decoder, ext) for ext in spec.catalog.extensions}
+        self._reader = Reader(spec.catalog)
         self._recorder = Recorder(spec, info.id if info else 0)
         self._status = spec.in_flight.array[info.id if info else 0]
         self._batches_made = 0
@@ -223,7 +221,8 @@ class _Worker:
         clips, masks = spec.views(self._recorder.worker, slot)
         rows: list[Sample | None] = [None] * spec.local_batch
         requests = [self._request(i, first + i, 0, clips) for i in range(spec.local_batch)]
-        self._reader.announce(requests)
+        for request in requests:
+            self._reader.announce(request["shard"], request["row"])
         while requests:
             for sample in self._samples(requests):
                 rows[sample["item"]] = sample
@@ -309,76 +308,28 @@ class _Worker:
         return self._request(request["item"], request["position"], attempt, clips)
 
     def _read(self, sample: Sample) -> Sample:
-        """Add `json` (the content of KEY.json) and `payload` (bytes), checked against the index's hashes."""
+        """Add `json` (the content of KEY.json) and `payload` of the frames that the clip takes, checked by hash.
+
+        Here begins what is random about a sample; all of it comes from the position.
+        """
         if sample["__key__"] in self._spec.quarantine:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
         started = time.perf_counter()
-        sample["json"], sample["payload"] = self._reader.read(sample["shard"], sample["row"])
+        data, row = self._spec.data, sample["row"]
+        sample["rng"] = sample_rng(self._spec.seed, sample["position"])
+        sample["frames"] = choose_frames(row.num_frames, data.num_frames, data.frame_stride, sample["rng"])
+        sample["json"], sample["payload"] = self._reader.read(sample["shard"], row, sample["frames"])
         sample["read_s"] = time.perf_counter() - started
         return sample
 
     def _decode_clip(self, sample: Sample) -> Sample:
-        """Decode, crop and resize into the batch; draw the mask. Everything random comes from the position."""
+        """Decode, crop and resize into the batch; draw the mask."""
         started = time.perf_counter()
-        data, row, video = self._spec.data, sample["row"], sample["json"]["video"]
-        rng = sample_rng(self._spec.seed, sample["position"])
+        data, row, video, rng = self._spec.data, sample["row"], sample["json"]["video"], sample.pop("rng")
         info = VideoInfo(row.num_frames, row.width, row.height, COLOURS.index((video["matrix"], video["range"])))
-        frames = choose_frames(info.num_frames, data.num_frames, data.frame_stride, rng)
         crop = random_crop(info.width, info.height, data.crop_scale, data.crop_ratio, data.flip, rng)
-        sample["colour"] = self._decode(sample.pop("payload"), info, frames, crop, data.size, sample["clip"])
+        decoder = self._decoders[row.ext]
+        sample["colour"] = decoder(sample.pop("payload"), info, sample["frames"], crop, data.size, sample["clip"])
         sample["mask"] = make_mask(self._spec.grid, self._spec.mask, rng)
         sample["decode_s"] = time.perf_counter() - started
         return sample
-
-
-class HashMismatchError(Exception):
-    """A member's bytes are not those that were packed."""
-
-
-class _Reader:
-    """Reads samples by `pread` at indexed offsets; one open file a shard, the least recently used closed first."""
-
-    _MOST_OPEN = 64
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._open: dict[int, int] = {}
-
-    def announce(self, requests: list[Sample]) -> None:
-        """Tell the kernel which byte ranges come next, so that the drive's queue is full while we decode."""
-        for request in requests:
-            row: Row = request["row"]
-            try:
-                start, end = row.json_offset, row.payload_offset + row.payload_size
-                os.posix_fadvise(self._file(request["shard"]), start, end - start, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                continue  # only a hint; reading this sample meets the same error and records it
-
-    def read(self, shard: int, row: Row) -> tuple[dict[str, Any], bytes]:
-        """The content of KEY.json and the payload, in one read: the members are adjacent.
-
-        Raises:
-            OSError: the shard cannot be read.
-            HashMismatchError: the bytes are not those that were packed.
-        """
-        wanted = row.payload_offset + row.payload_size - row.json_offset
-        data = os.pread(self._file(shard), wanted, row.json_offset)
-        head = data[: row.json_size]
-        payload = data[row.payload_offset - row.json_offset :]
-        for name, part, expected in (("json", head, row.xxh3_json), (row.ext, payload, row.xxh3_payload)):
-            if xxhash.xxh3_64_intdigest(part) != expected:
-                raise HashMismatchError(
-                    f"{row.key}.{name}: the bytes at {row.json_offset} are not those that were packed; "
-                    f"check: python -m shard_tools.verify {self._catalog.folder}"
-                )
-        return json.loads(head), payload
-
-    def _file(self, shard: int) -> int:
-        descriptor = self._open.pop(shard, None)
-        if descriptor is None:
-            if len(self._open) >= self._MOST_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            path = Path(self._catalog.folder, self._catalog.files[shard])
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._open[shard] = descriptor
-        return descriptor

@@ -8,14 +8,15 @@ it runs alone is given back as dead.
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
+
+from shard_tools.command import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -53,7 +54,8 @@ def _run_pool(
     try:
         while left or pending:
             while left and len(pending) < 2 * workers:  # submit just ahead: a death then leaves few suspects
-                pending[pool.submit(function, left[-1])] = left[-1]
+                with _interrupts_deferred():
+                    pending[pool.submit(function, left[-1])] = left[-1]
                 left.pop()
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
@@ -67,6 +69,28 @@ def _run_pool(
         _kill(pool)
 
 
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Start processes in here: a KeyboardInterrupt in the middle leaves one that the pool forgets and Python awaits.
+
+    The new processes inherit a blocked Ctrl-C, so that only this one answers it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others never see a KeyboardInterrupt
+        yield
+        return
+    deferred: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: deferred.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if deferred:
+            signal.raise_signal(deferred[0])
+
+
 def _kill(pool: ProcessPoolExecutor) -> None:
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
@@ -77,12 +101,4 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """Leave when the parent is gone (SIGKILL): a pool's workers would otherwise wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from shard_tools import ledger
-from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
 from shard_tools.ledger import Failure
 
 
@@ -59,7 +59,8 @@ def _print(path: Path, failures: list[Failure], counts: dict[str, Counter[str]],
         print("samples:")
     for (shard, key), count in keys.most_common(shown):
         failure = last[shard, key]
-        print(f"  {count:>6}  {shard} {key}: {failure.stage}: {failure.error}: {failure.message} ({failure.action})")
+        what = one_line(f"{failure.stage}: {failure.error}: {failure.message} ({failure.action})")
+        print(f"  {count:>6}  {shard} {key}: {what}")
     if len(keys) > shown:
         print(f"  ... and {len(keys) - shown} more (--keys {len(keys)})")
 

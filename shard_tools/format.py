@@ -35,6 +35,9 @@ FAILURES_FILE = "failures.jsonl"
 SPLITS = ("train", "validation", "test")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
 _FILE_NAME = re.compile(r"[^/\0]+")  # of a shard: inside the folder of the data set
+TIERS = ("source", "mjpeg", "y4m")  # what is stored of a video, see tiers.py
+FRAME_TIERS = ("mjpeg", "y4m")  # those whose frames are found and read one by one; also their extensions
+Y4M_FRAME_MARK = b"FRAME\n"
 COLOURS = (("bt601", "limited"), ("bt601", "full"), ("bt709", "limited"), ("bt709", "full"))  # (matrix, range)
 
 INDEX_SCHEMA = pa.schema(
@@ -111,7 +114,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """The content of KEY.json."""
+    """The content of KEY.json. The last two are of frame tiers: where each frame lies, and its XXH3-64 as 16 digits."""
 
     key: str
     split: str
@@ -121,10 +124,36 @@ class SampleInfo:
     placeholders: tuple[str, ...]
     source: SourceFile
     video: Video
+    frame_offsets: tuple[int, ...] | None = None
+    frame_xxh3: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
-        """Canonical bytes: the same sample gives the same bytes."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        """Canonical bytes: the same sample gives the same bytes. Frame fields are left out where there are none."""
+        record = dataclasses.asdict(self)
+        for name in ("frame_offsets", "frame_xxh3"):
+            if record[name] is None:
+                del record[name]
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def y4m_frame_bytes(width: int, height: int) -> int:
+    """Bytes of one 8-bit 4:2:0 frame: luma, and two chroma planes of half the size, rounded up."""
+    return width * height + 2 * ((width + 1) // 2) * ((height + 1) // 2)
+
+
+def frame_span(record: dict[str, Any], number: int, payload_size: int) -> tuple[int, int]:
+    """Start and end of frame `number` in a payload of a frame tier, in bytes; `record` is the content of KEY.json.
+
+    MJPEG has a table; in YUV4MPEG2 all frames have one size, and the header is what they leave of the payload.
+    """
+    video = record["video"]
+    if "frame_offsets" in record:
+        offsets = record["frame_offsets"]
+        return offsets[number], offsets[number + 1] if number + 1 < len(offsets) else payload_size
+    size = y4m_frame_bytes(video["width"], video["height"])
+    step = len(Y4M_FRAME_MARK) + size
+    start = payload_size - (video["num_frames"] - number) * step + len(Y4M_FRAME_MARK)
+    return start, start + size
 
 
 # --- index --------------------------------------------------------------------------------------------------------

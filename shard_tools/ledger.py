@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pydantic
+
 STAGES = ("pack", "read", "decode", "augment", "crash", "hang")
 ACTIONS = ("skipped", "substituted", "quarantined")
 
@@ -47,13 +49,16 @@ class Failure:
     attempt: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.stage in STAGES, self.stage
-        assert self.action in (*ACTIONS, None), self.action
+        if self.stage not in STAGES:
+            raise ValueError(f"stage {self.stage!r} is none of {', '.join(STAGES)}")
+        if self.action not in (*ACTIONS, None):
+            raise ValueError(f"action {self.action!r} is none of {', '.join(ACTIONS)}")
 
     def to_line(self) -> str:
-        """The record as one JSON line, fields in the order of the contract."""
+        """The record as one JSON line, fields in the order of the contract; what is no UTF-8 text becomes `?`."""
         record = dataclasses.asdict(self)
-        return json.dumps({name: record[name] for name in _FIELD_ORDER}, ensure_ascii=False) + "\n"
+        line = json.dumps({name: record[name] for name in _FIELD_ORDER}, ensure_ascii=False) + "\n"
+        return line.encode(errors="replace").decode()
 
 
 _FIELD_ORDER = (
@@ -110,16 +115,15 @@ def _ends_mid_line(path: Path) -> bool:
 
 def read(path: Path) -> tuple[list[Failure], int]:
     """All records of one ledger file, and the number of lines that are none (cut short, or damaged)."""
-    names = {field.name for field in dataclasses.fields(Failure)}
+    record = pydantic.TypeAdapter(Failure)
     failures, damaged = [], 0
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for line in file:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                failures.append(Failure(**{name: record.get(name) for name in names}))
-            except (ValueError, AttributeError, AssertionError):
+                failures.append(record.validate_json(line, strict=True))
+            except ValueError:
                 damaged += 1
     return failures, damaged
 

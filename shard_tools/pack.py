@@ -1,79 +1,92 @@
 """`python -m shard_tools.pack ROOT`: a folder of videos becomes checked WebDataset shards.
 
-Everything is prepared in a hidden folder beside the result (`.packing`), each shard durable before it counts as done,
-and moved into place at the end, dataset.json last. So a pack may be killed at any moment: the same command goes on
+Shards are written by independent processes into a hidden folder beside the result, each durable before it counts as
+done, and moved into place at the end (staging.py). So a pack may be killed at any moment: the same command goes on
 where it stopped, and the result is the same to the byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import fcntl
 import functools
-import json
 import os
+import re
 import shutil
-import signal
+import stat
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from tqdm import tqdm
 
-from shard_tools import ledger
-from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools import ledger, staging
+from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.format import (
-    DATASET_FILE,
     FAILURES_FILE,
     SPLITS,
     SampleInfo,
     ShardInfo,
     SourceFile,
-    index_name,
+    Video,
     make_dataset,
     read_dataset,
-    sync_folder,
-    write_atomic,
 )
 from shard_tools.frames import BadVideoError, probe
 from shard_tools.ledger import Failure
 from shard_tools.plan import MIB, Plan, ShardTask, auto_shard_bytes, make_plan
-from shard_tools.sources import SourceSet, find_sources
+from shard_tools.sources import Source, SourceSet, find_sources
+from shard_tools.staging import PackPlan, ShardResult
+from shard_tools.ustar import MAX_MEMBER_BYTES
 from shard_tools.writer import ShardWriter
 
-STAGING = ".packing"
 _SHOWN = 10  # names printed of a longer list; the files have them all
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": MIB, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     out = args.out or args.root / "shards"
+    name = (args.name or args.root.resolve().name).encode(errors="replace").decode()
     found = find_sources(args.root, args.layout, exclude=out)
     if args.limit:
         found = _limited(found, args.limit, args.seed)
     sizes = {s.key: _size(args.root / s.path) for s in found.sources}
-    plan = make_plan(found.sources, sizes, frames=args.frames, seed=args.seed, shard_bytes=args.shard_size)
-    _print_plan(args.root, out, found, plan, sizes)
+    plan = make_plan(name, found.sources, found.classes, sizes,
+                     frames=args.frames, seed=args.seed, shard_bytes=args.shard_size)  # fmt: skip
+    _print_plan(args.root, out, found, plan, sizes, shown=None if args.dry_run else _SHOWN)
     if args.dry_run:
         return OK
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
-        if _already_packed(out, plan, args.overwrite):
-            return _report(out, out / FAILURES_FILE)
-        staging = _open_staging(out, plan, args)
-        job = PackJob(args.root, staging, args.name or args.root.resolve().name, args.frames)
-        results = _write_shards(job, plan, sizes, args.workers)
-        _commit(out, staging, job, plan, found, args.seed, results)
-    return _report(out, out / FAILURES_FILE)
+    asked = PackPlan(plan.hash, name, args.seed, args.frames, plan.shard_bytes, len(found.sources))
+    with staging.hold(out):
+        if args.overwrite or not staging.is_packed(out, asked):
+            job = PackJob(args.root, staging.open_staging(out, asked, args.overwrite), name)
+            results = write_shards(job, plan, sizes, args.workers)
+            _finish(out, job, asked, plan, found.classes, results)
+        return _report(out)
+
+
+def _finish(
+    out: Path, job: PackJob, asked: PackPlan, plan: Plan, classes: list[str], results: dict[str, ShardResult]
+) -> None:
+    """Put the written shards and dataset.json into place."""
+    shards: dict[str, list[ShardInfo]] = {}
+    for task in plan.tasks:
+        info = results[task.file].info
+        if info is not None:
+            shards.setdefault(task.split, []).append(info)
+    failures = [failure for task in plan.tasks for failure in results[task.file].failures]
+    if not shards:
+        staging.drop(job.staging)  # nothing in it to go on with
+        first = failures[0].message
+        raise CommandError(f"{job.root}: none of its {len(failures)} videos can be packed (first: {first})")
+    dataset = make_dataset(asked.name, asked.frames, asked.hash, asked.seed, shards, classes)
+    staging.commit(out, dataset, failures)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -108,17 +121,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="replace what another plan left in the output folder, once the new data set is complete",
     )
-    return parser.parse_args(argv)  # fmt: skip
+    return parser.parse_args(argv)
 
 
 def _bytes(text: str) -> int | None:
     if text == "auto":
         return None
-    digits = text.rstrip("BKMGibkmg ")
-    unit = text[len(digits) :].strip().upper()
-    if not digits.isdecimal() or unit not in _UNITS or int(digits) * _UNITS[unit] < MIB // 16:
+    match = re.fullmatch(r"([0-9]+)\s*([A-Z]*)", text.strip().upper())
+    if match is None or match[2] not in _UNITS or int(match[1]) * _UNITS[match[2]] < MIB // 16:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 64KiB such as 256MiB, nor auto")
-    return int(digits) * _UNITS[unit]
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def _positive(text: str) -> int:
@@ -141,19 +153,18 @@ def _limited(found: SourceSet, limit: int, seed: int) -> SourceSet:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError:
         return 0  # packing this source will say what is wrong with it
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------
 
 
-def _print_plan(root: Path, out: Path, found: SourceSet, plan: Plan, sizes: dict[str, int]) -> None:
-    total = sum(sizes.values())
-    print(
-        f"{root}: layout {found.layout}, {len(found.sources):,} videos, {len(found.classes)} classes, {total / 1e9:.3f} GB"
-    )
+def _print_plan(root: Path, out: Path, found: SourceSet, plan: Plan, sizes: dict[str, int], shown: int | None) -> None:
+    videos, classes = f"{len(found.sources):,} videos", f"{len(found.classes)} classes"
+    print(f"{root}: layout {found.layout}, {videos}, {classes}, {sum(sizes.values()) / 1e9:.3f} GB")
     for split in SPLITS:
         tasks = [t for t in plan.tasks if t.split == split]
         if tasks:
@@ -161,85 +172,27 @@ def _print_plan(root: Path, out: Path, found: SourceSet, plan: Plan, sizes: dict
             labelled = sum(s.label is not None for t in tasks for s in t.sources)
             print(f"  {split:<10} {samples:>8,} videos, {labelled:>8,} with a label, {len(tasks):>4} shards")
     for reason, names in found.passed_over.items():
-        print(f"  {reason}: {len(names):,} ({_some(names)})")
-    print(
-        f"to {out}: {len(plan.tasks)} shards of up to {plan.shard_bytes / MIB:.0f} MiB, seed-ordered, plan {plan.hash[:12]}"
-    )
+        some = ", ".join(names[:shown]) + (", ...; --dry-run names all" if len(names) > (shown or len(names)) else "")
+        print(f"  {reason}: {len(names):,} ({one_line(some)})")
+    size = f"{plan.shard_bytes / MIB:.4g} MiB"
+    print(f"to {out}: {len(plan.tasks)} shards of up to {size}, seed-ordered, plan {plan.hash[:12]}", flush=True)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _report(out: Path, failures_file: Path) -> int:
+def _report(out: Path) -> int:
     dataset = read_dataset(out)
     samples = sum(split.samples for split in dataset.splits.values())
     size = sum(split.bytes for split in dataset.splits.values())
     shards = sum(len(split.shards) for split in dataset.splits.values())
-    print(
-        f"{out}: {samples:,} samples in {shards} shards, {size / 1e9:.3f} GB; check: python -m shard_tools.verify {out}"
-    )
-    if not failures_file.exists():
+    content = f"{samples:,} samples in {shards} shards, {size / 1e9:.3f} GB"
+    print(f"{out}: {content}; check: python -m shard_tools.verify {out}")
+    path = out / FAILURES_FILE
+    if not path.exists():
         return OK
-    failures, _ = ledger.read(failures_file)
+    failures, _ = ledger.read(path)
     for failure in failures[:_SHOWN]:
-        print(f"not packed: {failure.key}: {failure.message}", file=sys.stderr)
-    print(f"{len(failures)} videos could not be packed; all are named in {failures_file}", file=sys.stderr)
+        print(one_line(f"not packed: {failure.key}: {failure.message}"), file=sys.stderr)
+    print(f"{len(failures)} videos could not be packed; all are named in {path}", file=sys.stderr)
     return PROBLEMS
-
-
-# --- the output folder --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Hold the output folder for this process: two packs into one folder would trip over each other."""
-    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise CommandError(f"{out}: another pack is writing there; wait for it, or choose another --out") from None
-    finally:
-        os.close(descriptor)
-
-
-def _already_packed(out: Path, plan: Plan, overwrite: bool) -> bool:
-    if not (out / DATASET_FILE).exists():
-        return False
-    dataset = None if overwrite else read_dataset(out)
-    if dataset is not None and dataset.plan_hash != plan.hash:
-        raise CommandError(
-            f"{out}: holds a data set of another plan (seed {dataset.seed}, tier {dataset.frames}, "
-            f"{sum(s.samples for s in dataset.splits.values())} samples; other seed, shard size or source files); "
-            "add --overwrite to replace it, or choose another --out"
-        )
-    return dataset is not None
-
-
-def _open_staging(out: Path, plan: Plan, args: argparse.Namespace) -> Path:
-    """The folder `.packing` for this plan: new, or as an interrupted pack of the same plan left it."""
-    staging = out / STAGING
-    mark = staging / "plan.json"
-    wanted = {"hash": plan.hash, "seed": args.seed, "frames": args.frames, "shard_bytes": plan.shard_bytes,
-              "videos": sum(len(t.sources) for t in plan.tasks)}  # fmt: skip
-    if mark.exists():
-        begun = json.loads(mark.read_bytes())
-        if begun != wanted and not args.overwrite:
-            differences = [
-                f"{k} {begun.get(k)} instead of {v}" for k, v in wanted.items() if k != "hash" and begun.get(k) != v
-            ]
-            raise CommandError(
-                f"{out}: holds an unfinished pack of another plan ({', '.join(differences) or 'other source files'}); "
-                "repeat that command to finish it, add --overwrite to drop it, or choose another --out"
-            )
-        if begun != wanted:
-            shutil.rmtree(staging)
-    staging.mkdir(exist_ok=True)
-    for leftover in staging.glob(".*.tmp"):
-        leftover.unlink()
-    write_atomic(mark, json.dumps(wanted).encode())
-    return staging
 
 
 # --- the work -----------------------------------------------------------------------------------------------------
@@ -247,78 +200,72 @@ def _open_staging(out: Path, plan: Plan, args: argparse.Namespace) -> Path:
 
 @dataclass(frozen=True)
 class PackJob:
-    """What every shard task needs to know."""
+    """What every shard task needs to know. `probe` is a parameter for the sake of tests."""
 
     root: Path
     staging: Path
     dataset: str
-    frames: str
+    probe: Callable[[bytes], Video] = probe
 
 
-@dataclass(frozen=True)
-class ShardResult:
-    """A finished shard (None where no source could be packed) and the sources that failed."""
+def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset()) -> ShardResult:
+    """Write one shard with its index and its mark of completion into the staging folder.
 
-    info: ShardInfo | None
-    failures: tuple[Failure, ...]
-
-    def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> ShardResult:
-        record: dict[str, Any] = json.loads(data)
-        info = ShardInfo(**record["info"]) if record["info"] else None
-        return cls(info, tuple(Failure(**f) for f in record["failures"]))
-
-
-def pack_shard(job: PackJob, task: ShardTask) -> ShardResult:
-    """Write one shard with its index and its mark of completion into the staging folder."""
+    Args:
+        deadly: keys whose probe kills the process; they fail without being tried.
+    """
     failures = []
     with ShardWriter(job.staging, task.file) as writer:
         for source in task.sources:
             try:
-                payload = (job.root / source.path).read_bytes()
-                video = probe(payload)
-            except (OSError, BadVideoError) as error:
-                failures.append(_failure(job, task, source.key, source.path, error))
+                if source.key in deadly:
+                    raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
+                payload, video = probe_source(job, source)
+            except (OSError, BadVideoError, WorkerDiedError) as error:
+                failures.append(_failure(job, task, source, error))
                 continue
             origin = SourceFile(source.path, len(payload), xxhash.xxh3_64_hexdigest(payload))
             info = SampleInfo(source.key, source.split, source.label, source.label_text, source.template,
                               source.placeholders, origin, video)  # fmt: skip
             writer.add(info, Path(source.path).suffix[1:].lower(), payload)
     result = ShardResult(writer.info, tuple(failures))
-    write_atomic(job.staging / _mark(task), result.to_json())
+    staging.mark_done(job.staging, task.file, result)
     return result
 
 
-def _mark(task: ShardTask) -> str:
-    return f"{Path(task.file).stem}.done"
+def probe_source(job: PackJob, source: Source) -> tuple[bytes, Video]:
+    """A source's bytes, and what a probe says of them."""
+    path = job.root / source.path
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadVideoError("not a file (a folder, pipe or device)")
+    if status.st_size > MAX_MEMBER_BYTES:
+        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
+    payload = path.read_bytes()
+    return payload, job.probe(payload)
 
 
-def _failure(job: PackJob, task: ShardTask, key: str, path: str, error: Exception) -> Failure:
+def _failure(job: PackJob, task: ShardTask, source: Source, error: Exception) -> Failure:
     """The record of a source that was not packed.
 
     Without time and process: failures.jsonl is part of the data set, and the same inputs give the same bytes.
     """
-    reason = error.strerror if isinstance(error, OSError) else str(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return Failure(
         stage="pack",
         dataset=job.dataset,
         shard=task.file,
-        key=key,
+        key=source.key,
         error=type(error).__name__,
-        message=f"{path}: {reason}",
+        message=f"{source.path}: {reason}",
         traceback=ledger.compact_traceback(error),
         action="skipped",
     )
 
 
-def _write_shards(job: PackJob, plan: Plan, sizes: dict[str, int], workers: int) -> dict[str, ShardResult]:
+def write_shards(job: PackJob, plan: Plan, sizes: dict[str, int], workers: int) -> dict[str, ShardResult]:
     """Results of all tasks by shard name: those an earlier try finished, and the rest, written now."""
-    results = {
-        t.file: ShardResult.from_json(m.read_bytes()) for t in plan.tasks if (m := job.staging / _mark(t)).exists()
-    }
+    results = {t.file: result for t in plan.tasks if (result := staging.done(job.staging, t.file)) is not None}
     todo = [task for task in plan.tasks if task.file not in results]
     if results:
         print(f"continuing: {len(results)} of {len(plan.tasks)} shards were already written")
@@ -328,9 +275,8 @@ def _write_shards(job: PackJob, plan: Plan, sizes: dict[str, int], workers: int)
     shown, started = time.monotonic(), time.monotonic()
     with bar:
         bar.update(sum(sizes[s.key] for t in plan.tasks if t.file in results for s in t.sources))
-        for task, result in run_local(functools.partial(pack_shard, job), todo, workers):
-            if isinstance(result, WorkerDiedError):
-                raise CommandError(f"{task.file}: {result}; check memory and the sources of this shard, then run again")
+        for task, outcome in run_local(functools.partial(pack_shard, job), todo, workers):
+            result = _without_deadly(job, task) if isinstance(outcome, WorkerDiedError) else outcome
             results[task.file] = result
             clips += len(task.sources)
             failed += len(result.failures)
@@ -343,53 +289,30 @@ def _write_shards(job: PackJob, plan: Plan, sizes: dict[str, int], workers: int)
     return results
 
 
+def _without_deadly(job: PackJob, task: ShardTask) -> ShardResult:
+    """Pack a shard that killed its process: find the sources that do so, each tried in a process of its own."""
+    trials = run_local(functools.partial(_try_source, job), task.sources, workers=1)
+    deadly = frozenset(source.key for source, outcome in trials if isinstance(outcome, WorkerDiedError))
+    [(_, outcome)] = run_local(functools.partial(pack_shard, job, deadly=deadly), [task], workers=1)
+    if isinstance(outcome, WorkerDiedError):
+        raise CommandError(
+            f"{task.file}: {outcome}, and no single source of it does that; check the memory (dmesg), then run again"
+        )
+    return outcome
+
+
+def _try_source(job: PackJob, source: Source) -> None:
+    with contextlib.suppress(OSError, BadVideoError):  # packing the shard will say so
+        probe_source(job, source)
+
+
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CommandError(
-            f"{folder.parent}: {needed / 1e9:.2f} GB are still to be written, {free / 1e9:.2f} GB are free; make room "
+            f"{folder.parent}: {needed / 1e6:,.2f} MB are still to be written, {free / 1e6:,.2f} MB are free; make room "
             "there and run the same command again, or choose another --out"
         )
-
-
-def _commit(
-    out: Path, staging: Path, job: PackJob, plan: Plan, found: SourceSet, seed: int, results: dict[str, ShardResult]
-) -> None:
-    """Move the finished shards into place; dataset.json goes first where an old one is, and comes last."""
-    shards: dict[str, list[ShardInfo]] = {}
-    failures: list[Failure] = []
-    for task in plan.tasks:
-        result = results[task.file]
-        failures += result.failures
-        if result.info is not None:
-            shards.setdefault(task.split, []).append(result.info)
-    if not shards:
-        raise CommandError(
-            f"{job.root}: none of its {len(failures)} videos can be packed (first: {failures[0].message})"
-        )
-    dataset = make_dataset(job.dataset, job.frames, plan.hash, seed, shards, found.classes)
-    (out / DATASET_FILE).unlink(missing_ok=True)
-    _remove_old(out, {info.file for infos in shards.values() for info in infos})
-    for infos in shards.values():
-        for info in infos:
-            for name in (index_name(info.file), info.file):
-                if (staging / name).exists():  # else moved by a commit that was interrupted
-                    (staging / name).rename(out / name)
-    if failures:
-        write_atomic(out / FAILURES_FILE, "".join(f.to_line() for f in failures).encode())
-    else:
-        (out / FAILURES_FILE).unlink(missing_ok=True)
-    sync_folder(out)
-    write_atomic(out / DATASET_FILE, dataset.to_json())
-    shutil.rmtree(staging)
-
-
-def _remove_old(out: Path, keep: set[str]) -> None:
-    """Remove shards of a replaced data set; nothing else in the folder is touched."""
-    for split in SPLITS:
-        for path in (*out.glob(f"{split}-[0-9]*.tar"), *out.glob(f"{split}-[0-9]*.parquet")):
-            if Path(path.name).with_suffix(".tar").name not in keep:
-                path.unlink()
 
 
 if __name__ == "__main__":

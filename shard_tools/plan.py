@@ -53,14 +53,17 @@ def auto_shard_bytes(total: int) -> int:
 
 
 def make_plan(
-    sources: Sequence[Source], sizes: dict[str, int], *, frames: str, seed: int, shard_bytes: int | None
-) -> Plan:
+    name: str, sources: Sequence[Source], classes: Sequence[str], sizes: dict[str, int], *,
+    frames: str, seed: int, shard_bytes: int | None,
+) -> Plan:  # fmt: skip
     """Distribute the sources over shards.
 
     Within a split the order is that of a hash of (seed, key): mixed over classes, and independent of the order in
     which the sources were found.
 
     Args:
+        name: of the data set.
+        classes: all class names, in order of their label.
         sizes: bytes of each source by key; 0 for a missing file.
         frames: the storage tier.
         shard_bytes: target size of a shard, None for `auto_shard_bytes`.
@@ -72,7 +75,7 @@ def make_plan(
         groups = _fill(members, sizes, target)
         tasks += [ShardTask(shard_name(split, n), split, tuple(group)) for n, group in enumerate(groups)]
     digest = xxhash.xxh3_128()
-    digest.update(json.dumps([FORMAT_VERSION, frames, seed, target]).encode())
+    digest.update(json.dumps([FORMAT_VERSION, name, frames, seed, target, *classes]).encode())
     for task in tasks:
         digest.update(task.file.encode())
         for source in task.sources:

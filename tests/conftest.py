@@ -9,15 +9,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from hypothesis import settings
 
+from shard_tools import pack
 from shard_tools.format import index_name, read_dataset, read_index
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"
+
+settings.register_profile("steady", deadline=None, derandomize=True)  # the same examples, however busy the machine
+settings.load_profile("steady")
 
 RunModule = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -37,6 +44,23 @@ def run_module(
     if check and done.returncode:
         pytest.fail(f"{module} left with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
     return done
+
+
+def serially(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """Stands in for `executors.run_local` where processes are not what is tested: the same results, in this process."""
+    for task in tasks:
+        yield task, function(task)
+
+
+def pack_here(*args: object) -> int:
+    """Run the pack command in this process, which is faster; its exit code."""
+    with mock.patch.object(pack, "run_local", serially):
+        return pack.main([str(arg) for arg in args])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative name."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="session", name="run_module")

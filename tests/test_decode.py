@@ -134,7 +134,7 @@ def test_a_video_that_ends_early_is_an_error_not_a_shorter_clip(name):
     payload = make_video(32, 32, 5)
     out = np.zeros((2, 32 * 32 * 3 // 2), np.uint8)
     with pytest.raises(DecodeError, match="ends early"):
-        get_decoder(name)(payload, VideoInfo(9, 32, 32, 0), np.array([0, 8]), Crop(0, 0, 32, 32, False), 32, out)
+        get_decoder(name, "webm")(payload, VideoInfo(9, 32, 32, 0), np.array([0, 8]), Crop(0, 0, 32, 32, False), 32, out)
 
 
 def test_bytes_that_are_no_video_are_an_error():
@@ -157,7 +157,7 @@ def test_decord_agrees_with_pyav_on_real_clips(real_clips):
         crop = random_crop(info.width, info.height, (0.5, 1), (0.75, 1.33), False, rng)
         pictures = []
         for name in ("pyav", "decord"):
-            out, colour = decode(payload, frames, crop, size, get_decoder(name))
+            out, colour = decode(payload, frames, crop, size, get_decoder(name, "webm"))
             pictures.append(255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([colour]), size))
         difference = (pictures[0] - pictures[1]).abs()
         other_frames = (pictures[0][:, :, 1:] - pictures[1][:, :, :-1]).abs().mean()

@@ -18,7 +18,7 @@ LEAVES = {
     "student",
     "checkpoint",
     "budget",
-    "catalog",
+    "shared",
 }
 
 

@@ -1,0 +1,215 @@
+"""The output folder of a pack: who may write there, what an earlier try left, and how a finished data set moves in.
+
+Everything is prepared in a hidden folder inside the output folder (`.packing`): `plan.json` says for which plan, a
+shard counts as done when its mark (`SPLIT-000000.done`) is there. Then the files move into place, dataset.json last.
+A pack may be killed between any two of these steps: what is found then is continued, or recognised as garbage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shard_tools import ledger
+from shard_tools.command import CommandError
+from shard_tools.format import (
+    DATASET_FILE,
+    FAILURES_FILE,
+    SPLITS,
+    Dataset,
+    ShardInfo,
+    index_name,
+    read_dataset,
+    sync_folder,
+    write_atomic,
+)
+from shard_tools.ledger import Failure
+
+STAGING = ".packing"
+_PLAN_FILE = "plan.json"
+_SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|parquet)")
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What a pack was asked for: the plan's hash, and what of it a user may have changed."""
+
+    hash: str
+    name: str
+    seed: int
+    frames: str
+    shard_bytes: int | None  # None: not known (dataset.json does not say)
+    videos: int
+
+    def difference(self, other: PackPlan) -> str:
+        """How `other` differs from this plan, in words."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        named = [k for k in mine if k != "hash" and mine[k] != theirs[k] and None not in (mine[k], theirs[k])]
+        unnamed = "other source files or labels" if self.shard_bytes and other.shard_bytes else (
+            "another shard size, or other source files or labels")  # fmt: skip
+        return ", ".join(f"{k} {theirs[k]} instead of {mine[k]}" for k in named) or unnamed
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard (None where no source could be packed) and the sources that failed."""
+
+    info: ShardInfo | None
+    failures: tuple[Failure, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ShardResult:
+        record: dict[str, Any] = json.loads(data)
+        info = ShardInfo(**record["info"]) if record["info"] else None
+        return cls(info, tuple(Failure(**f) for f in record["failures"]))
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Make the output folder, and hold it for this process: two packs into one folder would trip over each other."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CommandError(f"{out}: another pack is writing there; wait for it, or choose another --out") from None
+    except OSError as error:  # some network file systems cannot
+        print(f"{out}: cannot be locked ({error.strerror}); start no second pack there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_packed(out: Path, plan: PackPlan) -> bool:
+    """Whether the data set of this plan is there, whole.
+
+    Raises:
+        CommandError: the data set of another plan is there.
+    """
+    if not (out / DATASET_FILE).exists():
+        return False
+    dataset = read_dataset(out)
+    if dataset.plan_hash != plan.hash:
+        raise CommandError(
+            f"{out}: holds a data set of another plan ({plan.difference(_plan_of(out, dataset))}); "
+            "add --overwrite to replace it, or choose another --out"
+        )
+    staging = out / STAGING
+    if _begun(staging) in (plan, None):  # killed between writing dataset.json and the end of `drop`
+        drop(staging)
+    return True
+
+
+def _plan_of(out: Path, dataset: Dataset) -> PackPlan:
+    failed = len(ledger.read(out / FAILURES_FILE)[0]) if (out / FAILURES_FILE).exists() else 0
+    samples = sum(split.samples for split in dataset.splits.values())
+    return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, dataset.frames, None, samples + failed)
+
+
+def open_staging(out: Path, plan: PackPlan, overwrite: bool) -> Path:
+    """The folder `.packing` for this plan: new, or as an interrupted pack of the same plan left it.
+
+    Raises:
+        CommandError: without `overwrite`, an unfinished pack of another plan is there, or shards of unknown origin.
+    """
+    staging = out / STAGING
+    begun = _begun(staging)
+    if begun is not None and begun != plan and not overwrite:
+        raise CommandError(
+            f"{out}: holds an unfinished pack of another plan ({plan.difference(begun)}); repeat that command to "
+            "finish it, add --overwrite to drop it, or choose another --out"
+        )
+    if begun is None and not overwrite and not (out / DATASET_FILE).exists() and (strays := _shard_files(out)):
+        raise CommandError(
+            f"{out}: holds {len(strays)} shard files, such as {strays[0].name}, and no {DATASET_FILE}; add --overwrite "
+            "to replace them, or choose another --out"
+        )
+    if begun != plan:
+        drop(staging)
+        staging.mkdir()
+        write_atomic(staging / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode())
+    halves = [*staging.glob(".*.tmp"), *out.glob(f".{DATASET_FILE}.*.tmp"), *out.glob(f".{FAILURES_FILE}.*.tmp")]
+    for half in halves:
+        half.unlink()
+    return staging
+
+
+def _begun(staging: Path) -> PackPlan | None:
+    """The plan of an unfinished pack; None without one."""
+    try:
+        return PackPlan(**json.loads((staging / _PLAN_FILE).read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def drop(staging: Path) -> None:
+    """Remove an unfinished pack: its plan first, so that a rest of it is never taken for another's."""
+    (staging / _PLAN_FILE).unlink(missing_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def mark_done(staging: Path, shard: str, result: ShardResult) -> None:
+    """Note that a shard is written, and durable."""
+    write_atomic(_mark(staging, shard), result.to_json())
+
+
+def done(staging: Path, shard: str) -> ShardResult | None:
+    """What an earlier try noted of a shard; None if it did not come so far, or if what it wrote is gone."""
+    try:
+        result = ShardResult.from_json(_mark(staging, shard).read_bytes())
+    except FileNotFoundError:
+        return None
+    # without dataset.json an earlier try may have come to moving files
+    places = [staging] if (staging.parent / DATASET_FILE).exists() else [staging, staging.parent]
+    if result.info is not None:
+        sizes = [(place / shard).stat().st_size for place in places if (place / shard).is_file()]
+        if result.info.bytes not in sizes or not any((place / index_name(shard)).is_file() for place in places):
+            return None
+    return result
+
+
+def _mark(staging: Path, shard: str) -> Path:
+    return staging / f"{Path(shard).stem}.done"
+
+
+def commit(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> None:
+    """Move the finished shards into place; dataset.json goes first where an old one is, and comes last."""
+    staging = out / STAGING
+    shards = [info.file for split in dataset.splits.values() for info in split.shards]
+    files = [name for shard in shards for name in (index_name(shard), shard)]
+    (out / DATASET_FILE).unlink(missing_ok=True)
+    for path in _shard_files(out):
+        if path.name not in files:
+            path.unlink()
+    sync_folder(out)
+    for name in files:
+        if (staging / name).exists():  # else moved by a commit that was interrupted
+            (staging / name).rename(out / name)
+    if failures:
+        write_atomic(out / FAILURES_FILE, "".join(f.to_line() for f in failures).encode())
+    else:
+        (out / FAILURES_FILE).unlink(missing_ok=True)
+    sync_folder(out)
+    write_atomic(out / DATASET_FILE, dataset.to_json())
+    drop(staging)
+
+
+def _shard_files(out: Path) -> list[Path]:
+    """Shards and indexes in the folder; nothing else there is ever touched."""
+    return sorted(path for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name))

@@ -1,0 +1,188 @@
+"""Storage tiers: disk space for decode time. What of a video goes into its shard.
+
+    source   the file's own bytes
+    mjpeg    every frame a JPEG (bt601, full range), one after the other; each is found and decoded alone
+    y4m      every frame as the decoder left it (YUV4MPEG2); found by arithmetic, nothing to decode
+
+Frames never pass through RGB, and are numbered as they are decoded: a variable frame rate is kept as frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import xxhash
+
+from shard_tools.format import TIERS, Video, y4m_frame_bytes
+from shard_tools.frames import BadVideoError
+
+BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
+# Bytes of a tier over bytes of the source, for clips as in Something-Something-v2: what planning shards takes for sizes.
+EXPECTED_GROWTH = {"source": 1, "mjpeg": 8, "y4m": 85}
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What goes into the shard: extension without dot, bytes, the video as it then is, and where its frames lie.
+
+    `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
+    as 16 hex digits. None where the tier has none.
+    """
+
+    ext: str
+    data: bytes
+    video: Video
+    frame_offsets: tuple[int, ...] | None = None
+    frame_xxh3: tuple[str, ...] | None = None
+
+
+def make_payload(
+    data: bytes, ext: str, video: Video, tier: str, *, quality: int = BEST_QUALITY, short_side: int | None = None
+) -> Payload:
+    """The payload of a video file for a tier.
+
+    Args:
+        data: the file's bytes.
+        video: what `frames.probe` says of it.
+        quality: of mjpeg, FFmpeg's qscale from 2 (best) to 31.
+        short_side: shrink frames (never enlarge) until the shorter side has this many pixels; not for tier "source".
+
+    Raises:
+        BadVideoError: the video cannot be decoded to its end, or not stored in this tier.
+    """
+    assert tier in TIERS, tier
+    if tier == "source":
+        return Payload(ext, data, video)
+    try:
+        pictures = [_planes(frame, video, short_side) for frame in _decode(data)]
+    except av.FFmpegError as error:
+        raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
+    if not pictures:
+        raise BadVideoError("no video frames in the file")
+    height, width = pictures[0][0].shape
+    video = dataclasses.replace(video, num_frames=len(pictures), width=width, height=height)
+    return _to_mjpeg(pictures, video, quality) if tier == "mjpeg" else _to_y4m(pictures, video)
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+def _decode(data: bytes) -> Iterator[av.VideoFrame]:
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # shards are the unit of parallel work
+        stream.codec_context.thread_count = 1
+        yield from container.decode(stream)
+
+
+def _planes(frame: av.VideoFrame, video: Video, short_side: int | None) -> Planes:
+    """Y, U, V of a frame in 8-bit 4:2:0, upright, at the size of the tier; copies, without padding."""
+    width, height = _target_size(video.width, video.height, short_side)
+    if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
+        format_name = "yuvj420p" if video.range == "full" else "yuv420p"
+        frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA")
+    chroma = (height + 1) // 2, (width + 1) // 2
+    y, u, v = (
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns].copy()
+        for plane, (rows, columns) in zip(frame.planes, ((height, width), chroma, chroma), strict=True)
+    )
+    return y, u, v
+
+
+def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """Native size, or with the shorter side at `short_side` and both even."""
+    shorter = min(width, height)
+    if short_side is None or shorter <= short_side:
+        return width, height
+    return tuple(max(2 * round(side * short_side / shorter / 2), 2) for side in (width, height))  # type: ignore[return-value]
+
+
+# --- MJPEG --------------------------------------------------------------------------------------------------------
+
+
+def _to_mjpeg(pictures: list[Planes], video: Video, quality: int) -> Payload:
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = video.width, video.height, "yuvj420p"
+    encoder.time_base = 1 / _rate(video.fps)
+    encoder.qmin = encoder.qmax = quality
+    encoder.options = {"huffman": "optimal"}
+    encoder.thread_count = 1
+    jpegs: list[bytes] = []
+    for number, planes in enumerate(pictures):
+        frame = av.VideoFrame(video.width, video.height, "yuvj420p")
+        for plane, samples in zip(frame.planes, to_jpeg_colour(planes, video), strict=True):
+            rows, columns = samples.shape
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns] = samples
+        frame.pts = number
+        jpegs += [bytes(packet) for packet in encoder.encode(frame)]
+    jpegs += [bytes(packet) for packet in encoder.encode(None)]
+    assert len(jpegs) == len(pictures), (len(jpegs), len(pictures))
+    offsets = np.concatenate(([0], np.cumsum([len(jpeg) for jpeg in jpegs])[:-1]))
+    return Payload(
+        "mjpeg",
+        b"".join(jpegs),
+        dataclasses.replace(video, codec="mjpeg", matrix="bt601", range="full"),
+        tuple(int(offset) for offset in offsets),
+        tuple(xxhash.xxh3_64_hexdigest(jpeg) for jpeg in jpegs),
+    )
+
+
+def to_jpeg_colour(planes: Planes, video: Video) -> Planes:
+    """Planes as JPEG takes them: bt601, full range (JFIF 1.02). Chroma stays at its resolution.
+
+    From bt709 chroma alone gives chroma, and luma takes a share of it; the coefficients follow from the luma weights of
+    both matrices (ITU-R BT.601-7, BT.709-6).
+    """
+    y, u, v = planes
+    if video.matrix == "bt709":
+        cb, cr = u.astype(np.float32) - 128, v.astype(np.float32) - 128
+        size = y.shape[1], y.shape[0]
+        nearest = (cv2.resize(c, (2 * c.shape[1], 2 * c.shape[0]), interpolation=cv2.INTER_NEAREST) for c in (cb, cr))
+        cb_full, cr_full = (c[: size[1], : size[0]] for c in nearest)
+        scale = 219 / 224 if video.range == "limited" else 1.0  # chroma's levels over luma's
+        y = _clip(y + scale * (0.101579 * cb_full + 0.196076 * cr_full))
+        u = _clip(128 + 0.989854 * cb - 0.110653 * cr)
+        v = _clip(128 - 0.072453 * cb + 0.983398 * cr)
+    if video.range == "limited":
+        levels = np.arange(256, dtype=np.float32)
+        luma, chroma = _clip((levels - 16) * 255 / 219), _clip((levels - 128) * 255 / 224 + 128)
+        y, u, v = luma[y], chroma[u], chroma[v]
+    return y, u, v
+
+
+def _clip(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+# --- YUV4MPEG2 ----------------------------------------------------------------------------------------------------
+
+
+def _to_y4m(pictures: list[Planes], video: Video) -> Payload:
+    rate = _rate(video.fps)
+    colour_range = "FULL" if video.range == "full" else "LIMITED"
+    header = (
+        f"YUV4MPEG2 W{video.width} H{video.height} F{rate.numerator}:{rate.denominator} Ip A1:1 C420jpeg "
+        f"XYSCSS=420JPEG XCOLORRANGE={colour_range}\n"
+    )
+    frames = [b"".join(plane.tobytes() for plane in planes) for planes in pictures]
+    assert all(len(frame) == y4m_frame_bytes(video.width, video.height) for frame in frames)
+    return Payload(
+        "y4m",
+        header.encode() + b"".join(b"FRAME\n" + frame for frame in frames),
+        dataclasses.replace(video, codec="rawvideo"),
+        None,
+        tuple(xxhash.xxh3_64_hexdigest(frame) for frame in frames),
+    )
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps or 25).limit_denominator(1001)

@@ -1,0 +1,381 @@
+"""Packing that is stopped, at any moment and by anything: the same command goes on, and the result is the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPOSITORY, RunModule, contents, pack_here
+
+from shard_tools import pack, staging
+from shard_tools.command import CommandError
+from shard_tools.format import SampleInfo, SourceFile, Video
+from shard_tools.writer import ShardWriter
+
+FOLDER = "20bn-something-something-v2"
+
+
+def final_names(out: Path) -> set[str]:
+    """What another program would take for finished: everything in the output folder that is not hidden."""
+    return {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
+
+
+# --- a stop at every step -------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """A power cut: nothing that would clean up gets to do anything."""
+
+
+class PowerCut:
+    """Lets `steps` changes of the file system pass, then refuses all: the process as good as dies before the next one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.left: float = float("inf")
+        self.passed = 0
+        for name in ("rename", "unlink", "rmdir", "mkdir", "fsync"):
+            patch.setattr(os, name, self.guard(getattr(os, name) if name != "fsync" else lambda descriptor: None))
+
+    def guard(self, function: Callable) -> Callable:
+        def step(*args: object, **options: object) -> object:
+            if self.passed >= self.left:
+                raise Stop
+            self.passed += 1
+            return function(*args, **options)
+
+        return step
+
+    def pack(self, arguments: list[object], steps: float = float("inf")) -> int:
+        """Pack, stopped after so many steps; how many there were."""
+        self.left, self.passed = steps, 0
+        try:
+            pack_here(*arguments)
+        except Stop:
+            pass
+        finally:
+            self.left = float("inf")
+        return self.passed
+
+
+@pytest.fixture
+def few_videos(videos: Path, tmp_path: Path) -> Path:
+    """Four videos in two classes and one that cannot be packed."""
+    root = tmp_path / "few"
+    for number, path in enumerate(sorted((videos / FOLDER).iterdir())[:4]):
+        (root / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / f"class{number % 2}/{number}.webm")
+    (root / "class0/empty.webm").touch()
+    return root
+
+
+@pytest.fixture
+def reference(few_videos: Path, tmp_path: Path) -> dict[str, bytes]:
+    """What packing `few_videos` gives when nothing disturbs it."""
+    assert pack_here(few_videos, "--out", tmp_path / "reference", "--shard-size", "64KiB") == 1
+    return contents(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["new", "replacing another data set"])
+def test_a_stop_before_any_step_loses_nothing(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    if replaced:
+        pack_here(few_videos, "--out", old, "--seed", 5, "--shard-size", "90KiB")
+    before = contents(old)
+    cut = PowerCut(monkeypatch)
+    for step in itertools.count():
+        out = shutil.copytree(old, tmp_path / "out")
+        arguments = [few_videos, "--out", out, "--shard-size", "64KiB", *(["--overwrite"] * replaced)]
+        if cut.pack(arguments, step) < step:
+            break
+        now = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+        if "dataset.json" in now:
+            assert now in (before, reference), step
+        else:
+            parts = [(before.get(name), reference.get(name)) for name in now]
+            assert all(data in part for data, part in zip(now.values(), parts, strict=True)), step
+        cut.pack(arguments)
+        assert contents(out) == reference, step
+        shutil.rmtree(out)
+    assert step > 30
+
+
+def test_many_stops_in_a_row_lose_nothing(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = PowerCut(monkeypatch)
+    rng = random.Random(0)
+    arguments = [few_videos, "--out", tmp_path / "out", "--shard-size", "64KiB"]
+    for _ in range(10):
+        for _ in range(6):
+            cut.pack(arguments, rng.randrange(25))
+        cut.pack(arguments)
+        assert contents(tmp_path / "out") == reference
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_what_another_plan_left_unfinished_is_refused_with_the_difference_and_dropped_on_demand(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    others = {"seed 5 instead of 0": ["--seed", 5], "shard_bytes 92160 instead of 65536": ["--shard-size", "90KiB"],
+              "videos 2 instead of 5": ["--limit", 2], "name x instead of few": ["--name", "x"]}  # fmt: skip
+    arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
+    for difference, options in others.items():
+        with monkeypatch.context() as patch:
+            PowerCut(patch).pack([*arguments, *options], 16)
+        assert (out / staging.STAGING / "plan.json").exists()
+        with pytest.raises(CommandError, match=f"holds an unfinished pack of another plan .*{difference}.*--overwrite"):
+            pack_here(*arguments)
+        assert pack_here(*arguments, "--overwrite") == 1
+        assert contents(out) == reference
+        shutil.rmtree(out)
+
+
+def test_a_finished_shard_that_was_removed_is_written_again(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
+    with monkeypatch.context() as patch:
+        PowerCut(patch).pack(arguments, 16)
+    [*tars] = (out / staging.STAGING).glob("*.tar")
+    assert tars
+    tars[0].unlink()
+    pack_here(*arguments)
+    assert contents(out) == reference
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many_videos(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 videos (four names for each), enough small shards to be stopped amid them."""
+    root = tmp_path_factory.mktemp("many") / "many"
+    for path in (videos / FOLDER).iterdir():
+        for copy in range(4):
+            (root / f"class{copy}").mkdir(parents=True, exist_ok=True)
+            os.link(path, root / f"class{copy}" / path.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(many_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert pack_here(many_videos, "--out", out, "--shard-size", "64KiB") == 0
+    return contents(out)
+
+
+class Packing:
+    """A pack command under way, in a process group of its own."""
+
+    def __init__(self, root: Path, out: Path) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "shard_tools.pack",
+            root,
+            "--out",
+            out,
+            "--shard-size",
+            "64KiB",
+            "--workers",
+            "2",
+        ]
+        self.out = out
+        self.process = subprocess.Popen(
+            [str(part) for part in command], cwd=REPOSITORY, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert "layout folders" in self.process.stdout.readline()  # the command's own code has begun
+
+    def wait_for(self, shards: int) -> None:
+        """Until so many shards are done, by this or an earlier try."""
+        end = time.monotonic() + 30
+        while len(list((self.out / staging.STAGING).glob("*.done"))) < shards:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end, "timed out"
+            time.sleep(0.001)
+
+    def stop(self, number: int, group: bool = False) -> tuple[int, str]:
+        """Send a signal; exit code and stderr. Fails if any process of the family outlives it."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=30)
+        _, left = psutil.wait_procs(family, timeout=10)
+        assert not left, f"processes outlive the command: {left}"
+        return self.process.returncode, stderr
+
+
+def test_kills_at_any_moment_lose_nothing_and_leave_no_process(
+    many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule
+) -> None:
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    total = len([name for name in undisturbed if name.endswith(".tar")])
+    assert total > 50
+    for turn in range(6):
+        packing = Packing(many_videos, out)
+        packing.wait_for(turn * total // 7 + 1)
+        time.sleep(rng.random() / 50)
+        assert packing.stop(signal.SIGKILL)[0] == -signal.SIGKILL
+        assert not final_names(out)
+    done = run_module("shard_tools.pack", many_videos, "--out", out, "--shard-size", "64KiB")
+    assert "continuing: " in done.stdout
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
+    many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int, group: bool
+) -> None:
+    rng = random.Random(number)
+    for turn in range(4):  # three times amid the start of the workers, then amid the work
+        packing = Packing(many_videos, tmp_path / "out")
+        if turn == 3:
+            packing.wait_for(9)
+        else:
+            time.sleep(rng.random() / 4)
+        code, stderr = packing.stop(number, group)
+        assert (code, stderr) == (130, "interrupted; everything committed so far is kept\n")
+        assert not final_names(tmp_path / "out")
+    run_module("shard_tools.pack", many_videos, "--out", tmp_path / "out", "--shard-size", "64KiB")
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_second_pack_on_the_same_folder_is_refused(videos: Path, tmp_path: Path, run_module: RunModule) -> None:
+    with staging.hold(tmp_path):
+        done = run_module("shard_tools.pack", videos, "--out", tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}: another pack is writing there; wait for it, or choose another --out\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(staging.fcntl, "flock", no_locks)
+    assert pack_here(few_videos, "--out", tmp_path / "out") == 1
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+# --- no room --------------------------------------------------------------------------------------------------------
+
+
+def one_error_line(stderr: str) -> str:
+    [line] = stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_limit_on_file_sizes_is_one_line_and_goes_on_without_it(
+    videos: Path, dataset: Path, tmp_path: Path, run_module: RunModule
+) -> None:
+    arguments = [videos, "--out", tmp_path, "--shard-size", "128KiB", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "shard_tools.pack", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True,
+        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert ".tar: File too large; raise the limit on file sizes" in one_error_line(done.stderr)
+    assert not final_names(tmp_path)
+    run_module("shard_tools.pack", *arguments)
+    assert contents(tmp_path) == contents(dataset)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 900 kB; the videos have 860 kB, the shards more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
+    videos: Path, dataset: Path, small_disk: Path, run_module: RunModule
+) -> None:
+    out = small_disk / "out"
+    arguments = [videos, "--out", out, "--shard-size", "128KiB", "--workers", "2"]
+    for turn in range(2):
+        done = run_module("shard_tools.pack", *arguments, check=False)
+        assert done.returncode == 2
+        assert f"error: {out}" in one_error_line(done.stderr)
+        assert "make room there and run the same command again" in done.stderr
+        assert ("No space left on device" in done.stderr) == (turn == 0)  # after that it is seen before the work
+        assert not final_names(out)
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    assert "continuing" in run_module("shard_tools.pack", *arguments).stdout
+    assert contents(out) == contents(dataset)
+
+
+def test_too_little_room_is_told_before_the_work(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(pack.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(CommandError, match=r"0\.84 MB are still to be written, 0\.10 MB are free; make room"):
+        pack_here(videos, "--out", tmp_path / "out")
+
+
+class FullFile:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.raw = path.open("wb", buffering=0)
+        self.room = room
+
+    def write(self, data: bytes) -> int:
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(data)
+        return self.raw.write(data)
+
+    def flush(self) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+@pytest.mark.parametrize("room", [0, 512, 1000, 2000, 8000])
+def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(tmp_path: Path, room: int) -> None:
+    info = SampleInfo("a", "train", None, None, None, (), SourceFile("a.webm", 1, "0" * 16),
+                      Video("vp9", 2, 2, 1, 12.0, "bt601", "limited"))  # fmt: skip
+
+    def write() -> None:
+        with ShardWriter(tmp_path, "train-000000.tar") as writer:
+            writer._file.close()
+            writer._file = FullFile(writer._temporary, room)
+            writer.add(info, "webm", bytes(3000))
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "train-000000.tar")
+    assert not list(tmp_path.iterdir())

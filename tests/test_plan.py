@@ -1,0 +1,76 @@
+"""The plan: a pure function that puts every source into exactly one shard, and whose hash tells plans apart."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shard_tools.plan import MIB, Plan, auto_shard_bytes, make_plan
+from shard_tools.sources import Source
+
+SOURCES = [
+    Source(
+        key=f"{n:03}", path=f"videos/{n:03}.webm", split=("train", "train", "validation", "test")[n % 4], label=n % 3
+    )
+    for n in range(200)
+]
+SIZES = {source.key: 1000 + 97 * n for n, source in enumerate(SOURCES)}
+
+
+def plan(sources: list[Source] = SOURCES, sizes: dict[str, int] = SIZES, **changed: object) -> Plan:
+    arguments = {"frames": "source", "seed": 0, "shard_bytes": 128 << 10} | changed
+    name, classes = arguments.pop("name", "name"), arguments.pop("classes", ["a", "b", "c"])
+    return make_plan(name, sources, classes, sizes, **arguments)
+
+
+def test_every_source_is_in_one_shard_of_its_split() -> None:
+    tasks = plan().tasks
+    placed = [source for task in tasks for source in task.sources]
+    assert sorted(placed, key=lambda s: s.key) == SOURCES
+    assert all(source.split == task.split for task in tasks for source in task.sources)
+    assert len({task.file for task in tasks}) == len(tasks)
+    assert [t.file for t in tasks if t.split == "test"][:2] == ["test-000000.tar", "test-000001.tar"]
+
+
+def test_the_order_in_which_sources_were_found_does_not_matter() -> None:
+    shuffled = SOURCES.copy()
+    random.Random(1).shuffle(shuffled)
+    assert plan(shuffled) == plan()
+
+
+@given(st.integers(64 << 10, 1 << 20), st.lists(st.integers(0, 1 << 21), min_size=1, max_size=60))
+def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, sizes: list[int]) -> None:
+    sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
+    for task in plan(sources, {str(n): size for n, size in enumerate(sizes)}, shard_bytes=target).tasks:
+        total = sum(sizes[int(source.key)] for source in task.sources)
+        assert total <= target or len(task.sources) == 1
+        assert task.sources
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"name": "other"}, {"seed": 1}, {"frames": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c", "d"]},
+     {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]}, {"sources": [replace(SOURCES[0], label=2), *SOURCES[1:]]},
+     {"sources": [replace(SOURCES[0], placeholders=("cup",)), *SOURCES[1:]]}],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_whatever_changes_the_data_set_changes_the_hash(changed: dict) -> None:
+    assert plan(**changed).hash != plan().hash
+
+
+def test_another_seed_mixes_otherwise_and_classes_are_mixed() -> None:
+    first, second = ([s.key for t in plan(seed=seed).tasks for s in t.sources] for seed in (0, 1))
+    assert first != second
+    labels = [s.label for t in plan().tasks if t.split == "train" for s in t.sources]
+    assert labels != sorted(labels)
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"), [(0, 16 * MIB), (19_400_000_000, 256 * MIB), (2 * 1024 * MIB, 32 * MIB), (10**15, 256 * MIB)]
+)
+def test_the_automatic_shard_size_keeps_64_shards_within_its_bounds(total: int, expected: int) -> None:
+    assert auto_shard_bytes(total) == expected

@@ -54,7 +54,7 @@ def auto_shard_bytes(total: int) -> int:
 
 def make_plan(
     name: str, sources: Sequence[Source], classes: Sequence[str], sizes: dict[str, int], *,
-    frames: str, seed: int, shard_bytes: int | None,
+    encoding: str, seed: int, shard_bytes: int | None,
 ) -> Plan:  # fmt: skip
     """Distribute the sources over shards.
 
@@ -64,8 +64,8 @@ def make_plan(
     Args:
         name: of the data set.
         classes: all class names, in order of their label.
-        sizes: bytes of each source by key; 0 for a missing file.
-        frames: the storage tier.
+        sizes: bytes each source will take, by key; 0 for a missing file.
+        encoding: the storage tier and its settings.
         shard_bytes: target size of a shard, None for `auto_shard_bytes`.
     """
     target = shard_bytes or auto_shard_bytes(sum(sizes.values()))
@@ -75,7 +75,7 @@ def make_plan(
         groups = _fill(members, sizes, target)
         tasks += [ShardTask(shard_name(split, n), split, tuple(group)) for n, group in enumerate(groups)]
     digest = xxhash.xxh3_128()
-    digest.update(json.dumps([FORMAT_VERSION, name, frames, seed, target, *classes]).encode())
+    digest.update(json.dumps([FORMAT_VERSION, name, encoding, seed, target, *classes]).encode())
     for task in tasks:
         digest.update(task.file.encode())
         for source in task.sources:

@@ -45,32 +45,49 @@ class Payload:
     frame_xxh3: tuple[str, ...] | None = None
 
 
-def make_payload(
-    data: bytes, ext: str, video: Video, tier: str, *, quality: int = BEST_QUALITY, short_side: int | None = None
-) -> Payload:
-    """The payload of a video file for a tier.
+@dataclass(frozen=True)
+class Encoding:
+    """A tier and its settings.
+
+    `quality` is of mjpeg, FFmpeg's qscale from 2 (best) to 31. With `short_side` frames are shrunk (never enlarged)
+    until the shorter side has so many pixels; not in tier "source".
+    """
+
+    tier: str = "source"
+    quality: int = BEST_QUALITY
+    short_side: int | None = None
+
+    def __str__(self) -> str:
+        quality = f" quality {self.quality}" if self.tier == "mjpeg" else ""
+        return self.tier + quality + (f" short side {self.short_side}" if self.short_side else "")
+
+
+SOURCE = Encoding()
+
+
+def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Payload:
+    """The payload of a video file in a tier.
 
     Args:
         data: the file's bytes.
+        ext: the file's extension, without dot.
         video: what `frames.probe` says of it.
-        quality: of mjpeg, FFmpeg's qscale from 2 (best) to 31.
-        short_side: shrink frames (never enlarge) until the shorter side has this many pixels; not for tier "source".
 
     Raises:
         BadVideoError: the video cannot be decoded to its end, or not stored in this tier.
     """
-    assert tier in TIERS, tier
-    if tier == "source":
+    assert encoding.tier in TIERS, encoding.tier
+    if encoding.tier == "source":
         return Payload(ext, data, video)
     try:
-        pictures = [_planes(frame, video, short_side) for frame in _decode(data)]
+        pictures = [_planes(frame, video, encoding.short_side) for frame in _decode(data)]
     except av.FFmpegError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
-    if not pictures:
-        raise BadVideoError("no video frames in the file")
+    if len(pictures) != video.num_frames:
+        raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
     height, width = pictures[0][0].shape
-    video = dataclasses.replace(video, num_frames=len(pictures), width=width, height=height)
-    return _to_mjpeg(pictures, video, quality) if tier == "mjpeg" else _to_y4m(pictures, video)
+    video = dataclasses.replace(video, width=width, height=height)
+    return _to_mjpeg(pictures, video, encoding.quality) if encoding.tier == "mjpeg" else _to_y4m(pictures, video)
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -56,6 +58,27 @@ def pack_here(*args: object) -> int:
     """Run the pack command in this process, which is faster; its exit code."""
     with mock.patch.object(pack, "run_local", serially):
         return pack.main([str(arg) for arg in args])
+
+
+def wait_until(holds: Callable[[], Any], timeout: float = 20) -> None:
+    """Until `holds()` is true; fails the test after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not holds():
+        if time.monotonic() > end:
+            pytest.fail(f"waited {timeout} s in vain")
+        time.sleep(0.002)
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those that still run; a dead process that nobody has waited for yet counts as gone."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return [pid for pid in pids if runs(pid)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

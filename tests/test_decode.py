@@ -134,7 +134,9 @@ def test_a_video_that_ends_early_is_an_error_not_a_shorter_clip(name):
     payload = make_video(32, 32, 5)
     out = np.zeros((2, 32 * 32 * 3 // 2), np.uint8)
     with pytest.raises(DecodeError, match="ends early"):
-        get_decoder(name, "webm")(payload, VideoInfo(9, 32, 32, 0), np.array([0, 8]), Crop(0, 0, 32, 32, False), 32, out)
+        get_decoder(name, "webm")(
+            payload, VideoInfo(9, 32, 32, 0), np.array([0, 8]), Crop(0, 0, 32, 32, False), 32, out
+        )
 
 
 def test_bytes_that_are_no_video_are_an_error():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import alive, wait_until
 
 from shard_tools.executors import WorkerDiedError, run_local
 
@@ -47,23 +48,6 @@ def tell_pid_and_wait(folder: Path, number: int) -> None:
     time.sleep(60)
 
 
-def wait_until(holds: object, timeout: float = 20) -> None:
-    end = time.monotonic() + timeout
-    while not holds():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
-def alive(pids: list[int]) -> list[int]:
-    def runs(pid: int) -> bool:
-        try:
-            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    return [pid for pid in pids if runs(pid)]
-
-
 def test_every_task_comes_back_with_its_result() -> None:
     assert dict(run_local(square, range(20), 2)) == {n: n * n for n in range(20)}
     assert list(run_local(square, [], 2)) == []
@@ -81,7 +65,7 @@ def test_a_task_that_kills_its_process_is_reported_and_the_others_finish() -> No
 
 
 def test_a_process_killed_from_outside_costs_no_task(tmp_path: Path) -> None:
-    assert dict(run_local(functools.partial(die_once, tmp_path), range(8), 2)) == {n: n for n in range(8)}
+    assert dict(run_local(functools.partial(die_once, tmp_path), range(8), 1)) == {n: n for n in range(8)}
     assert (tmp_path / "died").exists()
 
 

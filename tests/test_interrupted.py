@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, RunModule, contents, pack_here
+from conftest import REPOSITORY, RunModule, alive, contents, pack_here, wait_until
 
 from shard_tools import pack, staging
 from shard_tools.command import CommandError
@@ -206,19 +206,14 @@ class Packing:
 
     def wait_for(self, shards: int) -> None:
         """Until so many shards are done, by this or an earlier try."""
-        end = time.monotonic() + 30
-        while len(list((self.out / staging.STAGING).glob("*.done"))) < shards:
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < end, "timed out"
-            time.sleep(0.001)
+        wait_until(lambda: len(list((self.out / staging.STAGING).glob("*.done"))) >= shards)
 
     def stop(self, number: int, group: bool = False) -> tuple[int, str]:
         """Send a signal; exit code and stderr. Fails if any process of the family outlives it."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
+        family = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
         os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
         _, stderr = self.process.communicate(timeout=30)
-        _, left = psutil.wait_procs(family, timeout=10)
-        assert not left, f"processes outlive the command: {left}"
+        wait_until(lambda: not alive(family))
         return self.process.returncode, stderr
 
 

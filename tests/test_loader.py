@@ -199,7 +199,7 @@ def test_the_policy_stops_at_the_configured_rate(make_config):
 
     for number in range(6):  # 14%, of too few samples to judge
         policy.observe(batch(number, [failure] * 5))
-    with pytest.raises(LoaderStopped, match="35 of 259 samples failed, more than data.max_failure_rate = 0.1"):
+    with pytest.raises(LoaderStopped, match=r"35 of 259 samples failed, more than data\.max_failure_rate = 0\.1"):
         policy.observe(batch(6, [failure] * 5))
     assert policy.total == 35
 

@@ -22,7 +22,7 @@ SIZES = {source.key: 1000 + 97 * n for n, source in enumerate(SOURCES)}
 
 
 def plan(sources: list[Source] = SOURCES, sizes: dict[str, int] = SIZES, **changed: object) -> Plan:
-    arguments = {"frames": "source", "seed": 0, "shard_bytes": 128 << 10} | changed
+    arguments = {"encoding": "source", "seed": 0, "shard_bytes": 128 << 10} | changed
     name, classes = arguments.pop("name", "name"), arguments.pop("classes", ["a", "b", "c"])
     return make_plan(name, sources, classes, sizes, **arguments)
 
@@ -53,7 +53,7 @@ def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, s
 
 @pytest.mark.parametrize(
     "changed",
-    [{"name": "other"}, {"seed": 1}, {"frames": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c", "d"]},
+    [{"name": "other"}, {"seed": 1}, {"encoding": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c", "d"]},
      {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]}, {"sources": [replace(SOURCES[0], label=2), *SOURCES[1:]]},
      {"sources": [replace(SOURCES[0], placeholders=("cup",)), *SOURCES[1:]]}],
     ids=lambda changed: next(iter(changed)),

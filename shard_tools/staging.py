@@ -47,7 +47,7 @@ class PackPlan:
     hash: str
     name: str
     seed: int
-    frames: str
+    frames: str  # the tier, and its settings
     shard_bytes: int | None  # None: not known (dataset.json does not say)
     videos: int
 
@@ -55,8 +55,9 @@ class PackPlan:
         """How `other` differs from this plan, in words."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         named = [k for k in mine if k != "hash" and mine[k] != theirs[k] and None not in (mine[k], theirs[k])]
-        unnamed = "other source files or labels" if self.shard_bytes and other.shard_bytes else (
-            "another shard size, or other source files or labels")  # fmt: skip
+        unnamed = "other source files or labels"
+        if None in (self.shard_bytes, other.shard_bytes):
+            unnamed = f"another shard size or picture quality, or {unnamed}"
         return ", ".join(f"{k} {theirs[k]} instead of {mine[k]}" for k in named) or unnamed
 
 
@@ -106,7 +107,7 @@ def is_packed(out: Path, plan: PackPlan) -> bool:
     dataset = read_dataset(out)
     if dataset.plan_hash != plan.hash:
         raise CommandError(
-            f"{out}: holds a data set of another plan ({plan.difference(_plan_of(out, dataset))}); "
+            f"{out}: holds a data set of another plan ({plan.difference(_plan_of(out, dataset, plan))}); "
             "add --overwrite to replace it, or choose another --out"
         )
     staging = out / STAGING
@@ -115,10 +116,12 @@ def is_packed(out: Path, plan: PackPlan) -> bool:
     return True
 
 
-def _plan_of(out: Path, dataset: Dataset) -> PackPlan:
+def _plan_of(out: Path, dataset: Dataset, asked: PackPlan) -> PackPlan:
+    """What a data set was packed with, as far as it says so; of a tier's settings it says nothing."""
+    frames = asked.frames if asked.frames.split()[0] == dataset.frames else dataset.frames
     failed = len(ledger.read(out / FAILURES_FILE)[0]) if (out / FAILURES_FILE).exists() else 0
     samples = sum(split.samples for split in dataset.splits.values())
-    return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, dataset.frames, None, samples + failed)
+    return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, frames, None, samples + failed)
 
 
 def open_staging(out: Path, plan: PackPlan, overwrite: bool) -> Path:
@@ -158,8 +161,7 @@ def _begun(staging: Path) -> PackPlan | None:
 
 
 def drop(staging: Path) -> None:
-    """Remove an unfinished pack: its plan first, so that a rest of it is never taken for another's."""
-    (staging / _PLAN_FILE).unlink(missing_ok=True)
+    """Remove an unfinished pack."""
     if staging.exists():
         shutil.rmtree(staging)
 

@@ -292,16 +292,19 @@ def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_video
 
 
 def fatal_probe(payload: bytes) -> Video:
-    raise MemoryError
+    if payload == b"fatal":
+        raise MemoryError
+    return frames.probe(payload)
 
 
-def test_an_error_of_ours_is_no_fault_of_the_video(videos: Path, tmp_path: Path) -> None:
-    found = find_sources(videos, "auto", tmp_path)
+def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_videos: Path, tmp_path: Path) -> None:
+    found = find_sources(some_videos, "auto", tmp_path)
     sizes = dict.fromkeys((source.key for source in found.sources), 1)
     plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=None)
+    (some_videos / plan.tasks[0].sources[7].path).write_bytes(b"fatal")
     with pytest.raises(MemoryError):
-        pack.write_shards(pack.PackJob(videos, tmp_path, "x", probe=fatal_probe), plan, sizes, workers=1)
-    assert not list(tmp_path.glob("*.tar"))
+        pack.write_shards(pack.PackJob(some_videos, tmp_path, "x", probe=fatal_probe), plan, sizes, workers=1)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".train", "train"))]
 
 
 # --- another plan ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The main job on real video: 36 real clips are packed, verified and trained on; the full-size run takes its first steps."""
 
+import gc
 import subprocess
 
 import pytest
@@ -17,9 +18,11 @@ def shards(real_clips, run_module, tmp_path_factory):
     return out
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
 def test_plain_webdataset_and_gnu_tar_read_the_shards(shards):
     files = sorted(str(path) for path in shards.glob("*.tar"))
     samples = list(webdataset.WebDataset(files, shardshuffle=False))
+    gc.collect()
     assert len(samples) == 36
     assert all(sample["webm"][:4] == b"\x1a\x45\xdf\xa3" and sample["json"] for sample in samples)
     for file in files:

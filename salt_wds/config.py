@@ -77,6 +77,9 @@ class DataConfig(Section):
     max_failure_rate: Fraction = 0.05
     """Stop when a larger share of the samples tried has failed (judged from 256 samples on)."""
 
+    max_recoveries: NonNegativeInt = 50
+    """Stop when workers were lost more often than this within 100 batches: then it is the machine, not a sample."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _require(self.num_frames % TUBELET == 0, "num_frames", f"must be a multiple of the tubelet ({TUBELET})")

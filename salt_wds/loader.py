@@ -7,14 +7,9 @@ ledger, and stops the run when failures are too many to be single samples.
 
 from __future__ import annotations
 
+import gc
 import logging
-import multiprocessing
 import os
-import re
-import signal
-import sys
-import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from salt_wds.budget import fit_budget
 from salt_wds.catalog import Catalog, open_catalog
@@ -34,21 +28,19 @@ from salt_wds.pipeline import (
     Batch,
     PipelineSpec,
     Sample,
-    build_pipeline,
     make_order,
-    make_sample,
     slot_bytes,
 )
 from salt_wds.shared import SharedArray
+from salt_wds.workers import WorkerLostError, Workers, try_sample
 from shard_tools import ledger
-from shard_tools.command import CommandError, end_with_parent
+from shard_tools.command import CommandError
 from shard_tools.ledger import Failure
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 1.0  # how long a worker may be dead before that is noticed
 _RATE_SAMPLES = 256  # a failure rate over fewer samples says nothing
-_RECOVERY_LIMIT, _RECOVERY_WINDOW = 10, 100  # more recoveries within so many batches: it is not a single sample
+_RECOVERY_WINDOW = 100  # batches within which data.max_recoveries counts
 
 
 class LoaderStopped(Exception):
@@ -159,7 +151,7 @@ class Loader:
         self.next_batch = start
         self.policy = FailurePolicy(data, self.catalog.folder)
         self._ledger_path = ledger_path
-        self._recoveries: deque[int] = deque(maxlen=_RECOVERY_LIMIT + 1)
+        self._recoveries: deque[int] = deque(maxlen=data.max_recoveries + 1)
 
     def describe(self) -> list[str]:
         """Lines for the start of a run: data set, split, effective loader settings, memory."""
@@ -178,15 +170,13 @@ class Loader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        workers = _Workers(self.spec, self.budget.prefetch, self.next_batch)
+        workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
         try:
             while True:
-                try:
-                    batch = workers.next()
-                except WorkerLostError as lost:
-                    workers.stop()
-                    self._recover(lost)
-                    workers = _Workers(self.spec, self.budget.prefetch, self.next_batch)
+                batch = self._next(workers)
+                if batch is None:
+                    gc.collect()  # the lost generation's pipes and semaphores hang on a traceback
+                    workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
                     continue
                 assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
                 ledger.append(self._ledger_path, batch["failures"])
@@ -195,6 +185,15 @@ class Loader:
                 yield self._own(batch)
         finally:
             workers.stop()
+
+    def _next(self, workers: Workers) -> Batch | None:
+        """The next batch; None when workers were lost, after what they were at has been looked into."""
+        try:
+            return workers.next()
+        except WorkerLostError as lost:
+            workers.stop()
+            self._recover(lost)
+            return None
 
     def _own(self, batch: Batch) -> Batch:
         """The batch as tensors of its own, page-locked where a GPU takes them: its slot is free for the worker again.
@@ -218,9 +217,11 @@ class Loader:
         for failure in failures:
             self.policy.count(failure)
         self._recoveries.append(self.next_batch)
-        if len(self._recoveries) > _RECOVERY_LIMIT and self.next_batch - self._recoveries[0] < _RECOVERY_WINDOW:
+        many = len(self._recoveries) > self.spec.data.max_recoveries
+        if many and self.next_batch - self._recoveries[0] < _RECOVERY_WINDOW:
             raise LoaderStopped(
-                f"workers were lost {len(self._recoveries)} times within {_RECOVERY_WINDOW} batches, the last: {lost}; "
+                f"workers were lost {len(self._recoveries)} times within {_RECOVERY_WINDOW} batches "
+                f"(data.max_recoveries = {self.spec.data.max_recoveries}), the last: {lost}; "
                 f"see {self._ledger_path}, and check memory (dmesg) and the shards: "
                 f"python -m shard_tools.verify {self.catalog.folder}"
             )
@@ -274,131 +275,3 @@ def quarantined_keys(ledger_path: Path) -> frozenset[str]:
         return frozenset()
     failures, _ = ledger.read(ledger_path)
     return frozenset(f.key for f in failures if f.action == "quarantined" and f.stage in ("crash", "hang") and f.key)
-
-
-def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:
-    """Run one sample in a throw-away process; what it did to it ("killed by SIGABRT", "hung"), or None."""
-    context = multiprocessing.get_context(spec.data.start_method)
-    spec = replace(spec, in_flight=SharedArray((1, len(IN_FLIGHT_COLUMNS)), np.int64))
-    process = context.Process(target=make_sample, args=(spec, position, attempt))
-    process.start()
-    process.join(spec.data.timeout_s)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return f"hung for {spec.data.timeout_s:g} s"
-    code = process.exitcode
-    process.close()
-    return _exit_reason(code) if code else None
-
-
-class WorkerLostError(Exception):
-    """Workers died ("crash") or gave nothing for too long ("hang"); `workers` maps their number to what is known."""
-
-    def __init__(self, stage: str, workers: dict[int, str]) -> None:
-        self.stage, self.workers = stage, workers
-        super().__init__("; ".join(f"worker {number}: {reason}" for number, reason in workers.items()))
-
-
-class _Workers:
-    """One generation of DataLoader workers."""
-
-    def __init__(self, spec: PipelineSpec, prefetch: int, start: int) -> None:
-        data = spec.data
-        self._data = data
-        self._delivered = 0
-        spec.in_flight.array[:] = 0
-        context = multiprocessing.get_context(data.start_method) if data.num_workers else None
-        if context is not None:
-            context.set_forkserver_preload(_our_modules())
-        with warnings.catch_warnings():  # more workers than cores is the user's choice; describe() says so
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loader = DataLoader(
-                build_pipeline(spec, start),
-                batch_size=None,
-                collate_fn=_as_it_is,
-                num_workers=data.num_workers,
-                prefetch_factor=prefetch if data.num_workers else None,
-                timeout=_POLL_S if data.num_workers else 0,
-                multiprocessing_context=context,
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # torch draws a seed for workers; not from the generator of the run
-            )
-            self._iterator = iter(loader)
-
-    def next(self) -> Batch:
-        """The next batch.
-
-        Raises:
-            WorkerLostError: a worker died, or the one whose turn it is gave nothing for `timeout_s`.
-        """
-        deadline = time.monotonic() + self._data.timeout_s
-        while True:
-            try:
-                batch = next(self._iterator)
-            except RuntimeError as error:
-                if "timed out after" in str(error) and time.monotonic() < deadline:
-                    continue  # torch looks for dead workers only when a wait is over: hence short waits, many times
-                lost = self._lost(error)
-                if lost is None:
-                    raise
-                raise lost from error
-            self._delivered += 1
-            return batch
-
-    @property
-    def _turn(self) -> int:
-        """The worker that makes the next batch: they take turns, and torch keeps them in order."""
-        return self._delivered % max(self._data.num_workers, 1)
-
-    def _lost(self, error: RuntimeError) -> WorkerLostError | None:
-        """What torch's error means for our workers; None when it is an error of ours that a worker passed on."""
-        message = str(error)
-        if "timed out after" in message:
-            reason = f"gave no batch for {self._data.timeout_s:g} s"
-            return WorkerLostError("hang", {self._turn: reason})
-        if re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", message):
-            time.sleep(0.1)  # several may be dying together
-            dead = {n: _exit_reason(w.exitcode) for n, w in enumerate(self._processes) if w.exitcode is not None}
-            return WorkerLostError("crash", dead or {self._turn: "died"})
-        return None
-
-    @property
-    def _processes(self) -> list[multiprocessing.Process]:
-        return getattr(self._iterator, "_workers", [])
-
-    def stop(self) -> None:
-        """End all workers at once; batches under way are made again by the next generation."""
-        for process in self._processes:  # killed first: torch would wait 5 s for each that hangs
-            process.kill()
-        shutdown = getattr(self._iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    """Instead of torch's conversion to tensors: those would travel through /dev/shm, one file descriptor each."""
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    """Ctrl-C and a group's SIGTERM reach workers, too; the training process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with_parent()
-
-
-def _our_modules() -> list[str]:
-    """Our modules that are loaded here: workers are forked from a server that has them, too, and start at once.
-
-    Not the one behind `python -m`: every worker runs it again under another name.
-    """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    ours = (name for name in sys.modules if name.partition(".")[0] in ("salt_wds", "shard_tools"))
-    return [name for name in ours if spec is None or name != spec.name]
-
-
-def _exit_reason(exitcode: int) -> str:
-    if exitcode >= 0:
-        return f"exited with code {exitcode}"
-    return f"killed by {signal.Signals(-exitcode).name}"

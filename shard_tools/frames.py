@@ -27,6 +27,11 @@ class BadVideoError(Exception):
     """A video that cannot be used; the message says why."""
 
 
+def open_video(payload: bytes) -> av.container.InputContainer:
+    """The container in the bytes of a whole file, to be closed by the caller; titles and the like need not be UTF-8."""
+    return av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace")
+
+
 def probe(payload: bytes) -> Video:
     """What a decoder needs to know of the video in `payload` (the bytes of a whole file).
 
@@ -41,8 +46,7 @@ def probe(payload: bytes) -> Video:
     if declared is not None and declared > len(payload):
         raise BadVideoError(f"cut short: the container declares {declared} bytes, the file has {len(payload)}")
     try:
-        # titles and the like need not be UTF-8
-        with av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace") as container:
+        with open_video(payload) as container:
             if not container.streams.video:
                 raise BadVideoError("no video stream in the file")
             stream = container.streams.video[0]

@@ -10,7 +10,6 @@ Frames never pass through RGB, and are numbered as they are decoded: a variable 
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +20,7 @@ import numpy as np
 import xxhash
 
 from shard_tools.format import TIERS, Video, y4m_frame_bytes
-from shard_tools.frames import BadVideoError
+from shard_tools.frames import BadVideoError, open_video
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
 # Bytes of a tier over bytes of the source, for clips as in Something-Something-v2: what planning shards takes for sizes.
@@ -94,7 +93,7 @@ def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Pay
 
 
 def _decode(data: bytes) -> Iterator[av.VideoFrame]:
-    with av.open(io.BytesIO(data)) as container:
+    with open_video(data) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"  # shards are the unit of parallel work
         stream.codec_context.thread_count = 1

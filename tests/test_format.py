@@ -202,6 +202,13 @@ def test_a_damaged_index_is_a_value_error_or_still_a_table() -> None:
     assert all(len(message.splitlines()) == 1 for message in refused)
 
 
+def test_a_key_that_is_no_text_is_a_value_error() -> None:
+    sink = io.BytesIO()
+    pq.write_table(parse_index(index_bytes([ROW | {"key": "abcdefgh"}])), sink, compression="none")
+    with pytest.raises(ValueError, match="Invalid UTF8"):
+        parse_index(sink.getvalue().replace(b"abcdefgh", b"abc\xff\xfefgh"))
+
+
 @pytest.mark.parametrize(
     ("content", "says"), [(None, "the index is missing"), (b"", "not a readable index"), (b"PAR1 no", "not a readable")]
 )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shard_tools.format import Video
 from shard_tools.frames import BadVideoError, declared_size, probe
+from shard_tools.tiers import Encoding, make_payload
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,8 @@ def test_a_title_need_not_be_utf8() -> None:
     payload = encoded("matroska", title="caf? at noon").replace(b"caf?", b"caf\xe9")
     assert b"caf\xe9" in payload
     assert probe(payload).num_frames == 10
+    for tier in ("mjpeg", "y4m"):
+        assert make_payload(payload, "mkv", probe(payload), Encoding(tier)).video.num_frames == 10
 
 
 # --- no videos ------------------------------------------------------------------------------------------------------

@@ -374,18 +374,42 @@ class FullFile:
         self.raw.close()
 
 
+SAMPLE = SampleInfo("a", "train", None, None, None, (), SourceFile("a.webm", 1, "0" * 16),
+                    Video("vp9", 2, 2, 1, 12.0, "bt601", "limited"))  # fmt: skip
+
+
 @pytest.mark.parametrize("room", [0, 512, 1000, 2000, 8000])
 def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(tmp_path: Path, room: int) -> None:
-    info = SampleInfo("a", "train", None, None, None, (), SourceFile("a.webm", 1, "0" * 16),
-                      Video("vp9", 2, 2, 1, 12.0, "bt601", "limited"))  # fmt: skip
-
     def write() -> None:
         with ShardWriter(tmp_path, "train-000000.tar") as writer:
             writer._file.close()
             writer._file = FullFile(writer._temporary, room)
-            writer.add(info, "webm", bytes(3000))
+            writer.add(SAMPLE, "webm", bytes(3000))
 
     with pytest.raises(OSError, match="No space left on device") as caught:
         write()
     assert caught.value.filename == str(tmp_path / "train-000000.tar")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power cut could leave an empty file under a final name."""
+    steps: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        steps.append(("sync", str(os.fstat(descriptor).st_ino)))
+        fsync(descriptor)
+
+    def watched_rename(old: Path, new: Path) -> None:
+        steps.append((Path(new).name, str(os.stat(old).st_ino)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    with ShardWriter(tmp_path, "train-000000.tar") as writer:
+        writer.add(SAMPLE, "webm", bytes(3000))
+    folder = str(tmp_path.stat().st_ino)
+    index, tar = (str((tmp_path / name).stat().st_ino) for name in ("train-000000.parquet", "train-000000.tar"))
+    assert steps == [("sync", tar), ("sync", index), ("train-000000.parquet", index), ("sync", folder),
+                     ("train-000000.tar", tar), ("sync", folder)]  # fmt: skip

@@ -329,3 +329,16 @@ def test_order_and_loader_agree(make_config, tmp_path):
     batch = next(iter(loader))
     order = Order(loader.catalog.shard_samples, 2, 0)
     assert batch["keys"] == [loader.catalog.row(*order.locate(p)).key for p in range(24, 32)]
+
+
+def test_workers_that_are_lost_again_and_again_stop_the_run(make_config, tmp_path):
+    loader = Loader(make_config(max_recoveries=2), tmp_path / "l.jsonl")
+
+    def kill_after_every_batch():
+        for _ in islice(iter(loader), 50):
+            os.kill(int(loader.spec.in_flight.array[0, 0]), signal.SIGKILL)
+
+    with pytest.raises(
+        LoaderStopped, match=r"workers were lost 3 times within 100 batches \(data.max_recoveries = 2\)"
+    ):
+        kill_after_every_batch()

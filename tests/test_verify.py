@@ -201,8 +201,9 @@ def test_unreadable_index(copy: Copy) -> None:
 def test_truncated_within_a_sample_names_it_and_all_behind_it(copy: Copy) -> None:
     cut = copy.rows[1]["payload_offset"] + 100
     copy.edit(lambda data: data.__delitem__(slice(cut, None)))
-    expected = {(copy.shard, row["key"], "truncated") for row in copy.rows[1:]}
-    assert copy.found() == expected
+    assert copy.found() == {(copy.shard, row["key"], "truncated") for row in copy.rows[1:]}
+    members = 2 * len(copy.rows) - 3
+    assert len(copy.problems()) == members  # each once
 
 
 def test_truncated_between_samples_names_all_behind_it(copy: Copy) -> None:

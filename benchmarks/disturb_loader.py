@@ -1,0 +1,137 @@
+"""Kill, crash and stop workers at random moments, and compare the sequence of samples with that of an undisturbed run.
+
+    python benchmarks/disturb_loader.py SHARDS --disturbances 100 --out benchmarks/results/disturb_loader.json
+
+Exit code 1 if the sequence differs, a disturbance is missing in the ledger, or a process, descriptor or piece of shared
+memory is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from salt_wds.config import load_config
+from salt_wds.loader import Loader
+from shard_tools import ledger
+
+SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGSTOP)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--disturbances", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    configs = Path(__file__).parents[1] / "configs"
+    settings = ["data.batch_size=8", "data.num_workers=2", "data.timeout_s=4.0", "data.max_recoveries=1000"]
+    config = load_config(configs / "tiny.toml", [f"data.shards={args.shards}", *settings])
+    with tempfile.TemporaryDirectory() as folder:
+        result = disturb(config, Path(folder), args.disturbances, random.Random(args.seed))
+    result |= {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return (
+        0
+        if result["same_sequence"] and result["in_ledger"] >= result["recoveries"] and not result["left_behind"]
+        else 1
+    )
+
+
+def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict:
+    warm_up = iter(Loader(config, folder / "warm_up.jsonl"))  # starts the fork server, which stays
+    next(warm_up)
+    warm_up.close()
+    before = belongings()
+    loader = Loader(config, folder / "disturbed.jsonl")
+    in_flight = loader.spec.in_flight.array
+    sent: list[str] = []
+    stop = threading.Event()
+
+    def enemy() -> None:
+        while len(sent) < disturbances and not stop.is_set():
+            time.sleep(rng.uniform(0.0, 2.0))
+            pid = int(in_flight[rng.randrange(2), 0])
+            number = rng.choice(SIGNALS)
+            try:
+                if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                    os.kill(pid, number)
+                    sent.append(number.name)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue  # it is gone already: not a disturbance
+
+    thread = threading.Thread(target=enemy)
+    started = time.monotonic()
+    iterator = iter(loader)
+    batches = [content(next(iterator))]
+    thread.start()
+    while thread.is_alive():
+        batches.append(content(next(iterator)))
+        time.sleep(0.05)  # a trainer that is at work
+    batches += [content(next(iterator)) for _ in range(8)]
+    seconds = time.monotonic() - started
+    stop.set()
+    iterator.close()
+    failures, _ = ledger.read(folder / "disturbed.jsonl")
+    lost = [f for f in failures if f.stage in ("crash", "hang")]
+    del loader, iterator
+
+    quiet = iter(Loader(config, folder / "quiet.jsonl"))
+    reference = [content(batch) for batch in islice(quiet, len(batches))]
+    quiet.close()
+    del quiet, thread, enemy
+    gc.collect()
+    time.sleep(1.0)
+    behind = {name: count - before[name] for name, count in belongings().items()}
+    return {
+        "batches": len(batches),
+        "samples": sum(len(keys) for keys, *_ in batches),
+        "seconds": round(seconds, 1),
+        "disturbances": {name: sent.count(name) for name in sorted(set(sent))},
+        "recoveries": len({f.time for f in lost}),
+        "in_ledger": len(lost),
+        "quarantined": sum(f.action == "quarantined" for f in lost),
+        "same_sequence": batches == reference,
+        "left_behind": {name: count for name, count in behind.items() if count > 0},
+    }
+
+
+def belongings() -> dict[str, int]:
+    """What this process has of the machine: child processes, open descriptors, shared arrays, semaphores."""
+    links = [
+        os.readlink(f"/proc/self/fd/{d}") for d in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{d}")
+    ]
+    return {
+        "processes": len(psutil.Process().children(recursive=True)),
+        "descriptors": len(links),
+        "shared_arrays": sum("memfd:salt-wds" in link for link in links),
+        "dev_shm_names": len(os.listdir("/dev/shm")),
+    }
+
+
+def content(batch) -> tuple:
+    return tuple(batch["keys"]), int(batch["clips"].long().sum()), int(batch["mask"].long().sum())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from shard_tools.command import CommandError
+from shard_tools.container import open_video
 from shard_tools.format import COLOURS, FRAME_TIERS
 
 DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # what the way back from decord's RGB uses
@@ -142,7 +143,7 @@ def decode_pyav(payload: bytes, info: VideoInfo, frames: np.ndarray, crop: Crop,
 
 
 def _frames(payload: bytes) -> Iterator[av.VideoFrame]:
-    with av.open(io.BytesIO(payload)) as container:
+    with open_video(payload) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"  # the workers are the threads
         stream.codec_context.thread_count = 1

@@ -1,4 +1,4 @@
-"""Probe a video: the only place in shard_tools that knows about codecs (PyAV).
+"""Probe a video: what a decoder will need to know of it, and what is wrong with it.
 
 A probe demuxes every packet and decodes none, so it costs 1-2 ms a clip; it names files that are empty, are not
 video, or end before their container says they should.
@@ -6,10 +6,9 @@ video, or end before their container says they should.
 
 from __future__ import annotations
 
-import io
-
 import av
 
+from shard_tools.container import open_video
 from shard_tools.format import Video
 
 # Codecs in which every packet shows exactly one frame; elsewhere frames are counted by decoding.
@@ -19,17 +18,10 @@ _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
 )
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-# Left to itself FFmpeg also takes still pictures for videos, and playlists, which open other files.
-_OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv"}
 
 
 class BadVideoError(Exception):
     """A video that cannot be used; the message says why."""
-
-
-def open_video(payload: bytes) -> av.container.InputContainer:
-    """The container in the bytes of a whole file, to be closed by the caller; titles and the like need not be UTF-8."""
-    return av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace")
 
 
 def probe(payload: bytes) -> Video:

@@ -19,8 +19,9 @@ import cv2
 import numpy as np
 import xxhash
 
+from shard_tools.container import open_video
 from shard_tools.format import TIERS, Video, y4m_frame_bytes
-from shard_tools.frames import BadVideoError, open_video
+from shard_tools.frames import BadVideoError
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
 # Bytes of a tier over bytes of the source, for clips as in Something-Something-v2: what planning shards takes for sizes.

@@ -62,9 +62,15 @@ def fit_budget(batch_bytes: int, data: DataConfig) -> Budget:
         CommandError: not even one prefetched batch a worker fits; with the arithmetic and what to change.
     """
     free, limited_by = available_memory()
+    workers = max(data.num_workers, 1)
+    fits = int(free * _USED // (batch_bytes * workers)) - 1
+    if 2 * batch_bytes > free * _USED:
+        raise CommandError(
+            f"memory: 2 batches of {batch_bytes / 1e6:,.1f} MB, but {limited_by} leaves {free / 1e9:.2f} GB (of which batches "
+            f"may take {_USED:.0%}); lower data.batch_size, or give the job more memory"
+        )
     if not data.num_workers:
         return Budget(batch_bytes, 0, 0, 0, free, limited_by)
-    fits = int(free * _USED // (batch_bytes * data.num_workers)) - 1
     if fits < 1:
         raise CommandError(
             f"memory: {data.num_workers} workers x 2 batches of {batch_bytes / 1e6:.1f} MB = "

@@ -41,24 +41,39 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     try:
         temporary.mkdir()
         save_file(_on_cpu(model.state_dict()), temporary / _MODEL)
         save_file({**_optimizer_tensors(model, optimizer), **_rng_tensors()}, temporary / _TRAINER)
         files = {name: _fingerprint(temporary / name) for name in (_MODEL, _TRAINER)}
-        (temporary / _STATE).write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
+        record = {"step": step, **state, "files": files}
+        (temporary / _STATE).write_text(json.dumps({**record, "xxh3": _state_hash(record)}, indent=1))
         for name in (_MODEL, _TRAINER, _STATE):
             _sync_file(temporary / name)
         sync_folder(temporary)
         if final.exists():  # an earlier try at this step; the new one is equal or better
             shutil.rmtree(final)
         temporary.rename(final)
-    except SafetensorError as error:  # its OSErrors arrive in this disguise
-        raise OSError(None, str(error), str(final)) from error
+    except SafetensorError as error:  # errors of the operating system arrive in this disguise
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(final)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder)
     return final
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints beyond `step` (they are damaged, or the run would go on from them) to `damaged-step-N`."""
+    for path in _all(folder):
+        if _step(path) > step:
+            aside = folder / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s: set aside as %s", path, aside.name)
 
 
 def remove_old(folder: Path, keep: int) -> None:
@@ -70,16 +85,27 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; damaged ones are named and passed over. None if there is none."""
+    """The newest whole checkpoint and its state; damaged ones are named and passed over. None if there are none.
+
+    Raises:
+        CommandError: there are checkpoints, and all are damaged.
+    """
     for path in _all(folder):
         try:
             state = json.loads((path / _STATE).read_bytes())
-            damaged = [name for name, mark in state["files"].items() if _fingerprint(path / name) != mark]
+            claimed = state.pop("xxh3")
+            damaged = [name for name in (_MODEL, _TRAINER) if _fingerprint(path / name) != state["files"][name]]
+            damaged += [_STATE] if claimed != _state_hash(state) or state["step"] != _step(path) else []
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            damaged = [f"{_STATE}: {error}"]
+            damaged = [f"{_STATE}: {type(error).__name__}: {error}"]
         if not damaged:
             return path, state
         log.warning("%s: damaged (%s), taking the one before", path, ", ".join(damaged))
+    if _all(folder):
+        raise CommandError(
+            f"{folder}: all {len(_all(folder))} checkpoints are damaged, see above; restore one, move them away to start "
+            "at step 1, or choose another train.run_dir"
+        )
     return None
 
 
@@ -104,6 +130,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 def _all(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
     return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _state_hash(record: dict[str, Any]) -> str:
+    """XXH3-64 of the state, written as canonical JSON."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from shard_tools.command import CommandError
 TUBELET, PATCH = 2, 16  # one token is 2 frames x 16 x 16 pixels, in the teacher and in the student
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -37,7 +38,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    shards: str
+    shards: Text
     """Folder of the packed data set: the one that holds dataset.json."""
     split: str = "train"
     """Split to train on, as named in dataset.json."""
@@ -87,12 +88,13 @@ class DataConfig(Section):
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             _require(low <= high, name, "must be [least, most]")
+        _require(self.crop_ratio[0] >= 0.1 and self.crop_ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
         _require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
         return self
 
 
 class TeacherConfig(Section):
-    weights: str = "OpenGVLab/VideoMAEv2-Base"
+    weights: Text = "OpenGVLab/VideoMAEv2-Base"
     """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; or "random"."""
     random_width: PositiveInt = 768
     """Token width of a teacher of random weights (weights = "random"); otherwise the weights' own."""
@@ -159,9 +161,9 @@ class OptimConfig(Section):
     """Decoupled weight decay; never applied to norms, biases, positions and the mask token."""
     warmup_steps: NonNegativeInt = 2000
     """Steps of linear warm-up from 0 to lr."""
-    beta1: Fraction = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW: decay of the first moment."""
-    beta2: Fraction = 0.95
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW: decay of the second moment (0.95 as MAE and its kin; 0.999 is slow to forget)."""
     eps: PositiveFloat = 1e-8
     """AdamW: term of the denominator."""
@@ -175,9 +177,9 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: PositiveInt
+    steps: Annotated[int, Field(ge=1, le=99_999_999)]
     """Optimiser steps of the whole run."""
-    run_dir: str
+    run_dir: Text
     """Folder for everything the run writes (metrics, failures, checkpoints)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, sample order, crops and masks."""
@@ -252,6 +254,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _apply(table: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
+    if not override.isprintable() or any("\ud800" <= c <= "\udfff" for c in override):
+        raise CommandError(f"--set {override!a}: not printable text in UTF-8; rename the file or folder")
     parts = dotted.strip().split(".")
     if not separator or not all(parts):
         raise CommandError(f"--set {override}: expected section.key=value")
@@ -272,7 +276,7 @@ def _problem(error: Any) -> str:
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         valid = _valid_keys()
-        nearest = difflib.get_close_matches(dotted, valid, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(dotted, valid, n=1, cutoff=0.7)
         nearest = nearest or [key for key in valid if key.split(".")[-1] == location[-1]][:1]
         hint = f"the nearest valid key is {nearest[0]}" if nearest else f"sections are {', '.join(_sections())}"
         return f"{dotted}: unknown key; {hint}"

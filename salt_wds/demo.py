@@ -18,6 +18,7 @@ import matplotlib
 from salt_wds.metrics import read_metrics
 from shard_tools.command import OK, CommandError, run
 
+_CONFIG = Path(__file__).parents[1] / "configs" / "tiny.toml"
 _MARK = ".demo"  # only folders with this file in them are ever removed
 
 
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
     args = parser.parse_args(argv)
     out: Path = args.out
+    if not _CONFIG.exists():
+        raise CommandError(f"{_CONFIG}: not there; the demo runs from a checkout of the repository")
     _clear(out)
     started = time.perf_counter()
     videos, shards = out / "videos", out / "videos" / "shards"
@@ -35,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     _command("shard_tools.pack", str(videos))
     _command("shard_tools.verify", str(shards))
     _command(
-        "salt_wds.train", "--config", "configs/tiny.toml", "--set", f"data.shards={shards}",
+        "salt_wds.train", "--config", str(_CONFIG), "--set", f"data.shards={shards}",
         "--set", f"train.run_dir={out}", "--set", f"train.steps={args.steps}",
         "--set", f"optim.decay_steps={args.steps}",
     )  # fmt: skip

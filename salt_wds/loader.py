@@ -22,6 +22,7 @@ import torch
 from salt_wds.budget import fit_budget
 from salt_wds.catalog import Catalog, open_catalog
 from salt_wds.config import Config, DataConfig
+from salt_wds.masks import num_masked
 from salt_wds.pipeline import (
     IN_FLIGHT_COLUMNS,
     STAGES,
@@ -129,6 +130,7 @@ class Loader:
         data = config.data
         if data.batch_size % world_size:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
+        num_masked(config.grid, config.mask)  # a grid that no mask fits is refused here, not once a sample
         self.catalog: Catalog = open_catalog(Path(data.shards), data.split)
         local_batch = data.batch_size // world_size
         clip_shape = data.num_frames, data.size**2 * 3 // 2

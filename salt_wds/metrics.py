@@ -121,7 +121,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         CommandError: there is no such file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise CommandError(f"{path}: no metrics; is this the folder of a run?") from None
     return [line for line in map(_parse, text.splitlines()) if line is not None]
@@ -132,13 +132,15 @@ def _parse(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _open_after(path: Path, step: int) -> TextIO:
     if path.exists():
         kept = [
-            line for line in path.read_text(encoding="utf-8").splitlines() if (r := _parse(line)) and r["step"] <= step
+            line
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if (r := _parse(line)) and r["step"] <= step
         ]
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8")

@@ -186,7 +186,6 @@ class _Batches:
                 yield worker.make_batch(number)
             except UnfillableError as error:  # the records must reach the ledger before the run ends
                 yield {"number": number, "failures": worker.take_failures(), "unfillable": str(error)}
-                return
 
 
 class _Worker:

@@ -230,7 +230,9 @@ def _read(file: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise CommandError(f"{file}: damaged or not safetensors ({error}); download it again") from None
     except Exception as error:  # a damaged file can raise nearly anything
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        if "weights_only" in first_line:  # torch's own advice is to turn the protection off
+            first_line = type(error).__name__
         raise CommandError(
             f"{file}: damaged, or holds more than tensors and plain values ({first_line}); download it again, or "
             "save its state dict as .safetensors"

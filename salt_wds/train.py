@@ -27,7 +27,7 @@ from salt_wds.models import Models, build_models, pick_device
 from salt_wds.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 from salt_wds.pipeline import Batch
 from salt_wds.step import Step, make_forward
-from shard_tools.command import INTERRUPTED, OK, PROBLEMS, CommandError, run
+from shard_tools.command import INTERRUPTED, OK, PROBLEMS, CommandError, describe_os_error, run
 from shard_tools.format import write_atomic
 
 log = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ def _open_run(run_dir: Path, config: Config, resume: bool, dry_run: bool) -> tup
         _check_same_config(found[0], found[1]["config"], config)
     if not dry_run:
         run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.set_aside(run_dir / "checkpoints", found[1]["step"] if found else 0)
     return found
 
 
@@ -203,19 +204,20 @@ class _Trainer:
                 self.log.samples(self.step, batch["keys"])
                 last = self.step >= train.steps or stop.requested is not None
                 due = self.step % train.log_every == 0
-                if (due or last or self.step == 1) and not self.write_metrics(
+                if (due or self.step in (1, train.steps)) and not self.write_metrics(
                     lr, grad_norm, reset=due or self.step == 1
                 ):
                     return PROBLEMS
                 if self.step % train.checkpoint_every == 0 or last:
                     if not self.check_finite():
                         return PROBLEMS
-                    self.save()
+                    self.save(must=last)
                 if last:
                     break
                 waited = time.perf_counter()
         except LoaderStopped as stopped:
-            self.save()
+            if self.check_finite():
+                self.save(must=True)
             log.error("stopped at step %d: %s", self.step, stopped)
             return PROBLEMS
         finally:
@@ -286,7 +288,20 @@ class _Trainer:
             self.meter = Meter()
         return True
 
-    def save(self) -> None:
+    def save(self, *, must: bool) -> None:
+        """Write a checkpoint. One that cannot be written is no reason to end a run with an older one, unless it `must`.
+
+        Raises:
+            OSError: the disk is full or the folder not writable, and this is the last checkpoint of the run.
+        """
+        try:
+            self._write_checkpoint()
+        except OSError as error:
+            if must:
+                raise
+            log.error("no checkpoint at step %d: %s; going on with the one before", self.step, describe_os_error(error))
+
+    def _write_checkpoint(self) -> None:
         policy = self.loader.policy
         self.log.sync()
         folder = self.run_dir / "checkpoints"

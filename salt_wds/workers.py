@@ -6,11 +6,15 @@ torch's DataLoader moves batches and keeps their order. What it does not do is l
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +25,7 @@ from salt_wds.pipeline import IN_FLIGHT_COLUMNS, Batch, PipelineSpec, build_pipe
 from salt_wds.shared import SharedArray
 from shard_tools.command import end_with_parent
 
-_POLL_S = 1.0  # how long a worker may be dead before that is noticed
+_POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once
 
 
 class WorkerLostError(Exception):
@@ -33,17 +37,17 @@ class WorkerLostError(Exception):
 
 
 class Workers:
-    """One generation of DataLoader workers."""
+    """One generation of DataLoader workers: it gives batches until a worker is lost, then none any more."""
 
     def __init__(self, spec: PipelineSpec, prefetch: int, start: int) -> None:
         data = spec.data
-        self._data = data
+        self._workers = data.num_workers
         self._delivered = 0
         spec.in_flight.array[:] = 0
         context = multiprocessing.get_context(data.start_method) if data.num_workers else None
         if context is not None:
             context.set_forkserver_preload(_our_modules())
-        with warnings.catch_warnings():  # more workers than cores is the user's choice; describe() says so
+        with warnings.catch_warnings():  # more workers than cores is the user's choice; the start of a run says so
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
                 build_pipeline(spec, start),
@@ -51,12 +55,16 @@ class Workers:
                 collate_fn=_as_it_is,
                 num_workers=data.num_workers,
                 prefetch_factor=prefetch if data.num_workers else None,
-                timeout=_POLL_S if data.num_workers else 0,
                 multiprocessing_context=context,
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # torch draws a seed for workers; not from the generator of the run
             )
             self._iterator = iter(loader)
+        self._watch = None
+        if data.num_workers:
+            # With our copy of the pipe's writing end gone, its end is seen when the last worker is.
+            self._iterator._worker_result_queue._writer.close()
+            self._watch = _Watch(self._iterator._workers, data.timeout_s)
 
     def next(self) -> Batch:
         """The next batch.
@@ -64,47 +72,79 @@ class Workers:
         Raises:
             WorkerLostError: a worker died, or the one whose turn it is gave nothing for `timeout_s`.
         """
-        deadline = time.monotonic() + self._data.timeout_s
-        while True:
-            try:
-                batch = next(self._iterator)
-            except Exception as error:
-                timed_out = "timed out after" in str(error)
-                if timed_out and time.monotonic() < deadline:
-                    continue  # torch looks for dead workers only when a wait is over: hence short waits, many times
-                lost = self._lost(timed_out)
-                if lost is None:
-                    raise
-                raise lost from error
-            self._delivered += 1
-            return batch
-
-    @property
-    def _turn(self) -> int:
-        """The worker that makes the next batch: they take turns, and torch keeps them in order."""
-        return self._delivered % max(self._data.num_workers, 1)
-
-    def _lost(self, timed_out: bool) -> WorkerLostError | None:
-        """Which workers an error was about; None when all are well, and it is an error of ours that one passed on."""
-        time.sleep(0.1)  # several may be dying together
-        dead = {n: _exit_reason(w.exitcode) for n, w in enumerate(self._processes) if w.exitcode is not None}
-        if dead:
-            return WorkerLostError("crash", dead)
-        if timed_out:
-            return WorkerLostError("hang", {self._turn: f"gave no batch for {self._data.timeout_s:g} s"})
-        return None
-
-    @property
-    def _processes(self) -> list[multiprocessing.Process]:
-        return getattr(self._iterator, "_workers", [])
+        if self._watch is None:
+            return next(self._iterator)
+        # They take turns, and torch keeps them in order: so it is known which one is waited for.
+        self._watch.wait_for(self._delivered % self._workers)
+        try:
+            batch = next(self._iterator)
+        except Exception as error:
+            lost = self._watch.verdict()
+            if lost is None:  # all workers are well: an error of ours that one passed on
+                raise
+            raise lost from error
+        self._watch.wait_for(None)
+        self._delivered += 1
+        return batch
 
     def stop(self) -> None:
         """End all workers at once; batches under way are made again by the next generation."""
-        for process in self._processes:  # killed first: torch would wait 5 s for each that hangs
+        if self._watch is not None:
+            self._watch.end()
+            self._iterator._shutdown_workers()
+
+
+class _Watch(threading.Thread):
+    """Ends a whole generation when one of its workers dies, or is waited for too long.
+
+    A worker that is killed while it writes leaves half a message and a lock behind, and torch then waits for the rest
+    for ever, whatever its timeout. When all workers are gone the pipe ends, and that wait with it.
+    """
+
+    def __init__(self, processes: Sequence[multiprocessing.process.BaseProcess], timeout_s: float) -> None:
+        super().__init__(name="watch-workers", daemon=True)
+        self._processes, self._timeout_s = processes, timeout_s
+        self._wake, self._signal = multiprocessing.Pipe(duplex=False)
+        self._waiting: tuple[int, float] | None = None  # for which worker, since when
+        self._lost: WorkerLostError | None = None
+        self.start()
+
+    def wait_for(self, worker: int | None) -> None:
+        """Say which worker is waited for from now on; None: for none."""
+        self._waiting = None if worker is None else (worker, time.monotonic())
+
+    def run(self) -> None:
+        watched = [*(process.sentinel for process in self._processes), self._wake]
+        while True:
+            ready = multiprocessing.connection.wait(watched, timeout=_POLL_S)
+            if self._wake in ready:
+                break
+            if ready:
+                time.sleep(0.1)  # several may be dying together
+                self._lost = WorkerLostError("crash", self._dead())
+                break
+            if self._waiting is not None and time.monotonic() - self._waiting[1] > self._timeout_s:
+                worker = self._waiting[0]
+                self._lost = WorkerLostError("hang", {worker: f"gave no batch for {self._timeout_s:g} s"})
+                break
+        for process in self._processes:
             process.kill()
-        shutdown = getattr(self._iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+
+    def verdict(self) -> WorkerLostError | None:
+        """What was found, after it has had the time to look; None if all workers are well."""
+        self.join(timeout=2 * _POLL_S)
+        return self._lost
+
+    def end(self) -> None:
+        """Kill all workers and the watch itself."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._signal.send_bytes(b"end")
+        self.join()
+        self._signal.close()
+        self._wake.close()
+
+    def _dead(self) -> dict[int, str]:
+        return {n: _exit_reason(p.exitcode) for n, p in enumerate(self._processes) if p.exitcode is not None}
 
 
 def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:

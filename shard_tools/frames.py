@@ -45,6 +45,8 @@ def probe(payload: bytes) -> Video:
             context = stream.codec_context
             if context is None:
                 raise BadVideoError("its codec is not known here")
+            if container.format.name.startswith("mov"):
+                _refuse_turned(payload)
             num_frames = _count_frames(container, stream)
             if not num_frames or not context.width or not context.height:
                 raise BadVideoError("no video frames in the file")
@@ -59,6 +61,15 @@ def probe(payload: bytes) -> Video:
             )
     except av.FFmpegError as error:
         raise BadVideoError(f"not a readable video: {error.strerror or error}") from error
+
+
+def _refuse_turned(payload: bytes) -> None:
+    """Phones store upright pictures lying on their side, with a note to turn them that decoders do not follow."""
+    with open_video(payload) as container:
+        for frame in container.decode(container.streams.video[0]):
+            if frame.rotation % 360:
+                raise BadVideoError(f"its pictures are to be turned by {frame.rotation} degrees; re-encode it upright")
+            return
 
 
 def _count_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:

@@ -1,29 +1,44 @@
-"""Check one shard: every byte of its tar against header, index and hash, in one sequential read.
+"""Check a data set's folder, and one shard: every byte of its tar against header, index and hash, in one read.
 
 Three witnesses tell who is wrong: the tar's own structure, the index's hash of each member, and the hashes of both
-files in dataset.json.
+files in dataset.json. `check_quick` reads the index and the headers alone, `check_deep` decodes every sample besides.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import pydantic
 import xxhash
 
 from shard_tools.command import one_line
-from shard_tools.format import SampleInfo, ShardInfo, index_name, parse_index
+from shard_tools.container import open_video
+from shard_tools.format import (
+    DATASET_FILE,
+    FRAME_TIERS,
+    Dataset,
+    SampleInfo,
+    ShardInfo,
+    frame_span,
+    index_name,
+    parse_index,
+)
 from shard_tools.ustar import BLOCK, Member, ShardDamage, parse_header, read_members
 
 KINDS = (
     "missing_shard", "extra_shard", "unreadable", "truncated", "bad_header", "payload_mismatch", "json_mismatch",
     "missing_member", "extra_member", "duplicate_key", "index_mismatch", "missing_index", "dataset_mismatch",
+    "undecodable",
 )  # fmt: skip
 PACK_AGAIN = "pack again from the sources: python -m shard_tools.pack ROOT --overwrite"
+_REMOVE = "move it out of the folder if it does not belong to the data set"
+_FETCH_AGAIN = "fetch the video again and pack again, or leave it: training passes over it, and names it"
 _BUFFER = 4 << 20
 _SAMPLE = pydantic.TypeAdapter(SampleInfo)
 
@@ -54,6 +69,36 @@ class ShardReport:
     keys: list[str]
 
 
+def repair_command(folder: Path) -> str:
+    """The remedy for what is wrong with a shard."""
+    return f"mend it: python -m shard_tools.repair {folder}"
+
+
+def check_dataset(folder: Path, dataset: Dataset) -> Iterator[Problem]:
+    """dataset.json against itself, and the names in the folder against it."""
+
+    def mismatch(detail: str) -> Problem:
+        return Problem(None, None, "dataset_mismatch", None, detail, PACK_AGAIN)
+
+    if (folder / DATASET_FILE).read_bytes() != dataset.to_json():
+        yield mismatch("dataset.json was edited: it does not match its own hash, or is spelled otherwise")
+    listed = set()
+    for name, split in dataset.splits.items():
+        if split.samples != sum(i.samples for i in split.shards) or split.bytes != sum(i.bytes for i in split.shards):
+            yield mismatch(f"the totals of split {name} are not the sums over its shards")
+        for info in split.shards:
+            if info.file in listed:
+                yield mismatch(f"{info.file} is listed twice")
+            listed.add(info.file)
+            if not (folder / info.file).is_file():
+                detail = "dataset.json lists it, it is not there"
+                yield Problem(info.file, None, "missing_shard", None, detail, repair_command(folder))
+    stems = {Path(file).stem for file in listed}
+    for path in sorted((*folder.glob("*.tar"), *folder.glob("*.parquet"))):
+        if path.stem not in stems:
+            yield Problem(path.name, None, "extra_shard", None, "it is there, dataset.json does not list it", _REMOVE)
+
+
 def check_shard(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> ShardReport:
     """Check the shard `task` = (split, shard) of the data set in `folder`."""
     split, info = task
@@ -68,6 +113,81 @@ def check_shard(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardIn
     return ShardReport(check.problems, sorted(check.found_keys))
 
 
+def check_quick(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> ShardReport:
+    """What a glance shows of a shard: its size, its index, and the headers where the index says they are."""
+    split, info = task
+    check = _Check(folder / info.file, info, split, classes)
+    try:
+        check.index()
+        check.headers()
+    except FileNotFoundError:
+        check.report("missing_shard", None, None, "it was there at first, and is there no more")
+    except OSError as error:
+        check.report("unreadable", None, None, f"{error.filename or info.file}: {error.strerror or error}")
+    return ShardReport(check.problems, sorted(check.rows))
+
+
+def check_deep(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> ShardReport:
+    """`check_shard`, and where that finds nothing, every sample decoded to its last frame."""
+    report = check_shard(folder, classes, task)
+    if report.problems:  # which are to be mended first
+        return report
+    problems = [decode_problem(folder, sample) for sample in deep_tasks(folder, task[1])]
+    return ShardReport([problem for problem in problems if problem], report.keys)
+
+
+def deep_tasks(folder: Path, info: ShardInfo) -> list[tuple[str, dict[str, Any]]]:
+    """The samples of a shard that was found whole, as tasks for `decode_problem`."""
+    index = (folder / index_name(info.file)).read_bytes()
+    return [(info.file, row) for row in parse_index(index).to_pylist()]
+
+
+def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | None:
+    """Decode one sample, `task` = (shard, index row); None where all of its frames come out. May kill the process."""
+    shard, row = task
+    with (folder / shard).open("rb") as file:
+        file.seek(row["json_offset"])
+        sample = _SAMPLE.validate_json(file.read(row["json_size"]), strict=True)
+        file.seek(row["payload_offset"])
+        payload = file.read(row["payload_size"])
+    try:
+        detail = _frames_wrong(sample, row["ext"], payload)
+    except av.FFmpegError as error:
+        detail = f"cannot be decoded to its end: {error.strerror or error}"
+    return undecodable(shard, row, detail) if detail else None
+
+
+def undecodable(shard: str, row: dict[str, Any], detail: str) -> Problem:
+    return Problem(shard, row["key"], "undecodable", row["payload_offset"], detail, _FETCH_AGAIN)
+
+
+def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:
+    """What is wrong with the frames of a payload; None if nothing is."""
+    expected = sample.video.num_frames
+    if ext not in FRAME_TIERS:
+        with open_video(payload) as container:
+            if not container.streams.video:
+                return "no video stream in it"
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"  # shards are the unit of parallel work
+            found = sum(1 for _ in container.decode(stream))
+        return None if found == expected else f"{found} frames can be decoded, {expected} are promised"
+    record, hashes = dataclasses.asdict(sample), sample.frame_xxh3 or ()
+    if sample.frame_offsets is None:
+        del record["frame_offsets"]
+    if len(hashes) != expected:
+        return f"{len(hashes)} frame hashes for {expected} frames"
+    for number in range(expected):
+        start, end = frame_span(record, number, len(payload))
+        if xxhash.xxh3_64_hexdigest(payload[start:end]) != hashes[number]:
+            return f"frame {number} does not match its hash in {sample.key}.json"
+        if ext == "mjpeg":
+            pictures = av.CodecContext.create("mjpeg", "r").decode(av.Packet(payload[start:end]))
+            if [(p.width, p.height) for p in pictures] != [(sample.video.width, sample.video.height)]:
+                return f"frame {number} is no JPEG of the promised size"
+    return None
+
+
 class _Check:
     def __init__(self, path: Path, info: ShardInfo, split: str, classes: tuple[str, ...]) -> None:
         self.path, self.info, self.split, self.classes = path, info, split, classes
@@ -77,7 +197,8 @@ class _Check:
         self.has_index = self.index_intact = False
 
     def report(self, kind: str, key: str | None, offset: int | None, detail: str) -> None:
-        self.problems.append(Problem(self.info.file, key, kind, offset, detail, PACK_AGAIN))
+        remedy = repair_command(self.path.parent)
+        self.problems.append(Problem(self.info.file, key, kind, offset, detail, remedy))
 
     def index(self) -> None:
         """Read the index, and check it against dataset.json."""
@@ -127,6 +248,23 @@ class _Check:
             self.report("dataset_mismatch", None, None, "its hash is not the one in dataset.json")
         elif intact and not self.index_intact:  # the tar is as it was packed: what does not fit is the index's fault
             self.problems[before:] = [dataclasses.replace(problem, kind="index_mismatch") for problem in found]
+
+    def headers(self) -> None:
+        """Check the tar's size, and the header of every member that the index has; payloads stay unread."""
+        with self.path.open("rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size != self.info.bytes:
+                kind = "truncated" if size < self.info.bytes else "dataset_mismatch"
+                detail = f"{size} bytes, dataset.json says {self.info.bytes}"
+                self.report(kind, None, min(size, self.info.bytes), detail)
+            for name, key, part in self.indexed():
+                start, length = self.rows[key][f"{part}_offset"], self.rows[key][f"{part}_size"]
+                if length < 0 or start < BLOCK or start + length > size:
+                    self.report("truncated", key, start, f"{name} lies behind the end of the file")
+                    continue
+                file.seek(start - BLOCK)
+                if not _is_header(file.read(BLOCK), name, length):
+                    self.report("bad_header", key, start - BLOCK, f"the header of {name} is damaged")
 
     def members(self, members: Any, seen: set[str]) -> None:
         """Check all members; `seen` takes their names as they come."""

@@ -279,11 +279,18 @@ def _walk_videos(folder: Path, exclude: Path, above: tuple[Path, ...] = ()) -> I
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not _is_output(folder / entry.name, exclude):
                     yield from _walk_videos(folder / entry.name, exclude, (*above, real))
             elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
                 yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: packing names it as a video that cannot be read
+        return False
 
 
 def _is_output(folder: Path, exclude: Path) -> bool:

@@ -87,7 +87,9 @@ def hold(out: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CommandError(f"{out}: another pack is writing there; wait for it, or choose another --out") from None
+        raise CommandError(
+            f"{out}: another pack or repair is writing there; wait for it, or choose another --out"
+        ) from None
     except OSError as error:  # some network file systems cannot
         print(f"{out}: cannot be locked ({error.strerror}); start no second pack there", file=sys.stderr)
     try:

@@ -100,3 +100,48 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     path = checkpoint.save(tmp_path, 1, *make(), {})
     assert sorted(p.suffix for p in path.iterdir()) == [".json", ".safetensors", ".safetensors"]
     assert json.loads((path / "state.json").read_text())["step"] == 1
+
+
+def test_when_all_are_damaged_nothing_is_started_anew(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CommandError, match="all 1 checkpoints are damaged"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("edit", [('"step": 2', '"step": 3'), ("0.25", "0.75"), ("{", "{}{")])
+def test_an_edited_state_is_damage(tmp_path, edit):
+    good = checkpoint.save(tmp_path, 1, *make(), {"value": 0.25})
+    bad = checkpoint.save(tmp_path, 2, *make(), {"value": 0.25})
+    text = (bad / "state.json").read_text()
+    (bad / "state.json").write_text(text.replace(*edit, 1))
+    assert text != (bad / "state.json").read_text()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == good
+
+
+def test_damaged_ones_do_not_push_out_new_ones(tmp_path):
+    model, optimizer = make()
+    checkpoint.save(tmp_path, 9, model, optimizer, {})
+    checkpoint.set_aside(tmp_path, 5)
+    checkpoint.save(tmp_path, 6, model, optimizer, {})
+    checkpoint.remove_old(tmp_path, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-step-00000009", "step-00000006"]
+
+
+def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path):
+    """safetensors hides it in an error of its own; with a limit on file sizes as the disk that is full."""
+    import errno
+    import resource
+
+    model, optimizer = make()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            checkpoint.save(tmp_path, 1, model, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import signal
 import time
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 
 import psutil
 import pytest
@@ -346,3 +347,24 @@ def test_workers_that_are_lost_again_and_again_stop_the_run(make_config, tmp_pat
         LoaderStopped, match=r"workers were lost 3 times within 100 batches \(data.max_recoveries = 2\)"
     ):
         kill_after_every_batch()
+
+
+def test_a_worker_killed_while_it_writes_does_not_hang_the_trainer(make_config, tmp_path):
+    """Batches so large that their messages fill the pipe, so that a worker waits in the middle of one."""
+    config = make_config(batch_size=256, prefetch_factor=16, num_frames=2, size=32)
+    loader = Loader(config, tmp_path / "l.jsonl")
+    iterator = iter(loader)
+    next(iterator)
+    deadline = time.monotonic() + 60
+    victim = 0
+    while not victim and time.monotonic() < deadline:
+        for pid in loader.spec.in_flight.array[:, 0].tolist():
+            tasks = [Path(f"/proc/{pid}/task", t, "wchan") for t in os.listdir(f"/proc/{pid}/task")] if pid else []
+            victim = pid if any("pipe_write" in task.read_text() for task in tasks) else victim
+        time.sleep(0.05)
+    if not victim:
+        pytest.skip("no worker was seen waiting for the pipe (this kernel does not say, or the pipe is large)")
+    os.kill(victim, signal.SIGKILL)
+    numbers = [batch["number"] for batch in islice(iterator, 14)]
+    iterator.close()
+    assert numbers == list(range(1, 15))

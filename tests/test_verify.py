@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,9 @@ from unittest import mock
 
 import pytest
 import xxhash
-from conftest import RunModule, contents, serially
+from conftest import RunModule, contents, pack_here, serially
 
-from shard_tools import shard_check, verify
+from shard_tools import ledger, shard_check, verify
 from shard_tools.format import (
     DATASET_FILE,
     Dataset,
@@ -29,6 +31,7 @@ from shard_tools.format import (
     parse_index,
     read_dataset,
 )
+from shard_tools.ledger import Failure
 from shard_tools.shard_check import KINDS, Problem, check_shard
 from shard_tools.ustar import BLOCK, padding, tar_header
 
@@ -44,10 +47,10 @@ class Copy:
         self.tar, self.parquet = folder / self.shard, folder / index_name(self.shard)
         self.rows: Rows = parse_index(self.parquet.read_bytes()).to_pylist()
 
-    def problems(self) -> list[Problem]:
+    def problems(self, depth: str = "whole") -> list[Problem]:
         """What verify finds, in this process; every problem has a known kind and is told in one line."""
         with mock.patch.object(verify, "run_local", serially):
-            found = list(verify.verify(self.folder, read_dataset(self.folder), 1))
+            found = list(verify.verify(self.folder, read_dataset(self.folder), 1, depth))
         for problem in found:
             assert problem.kind in KINDS
             assert len(str(problem).splitlines()) == 1
@@ -127,7 +130,7 @@ def test_problems_are_exit_code_1_and_one_line_each(copy: Copy, run_module: RunM
     lines = sorted(done.stdout.splitlines())
     assert len(lines) == 3
     assert lines[0] == f"{copy.folder}: 40 samples in 10 shards: 2 problems"
-    assert lines[1].startswith("missing_index: train-000003.tar: train-000003.parquet is not there; pack again from")
+    assert lines[1].startswith("missing_index: train-000003.tar: train-000003.parquet is not there; mend it: python -m")
     expected = f"payload_mismatch: {copy.shard}, key {row['key']}, byte {row['payload_offset']}: {row['key']}.webm does"
     assert lines[2].startswith(expected)
 
@@ -375,6 +378,160 @@ def test_json_mismatch_for_what_is_no_sample_though_all_hashes_fit(copy: Copy, t
     copy.write_index([row | {"xxh3_json": xxhash.xxh3_64_intdigest(text.ljust(size))}, *copy.rows[1:]], consistent=True)
     copy.forge(xxh3=xxhash.xxh3_64_hexdigest(copy.tar.read_bytes()))
     assert copy.found() == {(copy.shard, row["key"], "json_mismatch")}
+
+
+# --- the other depths -----------------------------------------------------------------------------------------------
+
+
+def test_quick_sees_sizes_headers_and_indexes_and_reads_no_payload(copy: Copy, run_module: RunModule) -> None:
+    for row in copy.rows:
+        copy.flip(row["payload_offset"] + 7)
+    done = run_module("shard_tools.verify", copy.folder, "--quick")
+    says = "sizes, headers and indexes are as they were packed; payloads were not read"
+    assert done.stdout == f"{copy.folder}: 40 samples in 10 shards: {says}\n"
+    copy.flip(copy.rows[1]["json_offset"] - 100)
+    copy.edit(lambda data: data.__delitem__(slice(copy.rows[-1]["payload_offset"] + 5, None)))
+    copy.folder.joinpath("train-000002.parquet").write_bytes(b"PAR1")
+    copy.folder.joinpath("train-000003.tar").unlink()
+    assert {(p.shard, p.key, p.kind) for p in copy.problems(depth="quick")} == {
+        (copy.shard, copy.rows[1]["key"], "bad_header"),
+        (copy.shard, copy.rows[-1]["key"], "truncated"),
+        (copy.shard, None, "truncated"),
+        ("train-000002.tar", None, "index_mismatch"),
+        ("train-000003.tar", None, "missing_shard"),
+    }
+
+
+def test_quick_finds_the_faults_it_can_see(dataset: Path, tmp_path: Path) -> None:
+    rng = random.Random(4)
+    blind = {"json", "payload", "padding", "end_mark", "zeroed_block"}
+    seen = 0
+    for number in range(40):
+        copy = Copy(dataset, tmp_path / str(number))
+        fault = Fault(copy, rng)
+        found = {problem.shard for problem in copy.problems(depth="quick")}
+        assert found <= {fault.shard} or fault.shard is None, (number, fault.name)
+        assert found or fault.name in blind, (number, fault.name)
+        seen += bool(found)
+        shutil.rmtree(copy.folder)
+    assert seen > 20
+
+
+def broken_video(copy: Copy) -> dict:
+    """Break a video as if it had been packed so: every hash fits."""
+    row, data = copy.rows[2], bytearray(copy.tar.read_bytes())
+    start, end = row["payload_offset"], row["payload_offset"] + row["payload_size"]
+    data[start + 300 : end] = bytes(end - start - 300)
+    copy.tar.write_bytes(data)
+    rows = [r | {"xxh3_payload": xxhash.xxh3_64_intdigest(data[start:end])} if r is row else r for r in copy.rows]
+    copy.write_index(rows, consistent=True)
+    copy.forge(xxh3=xxhash.xxh3_64_hexdigest(copy.tar.read_bytes()))
+    return row
+
+
+def test_undecodable(copy: Copy) -> None:
+    row = broken_video(copy)
+    assert copy.found() == set()
+    [problem] = copy.problems(depth="deep")
+    assert (problem.shard, problem.key, problem.kind, problem.offset) == (
+        copy.shard, row["key"], "undecodable", row["payload_offset"])  # fmt: skip
+    copy.flip(row["json_offset"])
+    assert {problem.kind for problem in copy.problems(depth="deep")} == {"json_mismatch"}  # to be mended first
+
+
+@pytest.mark.parametrize("tier", ["mjpeg", "y4m"])
+def test_deep_decodes_frame_tiers(videos: Path, tmp_path: Path, tier: str) -> None:
+    out = tmp_path / "out"
+    pack_here(videos, "--out", out, "--frames", tier, "--limit", 3)
+    dataset = read_dataset(out)
+    with mock.patch.object(verify, "run_local", serially):
+        assert not list(verify.verify(out, dataset, 1, "deep"))
+    [info] = dataset.splits["train"].shards
+    for _, row in shard_check.deep_tasks(out, info):
+        with (out / info.file).open("r+b") as file:
+            file.seek(row["payload_offset"] + row["payload_size"] - 100)
+            file.write(b"damaged")
+        problem = shard_check.decode_problem(out, (info.file, row))
+        assert problem is not None
+        assert (problem.kind, problem.detail) == (
+            "undecodable", f"frame 23 does not match its hash in {row['key']}.json")  # fmt: skip
+
+
+def decode_that_dies(folder: Path, task: tuple[str, dict]) -> object:
+    if task[1]["key"] == os.environ.get("DEADLY_KEY"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return None
+
+
+def deep_check_that_dies(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> object:
+    with mock.patch.object(shard_check, "decode_problem", decode_that_dies):
+        return shard_check.check_deep(folder, classes, task)
+
+
+def test_deep_names_the_sample_that_kills_its_decoder(copy: Copy, run_module: RunModule, tmp_path: Path) -> None:
+    row = copy.rows[1]
+    (tmp_path / "deadly.py").write_text(
+        "import sys\nfrom shard_tools import verify\nimport test_verify\n"
+        "verify.check_deep, verify.decode_problem = test_verify.deep_check_that_dies, test_verify.decode_that_dies\n"
+        "if __name__ == '__main__':\n    sys.exit(verify.main(sys.argv[1:]))\n"
+    )
+    ledger.append(tmp_path / "run.jsonl", [Failure("crash", "WorkerDied", "m", "quarantined", shard=copy.shard)])
+    places = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "deadly.py", copy.folder, "--deep", "--from-failures", tmp_path / "run.jsonl"],
+        env={**os.environ, "DEADLY_KEY": row["key"], "PYTHONPATH": places},
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[:-1] == [
+        f"undecodable: {copy.shard}, key {row['key']}, byte {row['payload_offset']}: decoding it kills the process; "
+        "fetch the video again and pack again, or leave it: training passes over it, and names it"
+    ], done.stderr
+    assert (done.returncode, lines[-1]) == (1, f"{copy.folder}: {len(copy.rows)} samples in 1 shards: 1 problem")
+
+
+def test_deep_of_a_whole_data_set(dataset: Path, run_module: RunModule) -> None:
+    done = run_module("shard_tools.verify", dataset, "--deep", "--workers", 2)
+    assert done.stdout.endswith(": every byte is as it was packed, and every sample can be decoded\n")
+
+
+# --- what a run's ledger names ----------------------------------------------------------------------------------------
+
+
+def test_only_the_shards_that_a_run_names_are_checked(copy: Copy, tmp_path: Path, run_module: RunModule) -> None:
+    copy.flip(copy.rows[0]["payload_offset"])
+    copy.folder.joinpath("train-000003.parquet").unlink()  # no run has met it
+    shards = [copy.shard, f"elsewhere/{copy.shard}", "train-000000.tar", "other-000000.tar", None]
+    failures = [Failure("read", "HashMismatch", "m", "substituted", shard=shard) for shard in shards]
+    ledger_file = tmp_path / "run/failures/rank0.jsonl"
+    ledger.append(ledger_file, failures)
+    for run in (tmp_path / "run", ledger_file):
+        done = run_module("shard_tools.verify", copy.folder, "--from-failures", run, check=False)
+        unknown, problem, verdict = done.stdout.splitlines()
+        assert unknown == f"other-000000.tar: named by {run}, not part of this data set"
+        assert problem.startswith(f"payload_mismatch: {copy.shard}, key {copy.rows[0]['key']}")
+        assert verdict.endswith(" samples in 2 shards: 1 problem")
+        assert done.returncode == 1
+
+
+def test_a_run_that_names_no_shard(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert verify.main([str(dataset), "--from-failures", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path}: names no shard of this data set"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--from-failures", "missing"], "missing: no such run or ledger file"),
+        (["--from-failures", "tests"], "neither a run nor a ledger"),
+        (["--quick", "--deep"], "not allowed with"),
+    ],
+)
+def test_usage_errors_of_the_depths(dataset: Path, run_module: RunModule, arguments: list[str], says: str) -> None:
+    done = run_module("shard_tools.verify", dataset, *arguments, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr.splitlines()[-1]
 
 
 # --- hostile tars ---------------------------------------------------------------------------------------------------

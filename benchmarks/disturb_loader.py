@@ -64,14 +64,14 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     warm_up.close()
     before = belongings()
     loader = Loader(config, folder / "disturbed.jsonl")
-    in_flight = loader.spec.in_flight.array
+    in_flight = [loader.spec.in_flight.array]  # in a list, so that it can be let go of below
     sent: list[str] = []
     stop = threading.Event()
 
     def enemy() -> None:
         while len(sent) < disturbances and not stop.is_set():
             time.sleep(rng.uniform(0.0, 2.0))
-            pid = int(in_flight[rng.randrange(2), 0])
+            pid = int(in_flight[0][rng.randrange(2), 0])
             number = rng.choice(SIGNALS)
             try:
                 if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
@@ -95,6 +95,7 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     failures, _ = ledger.read(folder / "disturbed.jsonl")
     lost = [f for f in failures if f.stage in ("crash", "hang")]
     del loader, iterator
+    in_flight.clear()
 
     quiet = iter(Loader(config, folder / "quiet.jsonl"))
     reference = [content(batch) for batch in islice(quiet, len(batches))]

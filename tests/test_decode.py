@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from video_maker import make_video
 
 from salt_wds.decode import Crop, DecodeError, VideoInfo, choose_frames, decode_pyav, get_decoder, random_crop
 from salt_wds.order import sample_rng
@@ -17,21 +18,6 @@ from shard_tools.format import COLOURS
 from shard_tools.frames import probe
 
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
-
-
-def make_video(width, height, frames, codec="libvpx-vp9", pix_fmt="yuv420p", container="webm", options=None):
-    """A video of smooth moving gradients, as bytes."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=12, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        y, x = np.mgrid[0:height, 0:width]
-        for t in range(frames):
-            phases = x / width + t / 8, y / height + t / 11, (x + y) / (width + height) + t / 13
-            picture = np.stack([127.5 + 120 * np.sin(2 * np.pi * phase) for phase in phases], -1)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
-        out.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def info_of(payload):

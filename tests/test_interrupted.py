@@ -276,7 +276,10 @@ def test_a_second_pack_on_the_same_folder_is_refused(videos: Path, tmp_path: Pat
     with staging.hold(tmp_path):
         done = run_module("shard_tools.pack", videos, "--out", tmp_path, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}: another pack or repair is writing there; wait for it, or choose another --out\n"
+    assert (
+        done.stderr
+        == f"error: {tmp_path}: another pack or repair is writing there; wait for it, or choose another --out\n"
+    )
     assert not list(tmp_path.iterdir())
 
 

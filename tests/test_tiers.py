@@ -5,6 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
+import video_maker
 import xxhash
 
 from shard_tools.format import SampleInfo, SourceFile, frame_span
@@ -13,17 +14,8 @@ from shard_tools.tiers import Encoding, make_payload, to_jpeg_colour
 
 
 def make_video(width, height, frames, pix_fmt="yuv420p", codec="ffv1", container="matroska"):
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=12)
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        y, x = np.mgrid[0:height, 0:width]
-        for t in range(frames):
-            phases = x / width + t / 8, y / height + t / 11, (x + y) / (width + height) + t / 13
-            picture = np.stack([127.5 + 120 * np.sin(2 * np.pi * phase) for phase in phases], -1)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
-        out.mux(stream.encode(None))
-    return buffer.getvalue()
+    """Lossless, unless told otherwise."""
+    return video_maker.make_video(width, height, frames, codec, pix_fmt, container)
 
 
 def planes_of(data, format_name=None):

@@ -168,8 +168,10 @@ def plan_reads(folder: Path, dataset: Dataset, seed: int) -> tuple[Work, Work]:
         starts = np.arange(0, size, _CHUNK)
         pieces.append(np.stack([np.full_like(starts, number), starts, np.minimum(_CHUNK, size - starts)], 1))
         index = read_index(folder / index_name(info.file))
-        begin = index["json_offset"].to_numpy()
-        end = index["payload_offset"].to_numpy() + index["payload_size"].to_numpy()
+        head, payload = index["json_offset"].to_numpy(), index["payload_offset"].to_numpy()
+        head_size, payload_size = index["json_size"].to_numpy(), index["payload_size"].to_numpy()
+        begin = np.where(head_size > 0, np.minimum(head, payload), payload)  # tars of others have any order, or no JSON
+        end = np.maximum(payload + payload_size, np.where(head_size > 0, head + head_size, 0))
         if not ((begin >= 0) & (begin < end) & (end <= size)).all():
             raise CommandError(f"{files[number]}: its index does not fit it; {check}")
         samples.append(np.stack([np.full_like(begin, number), begin, end - begin], 1))

@@ -1,13 +1,19 @@
-"""Open the bytes of a video file with FFmpeg: the one way in which packing and training do it."""
+"""Open the bytes of a video file with FFmpeg, and take pictures out: the one way in which packing and training do it."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import av
+import numpy as np
 
 # Left to itself FFmpeg also takes still pictures for videos, and playlists, which open other files.
 _OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv"}
+_BT709 = 1  # AVCOL_SPC_BT709
+_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the size, rounded up; uint8
 
 
 def open_video(payload: bytes) -> av.container.InputContainer:
@@ -17,3 +23,35 @@ def open_video(payload: bytes) -> av.container.InputContainer:
         av.FFmpegError: not a video, or of a kind that is not taken.
     """
     return av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace")
+
+
+def colour_of(context: av.VideoCodecContext) -> tuple[str, str]:
+    """Matrix and range of a video's colour, one of format.COLOURS.
+
+    Unspecified colour counts as bt601 limited, as swscale and so every common pipeline takes it.
+    """
+    matrix = "bt709" if context.colorspace == _BT709 else "bt601"
+    return matrix, "full" if context.color_range == _FULL_RANGE else "limited"
+
+
+def decode_frames(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    """All frames of the video in one thread: parallel work is processes here."""
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    yield from container.decode(stream)
+
+
+def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) -> Planes:
+    """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views without padding, valid as long as the frame is.
+
+    Another pixel format or size is converted; `colour_range` ("limited"|"full") is the frame's, and stays.
+    """
+    if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
+        format_name = "yuvj420p" if colour_range == "full" else "yuv420p"
+        frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA")
+    chroma = (height + 1) // 2, (width + 1) // 2
+    return tuple(  # type: ignore[return-value]
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns]
+        for plane, (rows, columns) in zip(frame.planes, ((height, width), chroma, chroma), strict=True)
+    )

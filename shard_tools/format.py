@@ -6,6 +6,10 @@ Both packages read and write data sets through these files and nothing else, so 
     SPLIT-000000.tar        USTAR; a sample is two adjacent members, KEY.json then KEY.EXT
     SPLIT-000000.parquet    its index, one row a sample, in file order
     failures.jsonl          sources that could not be packed
+
+Tars that other tools wrote get the same index and dataset.json from index.py (`foreign` is true then): any names, and
+the members of a sample in any order. There KEY is what webdataset takes for it, KEY.json is whatever it is (json_size 0
+without one), and the same key may be in two shards.
 """
 
 from __future__ import annotations
@@ -129,7 +133,7 @@ class SampleInfo:
 
     def to_json(self) -> bytes:
         """Canonical bytes: the same sample gives the same bytes. Frame fields are left out where there are none."""
-        record = dataclasses.asdict(self)
+        record = vars(self) | {"source": vars(self.source), "video": vars(self.video)}  # asdict copies all, slowly
         for name in ("frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
@@ -173,7 +177,7 @@ def parse_index(data: bytes) -> pa.Table:
         ValueError: not parquet, damaged, or without the columns of INDEX_SCHEMA.
     """
     try:
-        table = pq.read_table(io.BytesIO(data)).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        table = pq.read_table(pa.BufferReader(data), use_threads=False).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
         table.validate(full=True)  # or text that is no UTF-8 would only show where it is used
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise ValueError(f"not a readable index ({one_line(error)[:200]})") from None
@@ -229,7 +233,10 @@ class CreatedBy:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The content of dataset.json. `xxh3` is the hash of everything else in it, so that an edit is seen."""
+    """The content of dataset.json. `xxh3` is the hash of everything else in it, so that an edit is seen.
+
+    `foreign`: the tars were written by another tool, and indexed; it stands in the JSON only where it is true.
+    """
 
     format_version: int
     name: str
@@ -240,17 +247,24 @@ class Dataset:
     classes: tuple[str, ...]
     created_by: CreatedBy
     xxh3: str = ""
+    foreign: bool = False
 
     def self_hash(self) -> str:
         """XXH3-64 over the canonical JSON of all fields but `xxh3`."""
-        record = dataclasses.asdict(self)
+        record = self._record()
         del record["xxh3"]
         return xxhash.xxh3_64_hexdigest(json.dumps(record, sort_keys=True).encode())
 
     def to_json(self) -> bytes:
         """Bytes of dataset.json, with the self-hash filled in. No time stamps: re-packing gives identical bytes."""
-        record = dataclasses.asdict(dataclasses.replace(self, xxh3=self.self_hash()))
+        record = self._record() | {"xxh3": self.self_hash()}
         return (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode()
+
+    def _record(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self)
+        if not self.foreign:
+            del record["foreign"]
+        return record
 
 
 def make_dataset(
@@ -278,7 +292,7 @@ def read_dataset(folder: Path) -> Dataset:
     except FileNotFoundError:
         raise DatasetError(
             f"{folder}: not a data set, it has no {DATASET_FILE} (written last, so a pack that was interrupted has "
-            "none: run the same pack command again to finish it)"
+            "none: run the same pack command again to finish it; tars of other tools: python -m shard_tools.index)"
         ) from None
     remedy = "pack again with --overwrite, or restore the file"
     try:

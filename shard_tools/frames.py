@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import av
 
-from shard_tools.container import open_video
+from shard_tools.container import colour_of, open_video
 from shard_tools.format import Video
 
 # Codecs in which every packet shows exactly one frame; elsewhere frames are counted by decoding.
 _ONE_FRAME_PER_PACKET = frozenset(("vp9", "av1", "h264", "hevc", "mjpeg", "mpeg4", "ffv1"))
-_BT709 = 1  # AVCOL_SPC_BT709
 _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
 )
-_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
 class BadVideoError(Exception):
@@ -26,8 +24,6 @@ class BadVideoError(Exception):
 
 def probe(payload: bytes) -> Video:
     """What a decoder needs to know of the video in `payload` (the bytes of a whole file).
-
-    Unspecified colour counts as bt601 limited, as swscale and so every common pipeline takes it.
 
     Raises:
         BadVideoError: empty, not a video, without frames, cut short.
@@ -50,14 +46,15 @@ def probe(payload: bytes) -> Video:
             num_frames = _count_frames(container, stream)
             if not num_frames or not context.width or not context.height:
                 raise BadVideoError("no video frames in the file")
+            matrix, colour_range = colour_of(context)
             return Video(
                 codec=context.name,
                 width=context.width,
                 height=context.height,
                 num_frames=num_frames,
                 fps=round(float(stream.average_rate or stream.guessed_rate or 0), 6),
-                matrix="bt709" if context.colorspace == _BT709 else "bt601",
-                range="full" if context.color_range == _FULL_RANGE else "limited",
+                matrix=matrix,
+                range=colour_range,
             )
     except av.FFmpegError as error:
         raise BadVideoError(f"not a readable video: {error.strerror or error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ KINDS = (
     "undecodable",
 )  # fmt: skip
 PACK_AGAIN = "pack again from the sources: python -m shard_tools.pack ROOT --overwrite"
+INDEX_AGAIN = "if this was wanted, index again: python -m shard_tools.index"
 _REMOVE = "move it out of the folder if it does not belong to the data set"
 _FETCH_AGAIN = "fetch the video again and pack again, or leave it: training passes over it, and names it"
-_BUFFER = 4 << 20
 _SAMPLE = pydantic.TypeAdapter(SampleInfo)
 
 
@@ -63,7 +63,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one shard's check found, and the keys it holds."""
+    """What one shard's check found, and the keys it holds (none of foreign tars: there they may be in several)."""
 
     problems: list[Problem]
     keys: list[str]
@@ -74,11 +74,17 @@ def repair_command(folder: Path) -> str:
     return f"mend it: python -m shard_tools.repair {folder}"
 
 
+def restore_tar(folder: Path) -> str:
+    """The remedy for what is wrong with a tar that another tool wrote."""
+    return f"restore the tar from where it came; {INDEX_AGAIN} {folder}"
+
+
 def check_dataset(folder: Path, dataset: Dataset) -> Iterator[Problem]:
     """dataset.json against itself, and the names in the folder against it."""
 
     def mismatch(detail: str) -> Problem:
-        return Problem(None, None, "dataset_mismatch", None, detail, PACK_AGAIN)
+        remedy = f"restore it, or index again: python -m shard_tools.index {folder}" if dataset.foreign else PACK_AGAIN
+        return Problem(None, None, "dataset_mismatch", None, detail, remedy)
 
     if (folder / DATASET_FILE).read_bytes() != dataset.to_json():
         yield mismatch("dataset.json was edited: it does not match its own hash, or is spelled otherwise")
@@ -92,38 +98,27 @@ def check_dataset(folder: Path, dataset: Dataset) -> Iterator[Problem]:
             listed.add(info.file)
             if not (folder / info.file).is_file():
                 detail = "dataset.json lists it, it is not there"
-                yield Problem(info.file, None, "missing_shard", None, detail, repair_command(folder))
+                remedy = restore_tar(folder) if dataset.foreign else repair_command(folder)
+                yield Problem(info.file, None, "missing_shard", None, detail, remedy)
     stems = {Path(file).stem for file in listed}
-    for path in sorted((*folder.glob("*.tar"), *folder.glob("*.parquet"))):
+    ours = () if dataset.foreign else folder.glob("*.parquet")  # beside tars of others lie parquets of others
+    for path in sorted((*folder.glob("*.tar"), *ours)):
         if path.stem not in stems:
-            yield Problem(path.name, None, "extra_shard", None, "it is there, dataset.json does not list it", _REMOVE)
+            remedy = f"{_REMOVE}; {INDEX_AGAIN} {folder}" if dataset.foreign else _REMOVE
+            yield Problem(path.name, None, "extra_shard", None, "it is there, dataset.json does not list it", remedy)
 
 
 def check_shard(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> ShardReport:
     """Check the shard `task` = (split, shard) of the data set in `folder`."""
-    split, info = task
-    check = _Check(folder / info.file, info, split, classes)
-    try:
-        check.index()
-        check.tar()
-    except FileNotFoundError:
-        check.report("missing_shard", None, None, "it was there at first, and is there no more")
-    except OSError as error:
-        check.report("unreadable", None, None, f"{error.filename or info.file}: {error.strerror or error}")
+    check = ShardCheck(folder, classes, task)
+    check.run(check.tar)
     return ShardReport(check.problems, sorted(check.found_keys))
 
 
 def check_quick(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> ShardReport:
     """What a glance shows of a shard: its size, its index, and the headers where the index says they are."""
-    split, info = task
-    check = _Check(folder / info.file, info, split, classes)
-    try:
-        check.index()
-        check.headers()
-    except FileNotFoundError:
-        check.report("missing_shard", None, None, "it was there at first, and is there no more")
-    except OSError as error:
-        check.report("unreadable", None, None, f"{error.filename or info.file}: {error.strerror or error}")
+    check = ShardCheck(folder, classes, task)
+    check.run(check.headers)
     return ShardReport(check.problems, sorted(check.rows))
 
 
@@ -151,7 +146,8 @@ def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | 
         file.seek(row["payload_offset"])
         payload = file.read(row["payload_size"])
     try:
-        detail = _frames_wrong(sample, row["ext"], payload)
+        ready = row["ext"] in FRAME_TIERS
+        detail = _frames_wrong(sample, row["ext"], payload) if ready else video_wrong(payload, sample.video.num_frames)
     except av.FFmpegError as error:
         detail = f"cannot be decoded to its end: {error.strerror or error}"
     return undecodable(shard, row, detail) if detail else None
@@ -161,17 +157,20 @@ def undecodable(shard: str, row: dict[str, Any], detail: str) -> Problem:
     return Problem(shard, row["key"], "undecodable", row["payload_offset"], detail, _FETCH_AGAIN)
 
 
+def video_wrong(payload: bytes, expected: int) -> str | None:
+    """What is wrong with the file of a video, all of whose frames are decoded; None if nothing is."""
+    with open_video(payload) as container:
+        if not container.streams.video:
+            return "no video stream in it"
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # shards are the unit of parallel work
+        found = sum(1 for _ in container.decode(stream))
+    return None if found == expected else f"{found} frames can be decoded, {expected} are promised"
+
+
 def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:
-    """What is wrong with the frames of a payload; None if nothing is."""
+    """What is wrong with the frames of a payload of a frame tier; None if nothing is."""
     expected = sample.video.num_frames
-    if ext not in FRAME_TIERS:
-        with open_video(payload) as container:
-            if not container.streams.video:
-                return "no video stream in it"
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"  # shards are the unit of parallel work
-            found = sum(1 for _ in container.decode(stream))
-        return None if found == expected else f"{found} frames can be decoded, {expected} are promised"
     record, hashes = dataclasses.asdict(sample), sample.frame_xxh3 or ()
     if sample.frame_offsets is None:
         del record["frame_offsets"]
@@ -188,13 +187,26 @@ def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:
     return None
 
 
-class _Check:
-    def __init__(self, path: Path, info: ShardInfo, split: str, classes: tuple[str, ...]) -> None:
-        self.path, self.info, self.split, self.classes = path, info, split, classes
+class ShardCheck:
+    """The state of one shard's check. foreign_check.py has another of its kind, for tars of other tools."""
+
+    def __init__(self, folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> None:
+        self.split, self.info = task
+        self.path, self.classes = folder / self.info.file, classes
         self.problems: list[Problem] = []
         self.found_keys: set[str] = set()
         self.rows: dict[str, dict[str, Any]] = {}
         self.has_index = self.index_intact = False
+
+    def run(self, part: Callable[[], None]) -> None:
+        """Check the index, then a `part` of the shard: `tar` or `headers`."""
+        try:
+            self.index()
+            part()
+        except FileNotFoundError:
+            self.report("missing_shard", None, None, "it was there at first, and is there no more")
+        except OSError as error:
+            self.report("unreadable", None, None, f"{error.filename or self.info.file}: {error.strerror or error}")
 
     def report(self, kind: str, key: str | None, offset: int | None, detail: str) -> None:
         remedy = repair_command(self.path.parent)
@@ -231,32 +243,40 @@ class _Check:
         """Check the tar: structure, order of members, each member against its row, the whole against its hash."""
         before = len(self.problems)
         hasher = xxhash.xxh3_64()
-        with self.path.open("rb", buffering=_BUFFER) as file:
+        seen: set[str] = set()
+        with self.path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            seen: set[str] = set()
             try:
-                self.members(read_members(file, hasher), seen)
+                self.members(read_members(file, hasher, payloads=False), seen)
             except ShardDamage as damage:
                 self.report(damage.kind, self.key_at(damage.offset), damage.offset, damage.detail)
-                self.after_damage(damage, seen, file, size)
+                with self.path.open("rb") as again:
+                    self.after_damage(damage, seen, again, size)
                 return
-        intact, found = hasher.hexdigest() == self.info.xxh3, self.problems[before:]
+        self.whole(hasher.hexdigest() == self.info.xxh3, size, before)
+
+    def whole(self, intact: bool, size: int, before: int) -> None:
+        """What the tar's size and hash add to the problems found in it, which are those from number `before` on."""
+        found = self.problems[before:]
         if size != self.info.bytes and not found:
-            kind = "truncated" if size < self.info.bytes else "dataset_mismatch"
-            self.report(kind, None, min(size, self.info.bytes), f"{size} bytes, dataset.json says {self.info.bytes}")
+            self.size(size)
         elif not intact and not found:
             self.report("dataset_mismatch", None, None, "its hash is not the one in dataset.json")
         elif intact and not self.index_intact:  # the tar is as it was packed: what does not fit is the index's fault
-            self.problems[before:] = [dataclasses.replace(problem, kind="index_mismatch") for problem in found]
+            remedy = repair_command(self.path.parent)
+            self.problems[before:] = [dataclasses.replace(p, kind="index_mismatch", remedy=remedy) for p in found]
+
+    def size(self, size: int) -> None:
+        """Check the tar's size."""
+        if size != self.info.bytes:
+            kind = "truncated" if size < self.info.bytes else "dataset_mismatch"
+            self.report(kind, None, min(size, self.info.bytes), f"{size} bytes, dataset.json says {self.info.bytes}")
 
     def headers(self) -> None:
         """Check the tar's size, and the header of every member that the index has; payloads stay unread."""
         with self.path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            if size != self.info.bytes:
-                kind = "truncated" if size < self.info.bytes else "dataset_mismatch"
-                detail = f"{size} bytes, dataset.json says {self.info.bytes}"
-                self.report(kind, None, min(size, self.info.bytes), detail)
+            self.size(size)
             for name, key, part in self.indexed():
                 start, length = self.rows[key][f"{part}_offset"], self.rows[key][f"{part}_size"]
                 if length < 0 or start < BLOCK or start + length > size:
@@ -305,10 +325,10 @@ class _Check:
         row = self.rows.get(member.key)
         if row is None or (part == "payload" and member.ext != row["ext"]):
             self.report("extra_member", member.key, member.offset, f"{member.name} is not in the index")
-        elif (member.offset, len(member.data)) != (row[f"{part}_offset"], row[f"{part}_size"]):
+        elif member.offset != row[f"{part}_offset"] or member.size != row[f"{part}_size"]:
             detail = f"the index has {member.name} at another place or size"
             self.report("index_mismatch", member.key, member.offset, detail)
-        elif xxhash.xxh3_64_intdigest(member.data) != row[f"xxh3_{part}"]:
+        elif member.xxh3 != row[f"xxh3_{part}"]:
             detail = f"{member.name} does not match its hash in the index"
             self.report(f"{part}_mismatch", member.key, member.offset, detail)
         elif part == "json":

@@ -3,17 +3,23 @@
 Everything is prepared in a hidden folder inside the output folder (`.packing`): `plan.json` says for which plan, a
 shard counts as done when its mark (`SPLIT-000000.done`) is there. Then the files move into place, dataset.json last.
 A pack may be killed between any two of these steps: what is found then is continued, or recognised as garbage.
+
+Slices of one pack (array jobs) write there at the same time, perhaps from several machines. So `.packing` comes and
+goes by one rename with its plan.json inside, needs no lock for that, and a slice only touches its own shards' files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +43,7 @@ from shard_tools.ledger import Failure
 
 STAGING = ".packing"
 _PLAN_FILE = "plan.json"
+_COUNT = "slices-"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|parquet)")
 
 
@@ -81,15 +88,26 @@ class ShardResult:
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
     """Make the output folder, and hold it for this process: two packs into one folder would trip over each other."""
+    with _locked(out, fcntl.LOCK_EX, f"{out}: another pack or repair is writing there"):
+        yield
+
+
+@contextmanager
+def share(out: Path) -> Iterator[None]:
+    """Make the output folder, and hold it together with other slices; whoever wants it alone is kept out."""
+    with _locked(out, fcntl.LOCK_SH, f"{out}: a pack without --task, --finish or a repair is writing there"):
+        yield
+
+
+@contextmanager
+def _locked(out: Path, lock: int, busy: str) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CommandError(
-            f"{out}: another pack or repair is writing there; wait for it, or choose another --out"
-        ) from None
+        raise CommandError(f"{busy}; wait for it, or choose another --out") from None
     except OSError as error:  # some network file systems cannot
         print(f"{out}: cannot be locked ({error.strerror}); start no second pack there", file=sys.stderr)
     try:
@@ -99,7 +117,7 @@ def hold(out: Path) -> Iterator[None]:
 
 
 def is_packed(out: Path, plan: PackPlan) -> bool:
-    """Whether the data set of this plan is there, whole.
+    """Whether the data set of this plan is there, whole. Touches nothing.
 
     Raises:
         CommandError: the data set of another plan is there.
@@ -112,10 +130,13 @@ def is_packed(out: Path, plan: PackPlan) -> bool:
             f"{out}: holds a data set of another plan ({plan.difference(_plan_of(out, dataset, plan))}); "
             "add --overwrite to replace it, or choose another --out"
         )
-    staging = out / STAGING
-    if _begun(staging) in (plan, None):  # killed between writing dataset.json and the end of `drop`
-        drop(staging)
     return True
+
+
+def clear(out: Path, plan: PackPlan) -> None:
+    """Remove what a commit left that was killed between writing dataset.json and the end of `drop`."""
+    if _begun(out / STAGING) in (plan, None):
+        drop(out / STAGING)
 
 
 def _plan_of(out: Path, dataset: Dataset, asked: PackPlan) -> PackPlan:
@@ -127,7 +148,7 @@ def _plan_of(out: Path, dataset: Dataset, asked: PackPlan) -> PackPlan:
 
 
 def open_staging(out: Path, plan: PackPlan, overwrite: bool) -> Path:
-    """The folder `.packing` for this plan: new, or as an interrupted pack of the same plan left it.
+    """The folder `.packing` for this plan: new, or as an interrupted pack of the same plan left it. Needs `hold`.
 
     Raises:
         CommandError: without `overwrite`, an unfinished pack of another plan is there, or shards of unknown origin.
@@ -139,19 +160,85 @@ def open_staging(out: Path, plan: PackPlan, overwrite: bool) -> Path:
             f"{out}: holds an unfinished pack of another plan ({plan.difference(begun)}); repeat that command to "
             "finish it, add --overwrite to drop it, or choose another --out"
         )
-    if begun is None and not overwrite and not (out / DATASET_FILE).exists() and (strays := _shard_files(out)):
-        raise CommandError(
-            f"{out}: holds {len(strays)} shard files, such as {strays[0].name}, and no {DATASET_FILE}; add --overwrite "
-            "to replace them, or choose another --out"
-        )
+    if begun is None and not overwrite:
+        _refuse_strays(out)
     if begun != plan:
         drop(staging)
-        staging.mkdir()
-        write_atomic(staging / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode())
+        _create(staging, plan)
+    for left in _nameless(staging):
+        shutil.rmtree(left)
     halves = [*staging.glob(".*.tmp"), *out.glob(f".{DATASET_FILE}.*.tmp"), *out.glob(f".{FAILURES_FILE}.*.tmp")]
     for half in halves:
         half.unlink()
     return staging
+
+
+def open_slice(out: Path, plan: PackPlan, shards: Sequence[str], overwrite: bool) -> Path:
+    """The folder `.packing` for one slice of this plan, beside others that may be at work there. Needs `share`.
+
+    Args:
+        shards: of this slice; what an earlier try left half-written of them goes, and nothing else.
+        overwrite: another plan's data set (or shards of unknown origin) may lie in `out`, to be replaced by --finish.
+
+    Raises:
+        CommandError: an unfinished pack of another plan is there, or without `overwrite` shards of unknown origin.
+    """
+    staging = out / STAGING
+    if not staging.exists():
+        if not overwrite:
+            _refuse_strays(out)
+        _create(staging, plan)
+    _refuse_other(staging, plan)
+    stems = {Path(shard).stem for shard in shards}
+    for half in staging.glob(".*.tmp"):  # of a shard, its index or its mark: .STEM.SUFFIX.PID.tmp
+        if half.name[1:].partition(".")[0] in stems:
+            half.unlink()
+    return staging
+
+
+def find_staging(out: Path, plan: PackPlan) -> Path | None:
+    """The folder `.packing` that slices of this plan filled; None if none has begun.
+
+    Raises:
+        CommandError: an unfinished pack of another plan is there.
+    """
+    staging = out / STAGING
+    if not staging.exists():
+        return None
+    _refuse_other(staging, plan)
+    return staging
+
+
+def _refuse_other(staging: Path, plan: PackPlan) -> None:
+    begun = _begun(staging)
+    if begun != plan:
+        other = plan.difference(begun) if begun is not None else f"its {_PLAN_FILE} cannot be read"
+        raise CommandError(
+            f"{staging.parent}: holds an unfinished pack of another plan ({other}); repeat that command to finish it, "
+            f"choose another --out, or, once nothing of it runs any more, drop it: rm -r {shlex.quote(str(staging))}"
+        )
+
+
+def _refuse_strays(out: Path) -> None:
+    if not (out / DATASET_FILE).exists() and (strays := _shard_files(out)):
+        raise CommandError(
+            f"{out}: holds {len(strays)} shard files, such as {strays[0].name}, and no {DATASET_FILE}; add --overwrite "
+            "to replace them, or choose another --out"
+        )
+
+
+def _create(staging: Path, plan: PackPlan) -> None:
+    """Make `.packing` with its plan.json in one step; if another slice was faster, its folder stands."""
+    new = _aside(staging)
+    new.mkdir()
+    write_atomic(new / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode())
+    try:
+        new.rename(staging)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(new)
+    sync_folder(staging.parent)
 
 
 def _begun(staging: Path) -> PackPlan | None:
@@ -163,9 +250,31 @@ def _begun(staging: Path) -> PackPlan | None:
 
 
 def drop(staging: Path) -> None:
-    """Remove an unfinished pack."""
+    """Remove an unfinished pack. It loses its name first: `.packing` is never there without its plan.json."""
     if staging.exists():
-        shutil.rmtree(staging)
+        staging.rename(_aside(staging))
+    for left in _nameless(staging):
+        shutil.rmtree(left)
+
+
+def _aside(staging: Path) -> Path:
+    """A name for `.packing` before it is one, or when it is none any more; unique over machines."""
+    return staging.with_name(f"{STAGING}.{uuid.uuid4().hex}.tmp")
+
+
+def _nameless(staging: Path) -> list[Path]:
+    return list(staging.parent.glob(f"{STAGING}.*.tmp"))
+
+
+def note_count(staging: Path, count: int) -> None:
+    """Note into how many slices this pack is cut, so that --finish can name those to repeat."""
+    (staging / f"{_COUNT}{count}").touch()
+
+
+def noted_count(staging: Path) -> int | None:
+    """Into how many slices this pack is cut; None if none was noted, or more than one number."""
+    found = [path.name.removeprefix(_COUNT) for path in staging.glob(f"{_COUNT}*")]
+    return int(found[0]) if len(found) == 1 else None
 
 
 def mark_done(staging: Path, shard: str, result: ShardResult) -> None:

@@ -19,15 +19,14 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.container import open_video
-from shard_tools.format import TIERS, Video, y4m_frame_bytes
+from shard_tools.container import Planes, decode_frames, open_video, planes_of
+from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.frames import BadVideoError
+from shard_tools.sources import Source
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
 # Bytes of a tier over bytes of the source, for clips as in Something-Something-v2: what planning shards takes for sizes.
 EXPECTED_GROWTH = {"source": 1, "mjpeg": 8, "y4m": 85}
-
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,21 @@ class Payload:
     video: Video
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
+
+    def sample_info(self, source: Source, data: bytes) -> SampleInfo:
+        """What KEY.json says of this payload, made of the source file with the bytes `data`."""
+        return SampleInfo(
+            key=source.key,
+            split=source.split,
+            label=source.label,
+            label_text=source.label_text,
+            template=source.template,
+            placeholders=source.placeholders,
+            source=SourceFile(source.path, len(data), xxhash.xxh3_64_hexdigest(data)),
+            video=self.video,
+            frame_offsets=self.frame_offsets,
+            frame_xxh3=self.frame_xxh3,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Pay
     if encoding.tier == "source":
         return Payload(ext, data, video)
     try:
-        pictures = [_planes(frame, video, encoding.short_side) for frame in _decode(data)]
+        pictures = list(_pictures(data, video, encoding.short_side))
     except av.FFmpegError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
     if len(pictures) != video.num_frames:
@@ -93,26 +107,13 @@ def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Pay
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def _decode(data: bytes) -> Iterator[av.VideoFrame]:
-    with open_video(data) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # shards are the unit of parallel work
-        stream.codec_context.thread_count = 1
-        yield from container.decode(stream)
-
-
-def _planes(frame: av.VideoFrame, video: Video, short_side: int | None) -> Planes:
-    """Y, U, V of a frame in 8-bit 4:2:0, upright, at the size of the tier; copies, without padding."""
+def _pictures(data: bytes, video: Video, short_side: int | None) -> Iterator[Planes]:
+    """Y, U, V of every frame at the size of the tier; copies."""
     width, height = _target_size(video.width, video.height, short_side)
-    if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
-        format_name = "yuvj420p" if video.range == "full" else "yuv420p"
-        frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA")
-    chroma = (height + 1) // 2, (width + 1) // 2
-    y, u, v = (
-        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns].copy()
-        for plane, (rows, columns) in zip(frame.planes, ((height, width), chroma, chroma), strict=True)
-    )
-    return y, u, v
+    with open_video(data) as container:
+        for frame in decode_frames(container):
+            y, u, v = planes_of(frame, width, height, video.range)
+            yield y.copy(), u.copy(), v.copy()
 
 
 def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:

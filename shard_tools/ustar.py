@@ -9,37 +9,40 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedIOBase, RawIOBase
+from typing import Any, NamedTuple
+
+import xxhash
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads archives to whole records
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits
 _NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}\.[A-Za-z0-9]{1,9}")  # KEY.EXT; see format.KEY_PATTERN
 _SIZE = re.compile(rb"[0-7]{11}\0")
+_ZEROS = bytes(BLOCK)
+_CHUNK = 1 << 19  # half of a core's second cache, usually: what was read is hashed twice, and comes from memory once
+
+
+_OWNER = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, uid, gid
+_MTIME = b"%011o\0" % 0
+_REST = (
+    b"0"  # regular file
+    + b"\0" * 100  # link name
+    + b"ustar\0" + b"00"
+    + b"\0" * (32 + 32)  # user and group name
+    + b"0000000\0" + b"0000000\0"  # device numbers
+    + b"\0" * (155 + 12)  # prefix, padding
+)  # fmt: skip
+_FIXED_SUM = sum(_OWNER) + sum(_MTIME) + 8 * ord(" ") + sum(_REST)  # a checksum counts itself as blanks
 
 
 def tar_header(name: str, size: int) -> bytes:
     """The 512-byte USTAR header of a regular file, with fixed mode, owner and time: same inputs, same bytes."""
-    assert len(name.encode()) <= 100, name
+    encoded, digits = name.encode(), b"%011o\0" % size
+    assert len(encoded) <= 100, name
     assert 0 <= size <= MAX_MEMBER_BYTES, size
-    fields = (
-        name.encode().ljust(100, b"\0"),
-        b"0000644\0",  # mode
-        b"0000000\0",  # uid
-        b"0000000\0",  # gid
-        b"%011o\0" % size,
-        b"%011o\0" % 0,  # mtime
-        b" " * 8,  # checksum, counted as blanks
-        b"0",  # regular file
-        b"\0" * 100,  # link name
-        b"ustar\0" + b"00",
-        b"\0" * (32 + 32),  # user and group name
-        b"0000000\0" + b"0000000\0",  # device numbers
-        b"\0" * (155 + 12),  # prefix, padding
-    )
-    block = b"".join(fields)
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(encoded) + sum(digits))
+    return b"".join((encoded.ljust(100, b"\0"), _OWNER, digits, _MTIME, checksum, _REST))
 
 
 def padding(size: int) -> bytes:
@@ -47,21 +50,16 @@ def padding(size: int) -> bytes:
     return b"\0" * (-size % BLOCK)
 
 
-@dataclass(frozen=True)
-class Member:
-    """One member of a tar: its name, the offset of its data in the tar, and the data."""
+class Member(NamedTuple):
+    """One member KEY.EXT of a tar: its name, offset and size of its data in the tar, their XXH3-64, and the data."""
 
     name: str
+    key: str
+    ext: str
     offset: int
-    data: bytes
-
-    @property
-    def key(self) -> str:
-        return self.name.partition(".")[0]
-
-    @property
-    def ext(self) -> str:
-        return self.name.partition(".")[2]
+    size: int
+    xxh3: int
+    data: bytes  # empty where payloads are not wanted
 
 
 class ShardDamage(Exception):
@@ -78,64 +76,114 @@ def parse_header(block: bytes, offset: int) -> tuple[str, int]:
     Raises:
         ShardDamage: it is not; the message says in which respect.
     """
+    name = block[:100].rstrip(b"\0")
+    if _NAME.fullmatch(name) and _SIZE.fullmatch(block[124:136]):
+        text, size = name.decode(), int(block[124:135], 8)
+        if block == tar_header(text, size):
+            return text, size
+    raise ShardDamage("bad_header", offset, _fault(block))
 
-    def broken(detail: str) -> ShardDamage:
-        return ShardDamage("bad_header", offset, detail)
 
+def _fault(block: bytes) -> str:
+    """In which respect a header is none of ours."""
     checksum = block[148:156].strip(b" \0")
     if not checksum.isdigit() or checksum != b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:])):
-        raise broken("not a tar header, or its checksum is wrong")
-    if block[257:265] != b"ustar\x0000":
-        raise broken("not a USTAR header (GNU and PAX extensions are not part of the format)")
+        return "not a tar header, or its checksum is wrong"
     name = block[:100].rstrip(b"\0")
+    if block[257:265] != b"ustar\x0000":
+        return f"member {name!r} has no USTAR header (GNU and PAX extensions are not part of the format)"
     if block[156:157] != b"0":
-        raise broken(f"member {name!r} is not a regular file (type {block[156:157]!r})")
+        return f"member {name!r} is not a regular file (type {block[156:157]!r})"
     if not _NAME.fullmatch(name):
-        raise broken(f"member name {name!r} is not KEY.EXT")
+        return f"member name {name!r} is not KEY.EXT"
     if not _SIZE.fullmatch(block[124:136]):
-        raise broken(f"the size of member {name!r} is not eleven octal digits")
-    size = int(block[124:135], 8)
-    if block != tar_header(name.decode(), size):
-        raise broken(f"mode, owner, time or another field of member {name!r} is not as the format fixes it")
-    return name.decode(), size
+        return f"the size of member {name!r} is not eleven octal digits"
+    return f"mode, owner, time or another field of member {name!r} is not as the format fixes it"
 
 
-def read_members(file: BinaryIO, hasher: Any = None) -> Iterator[Member]:
+def read_members(file: RawIOBase | BufferedIOBase, hasher: Any = None, payloads: bool = True) -> Iterator[Member]:
     """Members of a tar in one sequential read.
 
     Args:
-        file: a seekable binary file; a large buffer pays.
+        file: a seekable binary file, best unbuffered: it is read in chunks that are hashed while the processor's cache has
+            them, and not copied.
         hasher: receives every byte of the file through `update`, so that the whole file's hash needs no second read.
+        payloads: whether payloads are kept; JSON members have their data in any case.
 
     Raises:
         ShardDamage: at the first place where the structure is broken, the end mark included.
     """
-    update = hasher.update if hasher is not None else lambda data: None
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
-    offset = 0
-    while True:
-        block = file.read(BLOCK)
-        update(block)
+    chunks = _Chunks(file, hasher)
+    offset, block = 0, chunks.take(BLOCK)
+    while block != _ZEROS:
         if len(block) < BLOCK:
             raise ShardDamage("truncated", offset, "the file ends without the end-of-archive mark")
-        if not any(block):
-            break
         name, size = parse_header(block, offset)
         offset += BLOCK
-        if offset + size + -size % BLOCK > total:  # asked before reading: a wrong size would ask for any memory
+        rest = -size % BLOCK
+        if offset + size + rest > total:  # asked before reading: a wrong size would ask for any memory
             raise ShardDamage("truncated", offset, f"{name} should hold {size} bytes, the file ends before")
-        data = file.read(size)
-        pad = file.read(-size % BLOCK)
-        update(data)
-        update(pad)
-        if any(pad):
-            raise ShardDamage("bad_header", offset + size, f"the padding after {name} is not zero")
-        yield Member(name, offset, data)
-        offset += size + len(pad)
-    tail = file.read()
-    update(tail)
-    if len(tail) < BLOCK:
+        key, _, ext = name.partition(".")
+        if payloads or ext == "json":
+            data = chunks.take(size)
+            digest = xxhash.xxh3_64_intdigest(data)
+        else:
+            data, digest = b"", chunks.digest(size)
+        block = chunks.take(rest + BLOCK)  # the padding, and what should be the next header
+        if rest:
+            if block[:rest] != _ZEROS[:rest]:
+                raise ShardDamage("bad_header", offset + size, f"the padding after {name} is not zero")
+            block = block[rest:]
+        yield Member(name, key, ext, offset, size, digest, data)
+        offset += size + rest
+    tail = 0
+    for piece in chunks.pieces(total):
+        tail += len(piece)
+        if bytes(piece).strip(b"\0"):
+            raise ShardDamage("bad_header", offset, "there is data behind the end-of-archive mark")
+    if tail < BLOCK:
         raise ShardDamage("truncated", offset, "the end-of-archive mark is incomplete")
-    if any(tail):
-        raise ShardDamage("bad_header", offset, "there is data behind the end-of-archive mark")
+
+
+class _Chunks:
+    """The bytes of a file in order, read into one buffer again and again."""
+
+    def __init__(self, file: RawIOBase | BufferedIOBase, hasher: Any) -> None:
+        self._file, self._hasher = file, hasher
+        self._buffer = memoryview(bytearray(_CHUNK))
+        self._at = self._end = 0
+
+    def pieces(self, size: int) -> Iterator[memoryview]:
+        """Views of the next `size` bytes, fewer at the end of the file; each is good until the next is asked for."""
+        while size > 0:
+            if self._at == self._end:
+                self._at, self._end = 0, self._file.readinto(self._buffer) or 0
+                if not self._end:
+                    return
+                if self._hasher is not None:
+                    self._hasher.update(self._buffer[: self._end])
+            piece = self._buffer[self._at : min(self._end, self._at + size)]
+            self._at += len(piece)
+            size -= len(piece)
+            yield piece
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end of the file."""
+        at, end = self._at, self._at + size
+        if end <= self._end:
+            self._at = end
+            return bytes(self._buffer[at:end])
+        return b"".join(bytes(piece) for piece in self.pieces(size))  # copied before the next piece overwrites it
+
+    def digest(self, size: int) -> int:
+        """XXH3-64 of the next `size` bytes."""
+        at, end = self._at, self._at + size
+        if end <= self._end:
+            self._at = end
+            return xxhash.xxh3_64_intdigest(self._buffer[at:end])
+        hasher = xxhash.xxh3_64()
+        for piece in self.pieces(size):
+            hasher.update(piece)
+        return hasher.intdigest()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shard_tools import ledger
+from shard_tools import foreign_check, ledger, shard_check
 from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.format import Dataset, ShardInfo, read_dataset
@@ -26,20 +26,15 @@ from shard_tools.shard_check import (
     Problem,
     ShardReport,
     check_dataset,
-    check_deep,
-    check_quick,
-    check_shard,
-    decode_problem,
     deep_tasks,
     repair_command,
-    undecodable,
 )
 
 Check = Callable[[Path, tuple[str, ...], tuple[str, ShardInfo]], ShardReport]
 _VERDICTS = {
-    "whole": "every byte is as it was packed",
-    "quick": "sizes, headers and indexes are as they were packed; payloads were not read",
-    "deep": "every byte is as it was packed, and every sample can be decoded",
+    "whole": "every byte is as it was {}",
+    "quick": "sizes, headers and indexes are as they were {}; payloads were not read",
+    "deep": "every byte is as it was {}, and every sample can be decoded",
 }
 
 
@@ -53,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         count += 1
         print(json.dumps(dataclasses.asdict(problem)) if args.json else problem, flush=True)
     chosen = [i for split in dataset.splits.values() for i in split.shards if only is None or i.file in only]
-    verdict = f"{count} problem{'s' * (count > 1)}" if count else _VERDICTS[depth]
+    fine = _VERDICTS[depth].format("indexed" if dataset.foreign else "packed")
+    verdict = f"{count} problem{'s' * (count > 1)}" if count else fine
     print(
         f"{args.dir}: {sum(i.samples for i in chosen):,} samples in {len(chosen)} shards: {verdict}",
         file=sys.stderr if args.json else sys.stdout,
@@ -129,7 +125,8 @@ def verify(
         for info in content.shards
         if (folder / info.file).is_file() and (only is None or info.file in only)
     ]
-    checks: dict[str, Check] = {"whole": check_shard, "quick": check_quick, "deep": check_deep}
+    module = foreign_check if dataset.foreign else shard_check
+    checks: dict[str, Check] = {"whole": module.check_shard, "quick": module.check_quick, "deep": module.check_deep}
     total = sum(info.bytes for _, info in tasks)
     holders: dict[str, str] = {}  # key -> the shard it was found in
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
@@ -151,13 +148,15 @@ def verify(
 
 def _deadly_samples(folder: Path, dataset: Dataset, task: tuple[str, ShardInfo]) -> list[Problem]:
     """Problems of a shard whose deep check killed the process: each sample decoded in a process that may die."""
-    [(_, report)] = run_local(functools.partial(check_shard, folder, dataset.classes), [task], 1)
+    module = foreign_check if dataset.foreign else shard_check
+    [(_, report)] = run_local(functools.partial(module.check_shard, folder, dataset.classes), [task], 1)
     if isinstance(report, WorkerDiedError) or report.problems:
         return [] if isinstance(report, WorkerDiedError) else report.problems
     problems = []
-    for (shard, row), found in run_local(functools.partial(decode_problem, folder), deep_tasks(folder, task[1]), 1):
+    decode = functools.partial(module.decode_problem, folder)
+    for (shard, row), found in run_local(decode, deep_tasks(folder, task[1]), 1):
         if isinstance(found, WorkerDiedError):
-            problems.append(undecodable(shard, row, "decoding it kills the process"))
+            problems.append(module.undecodable(shard, row, "decoding it kills the process"))
         elif found is not None:
             problems.append(found)
     return problems

@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from shard_tools import describe
+from shard_tools import contact_sheet, describe
 from shard_tools.command import CommandError
 from shard_tools.format import index_name, read_dataset, read_index
 from shard_tools.frames import probe
+from shard_tools.samples import to_rgb
 from tests.conftest import pack_here
 
 
@@ -141,7 +142,7 @@ def test_sheet_has_the_colours_and_the_size_promised(pictures, tier, tmp_path, c
     assert code == 0
     data = sheet.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == describe.sheet_size(3, 4) == tuple(facts["sheet"]["size"])
+    assert struct.unpack(">II", data[16:24]) == contact_sheet.sheet_size(3, 4) == tuple(facts["sheet"]["size"])
     picture = cv2.imread(str(sheet))[:, :, ::-1].astype(float)
     by_name = {path.stem: path for path in sources}
     assert len(facts["sheet"]["keys"]) == 3  # no more clips than there are
@@ -150,11 +151,11 @@ def test_sheet_has_the_colours_and_the_size_promised(pictures, tier, tmp_path, c
         (source,) = (path for name, path in by_name.items() if name in key)
         frames = directly_decoded(source)
         height, width = frames[0].shape[:2]
-        columns, rows = describe.fitted(width, height)
+        columns, rows = contact_sheet.fitted(width, height)
         assert abs(columns / rows - width / height) < 0.02
-        top = describe.TITLE + row * describe.ROW + describe.ABOVE
+        top = contact_sheet.TITLE + row * contact_sheet.ROW + contact_sheet.ABOVE
         for place, number in enumerate((0, round((len(frames) - 1) / 3), round((len(frames) - 1) * 2 / 3), -1)):
-            left = describe.MARGIN + place * (columns + describe.GAP)
+            left = contact_sheet.MARGIN + place * (columns + contact_sheet.GAP)
             shown = picture[top : top + rows, left : left + columns]
             expected = cv2.resize(frames[number], (columns, rows), interpolation=cv2.INTER_AREA)
             blocks = [cv2.resize(image, (4, 3), interpolation=cv2.INTER_AREA) for image in (shown, expected)]
@@ -175,7 +176,7 @@ def test_rgb_follows_matrix_and_range(matrix, colour_range):
         luma, cb, cr = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
     red, blue = luma + 2 * (1 - kr) * cr, luma + 2 * (1 - kb) * cb
     green = (luma - kr * red - kb * blue) / (1 - kr - kb)
-    shown = describe.to_rgb(frame, matrix, colour_range)
+    shown = to_rgb(frame, matrix, colour_range)
     assert np.abs(shown - 255 * np.array([red, green, blue])).max() < 2.5
 
 
@@ -188,9 +189,10 @@ def test_damaged_sample_is_a_placeholder_and_exit_1(damaged_dataset, tmp_path, c
     picture = cv2.imread(str(sheet))
     for shard, key in damaged:
         assert any(line.startswith(f"not readable: {shard} {key}: its payload at byte") for line in errors)
-        top = describe.TITLE + facts["sheet"]["keys"].index(key) * describe.ROW + describe.ABOVE
-        paper = picture[top : top + describe.BOX_HEIGHT, describe.MARGIN : -describe.MARGIN].reshape(-1, 3)
-        assert (paper == describe._ERROR_PAPER[::-1]).all(-1).mean() > 0.8
+        top = contact_sheet.TITLE + facts["sheet"]["keys"].index(key) * contact_sheet.ROW + contact_sheet.ABOVE
+        box = picture[top : top + contact_sheet.BOX_HEIGHT, contact_sheet.MARGIN : -contact_sheet.MARGIN]
+        paper = box.reshape(-1, 3)
+        assert (paper == contact_sheet._ERROR_PAPER[::-1]).all(-1).mean() > 0.8
         assert (np.abs(paper.astype(int) - (16, 16, 160)).max(-1) < 30).any()  # the error's letters
 
 
@@ -207,26 +209,26 @@ def test_missing_shard_is_told_and_the_rest_described(dataset, tmp_path, capsys)
 
 def test_clips_are_drawn_over_classes_by_seed(dataset):
     samples = describe.read_samples(dataset, read_dataset(dataset))
-    chosen = [describe.choose_clips(samples, 8, seed) for seed in (0, 0, 1)]
+    chosen = [contact_sheet.choose_clips(samples, 8, seed) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     for rows in chosen:
         labels = [row["label"] for row in rows]
         assert len({row["key"] for row in rows}) == 8
         assert max(map(labels.count, set(labels))) <= 2
-    assert len(describe.choose_clips(samples, 200, 0)) == 40
+    assert len(contact_sheet.choose_clips(samples, 200, 0)) == 40
 
 
 def test_labels_of_any_text_and_length(tmp_path):
     frame = np.full((50, 200, 3), 90, np.uint8)
     video = {"codec": "vp9", "width": 200, "height": 50, "num_frames": 9, "fps": 0.0}
     labels = ("$x_1$ ändern", "на стол", "推动某物", "من اليسار", "two\nlines", "long " * 200, "")
-    clips = [describe.Clip("s.tar", "k" * 90, "train", text, (frame,), (0,), video) for text in labels]
-    clips.append(describe.Clip("s.tar", "k", "train", "", error="no spaces" * 100))
+    clips = [contact_sheet.Clip("s.tar", "k" * 90, "train", text, (frame,), (0,), video) for text in labels]
+    clips.append(contact_sheet.Clip("s.tar", "k", "train", "", error="no spaces" * 100))
     for path in (tmp_path / "a.png", tmp_path / "b.png"):
-        assert describe.draw_sheet(path, "name", clips, 1) == describe.sheet_size(8, 1)
+        assert contact_sheet.draw_sheet(path, "name", clips, 1) == contact_sheet.sheet_size(8, 1)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     picture = cv2.imdecode(np.frombuffer((tmp_path / "a.png").read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    assert (picture[:, -describe.MARGIN + 4 :] == 255).all()  # nothing runs over the edge
+    assert (picture[:, -contact_sheet.MARGIN + 4 :] == 255).all()  # nothing runs over the edge
 
 
 @pytest.mark.parametrize(
@@ -261,4 +263,4 @@ def test_as_a_user_runs_it(pictures, tmp_path, run_module):
     done = run_module("shard_tools.describe", folders["mjpeg"], "--sheet", tmp_path / "s.png", "--clips", 1)
     assert done.stderr == ""
     assert f"sheet       {tmp_path / 's.png'}: 1 clips" in done.stdout
-    assert cv2.imread(str(tmp_path / "s.png")).shape[1::-1] == describe.sheet_size(1, 8)
+    assert cv2.imread(str(tmp_path / "s.png")).shape[1::-1] == contact_sheet.sheet_size(1, 8)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, RunModule, alive, contents, pack_here, wait_until
 
-from shard_tools import pack, staging
+from shard_tools import staging
 from shard_tools.command import CommandError
 from shard_tools.format import SampleInfo, SourceFile, Video
 from shard_tools.writer import ShardWriter
@@ -349,7 +349,7 @@ def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
 
 def test_too_little_room_is_told_before_the_work(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(pack.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(CommandError, match=r"0\.84 MB are still to be written, 0\.10 MB are free; make room"):
         pack_here(videos, "--out", tmp_path / "out")
 

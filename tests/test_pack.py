@@ -20,7 +20,7 @@ import pytest
 import xxhash
 from conftest import RunModule, contents, pack_here
 
-from shard_tools import frames, ledger, pack
+from shard_tools import frames, ledger, pack, pack_options
 from shard_tools.command import CommandError
 from shard_tools.format import INDEX_SCHEMA, Video, index_name, read_dataset
 from shard_tools.plan import make_plan
@@ -416,4 +416,4 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
      ("70000", 70000), ("70000b", 70000), ("500kB", 500_000)],
 )  # fmt: skip
 def test_sizes_are_read(text: str, expected: int | None) -> None:
-    assert pack._bytes(text) == expected
+    assert pack_options._bytes(text) == expected

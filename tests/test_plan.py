@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shard_tools.plan import MIB, Plan, auto_shard_bytes, make_plan
@@ -69,8 +69,43 @@ def test_another_seed_mixes_otherwise_and_classes_are_mixed() -> None:
     assert labels != sorted(labels)
 
 
+# --- the automatic size of shards -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("total", "expected"), [(0, 16 * MIB), (19_400_000_000, 256 * MIB), (2 * 1024 * MIB, 32 * MIB), (10**15, 256 * MIB)]
+    ("total", "expected"),
+    [(0, 16), (4096 * MIB - 1, 16), (8192 * MIB, 32), (19_400_000_000, 64), (160 * 10**9, 256), (10**15, 256)],
 )
-def test_the_automatic_shard_size_keeps_64_shards_within_its_bounds(total: int, expected: int) -> None:
-    assert auto_shard_bytes(total) == expected
+def test_the_automatic_shard_size_is_the_largest_that_gives_256_shards(total: int, expected: int) -> None:
+    assert auto_shard_bytes(total) == expected * MIB
+
+
+@given(st.integers(0, 10**13))
+def test_the_automatic_shard_size_stays_within_its_bounds(total: int) -> None:
+    size = auto_shard_bytes(total)
+    assert size in [n * MIB for n in (16, 32, 64, 128, 256)]
+    assert size == 16 * MIB or size * 256 <= total
+    assert size == 256 * MIB or 2 * size * 256 > total
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1.5), st.integers(1, 32))
+@settings(max_examples=20)
+def test_automatic_shards_are_even_work_for_up_to_32_workers(seed: int, spread: float, workers: int) -> None:
+    draw = random.Random(seed).lognormvariate
+    sizes = [min(int(draw(15, spread)), 12 * MIB) for _ in range(1500)]  # about 5 to 8 GB
+    sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
+    by_key = {str(n): size for n, size in enumerate(sizes)}
+    made = plan(sources, by_key, shard_bytes=None)
+    shards = [sum(by_key[s.key] for s in task.sources) for task in made.tasks]
+    largest = max(sizes) + 4096  # headers and KEY.json count, too
+    for n, (shard, task) in enumerate(zip(shards, made.tasks, strict=True)):
+        assert shard <= made.shard_bytes
+        if n < len(shards) - 1:  # all but the last of a split are full: there was no room for the next sample
+            assert shard + 4096 * len(task.sources) + largest > made.shard_bytes
+    busy = [0] * workers
+    for shard in shards:  # each goes to whoever is free first
+        busy[busy.index(min(busy))] += shard
+    even = sum(shards) / workers
+    assert max(busy) <= even + made.shard_bytes
+    if made.shard_bytes * 256 <= sum(sizes):
+        assert max(busy) <= even * (1 + workers / 256)

@@ -18,9 +18,10 @@ import pytest
 from conftest import REPOSITORY, RunModule, contents, pack_here, serially, wait_until
 from test_verify import Copy, Fault
 
-from shard_tools import ledger, pack, repair, staging, verify
+from shard_tools import ledger, pack, repair, salvage, staging, verify
 from shard_tools.format import DATASET_FILE, index_bytes, index_name, parse_index, read_dataset
 from shard_tools.ustar import BLOCK
+from shard_tools.writer import ShardWriter
 
 FOLDER = "20bn-something-something-v2"
 Capture = pytest.CaptureFixture[str]
@@ -271,7 +272,7 @@ def test_a_pack_that_is_writing_is_not_disturbed(copy: Copy) -> None:
 def check_salvaged(copy: Copy, lost: dict[str, str]) -> None:
     """The data set is whole without the lost samples (key -> shard), every other one is as it was, and each is named."""
     assert not verify_here(copy.folder)
-    assert not (copy.folder / repair.STAGING).exists()
+    assert not (copy.folder / salvage.STAGING).exists()
     records, damaged = ledger.read(copy.folder / "failures.jsonl")
     assert ({record.key: record.shard for record in records}, len(records), damaged) == (lost, len(lost), 0)
     for record in records:
@@ -342,13 +343,13 @@ def test_salvage_accepts_an_index_that_another_pyarrow_wrote(copy: Copy, capsys:
 def test_an_intact_index_of_another_pyarrow_is_no_hindrance(copy: Copy, videos: Path, dataset: Path) -> None:
     copy.parquet.write_bytes(index_bytes(copy.rows) + b"")
     copy.flip(copy.rows[0]["payload_offset"] + 9)
-    real = repair.ShardWriter._commit
+    real = ShardWriter._commit
 
-    def other_index(self: repair.ShardWriter) -> None:
+    def other_index(self: ShardWriter) -> None:
         real(self)
         self.info = type(self.info)(**(vars(self.info) | {"index_xxh3": "1" * 16}))
 
-    with mock.patch.object(repair.ShardWriter, "_commit", other_index):
+    with mock.patch.object(ShardWriter, "_commit", other_index):
         assert repair_here(copy.folder, "--source", videos) == 0
     assert contents(copy.folder) == contents(dataset)
 
@@ -378,7 +379,7 @@ def test_a_stop_before_any_step_of_a_salvage_is_finished_by_the_next_repair(
 
     for name in ("rename", "unlink", "rmdir", "mkdir"):
         monkeypatch.setattr(os, name, guard(getattr(os, name)))
-    monkeypatch.setattr(repair.os, "write", guard(os.write))  # of the ledger
+    monkeypatch.setattr(os, "write", guard(os.write))  # of the ledger
     decided = 0
     for steps in itertools.count():
         left = float("inf")
@@ -396,7 +397,7 @@ def test_a_stop_before_any_step_of_a_salvage_is_finished_by_the_next_repair(
         except Stop:
             pass
         left = float("inf")
-        commit = copy.folder / repair.STAGING / "commit.json"
+        commit = copy.folder / salvage.STAGING / "commit.json"
         if commit.exists():
             decided += 1
             assert repair_here(copy.folder, *again) == 0, steps
@@ -405,7 +406,7 @@ def test_a_stop_before_any_step_of_a_salvage_is_finished_by_the_next_repair(
             now = {name: data for name, data in contents(copy.folder).items() if not name.startswith(".")}
             assert now == before, steps
             assert repair_here(copy.folder, *again) == (0 if again else 1), steps
-            assert not (copy.folder / repair.STAGING).exists()
+            assert not (copy.folder / salvage.STAGING).exists()
         else:
             assert repair_here(copy.folder, *again) == 0, steps
             check_salvaged(copy, lost)
@@ -423,10 +424,10 @@ def test_a_decision_from_before_a_new_pack_is_dropped(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(repair, "_move", stop)
+        patch.setattr(salvage, "_move", stop)
         with pytest.raises(Stop):
             repair_here(copy.folder, "--salvage")
-    assert (copy.folder / repair.STAGING / "commit.json").exists()
+    assert (copy.folder / salvage.STAGING / "commit.json").exists()
     with mock.patch.object(pack, "_report", return_value=0):
         pack_here(videos, "--out", copy.folder, "--shard-size", "128KiB", "--overwrite")
     assert repair_here(copy.folder) == 0
@@ -443,7 +444,7 @@ def test_killed_at_any_moment_the_same_command_mends(dataset: Path, videos: Path
     for _ in range(4):
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         with process:
-            wait_until(lambda process=process: (folder / repair.STAGING).exists() or process.poll() is not None)
+            wait_until(lambda process=process: (folder / salvage.STAGING).exists() or process.poll() is not None)
             time.sleep(rng.uniform(0, 0.25))
             process.kill()
         now = contents(folder)

@@ -188,7 +188,7 @@ def test_extra_shard(copy: Copy) -> None:
 
 
 def test_unreadable(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken_disk(*args: object) -> None:
+    def broken_disk(*args: object, **options: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(shard_check, "read_members", broken_disk)
@@ -472,8 +472,10 @@ def test_deep_names_the_sample_that_kills_its_decoder(copy: Copy, run_module: Ru
     row = copy.rows[1]
     (tmp_path / "deadly.py").write_text(
         "import sys\nfrom shard_tools import verify\nimport test_verify\n"
-        "verify.check_deep, verify.decode_problem = test_verify.deep_check_that_dies, test_verify.decode_that_dies\n"
-        "if __name__ == '__main__':\n    sys.exit(verify.main(sys.argv[1:]))\n"
+        "if __name__ == '__main__':\n"  # in this process alone: workers are given these functions by name
+        "    verify.shard_check.check_deep = test_verify.deep_check_that_dies\n"
+        "    verify.shard_check.decode_problem = test_verify.decode_that_dies\n"
+        "    sys.exit(verify.main(sys.argv[1:]))\n"
     )
     ledger.append(tmp_path / "run.jsonl", [Failure("crash", "WorkerDied", "m", "quarantined", shard=copy.shard)])
     places = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
@@ -743,7 +745,7 @@ def check_that_dies(folder: Path, classes: tuple[str, ...], task: tuple[str, Sha
 def test_a_shard_that_kills_its_reader_is_named_and_the_others_are_read(
     copy: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "check_shard", check_that_dies)
+    monkeypatch.setattr(shard_check, "check_shard", check_that_dies)
     copy.parquet.with_name("train-000003.parquet").unlink()
     found = list(verify.verify(copy.folder, read_dataset(copy.folder), 1))
     assert {(problem.shard, problem.kind) for problem in found} == {

@@ -1,0 +1,72 @@
+"""How far packing has come, on a terminal and in a log. What the work gives is in test_pack.py and test_interrupted.py."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, pack_here
+
+from shard_tools import shard_work
+from shard_tools.plan import Plan, ShardTask
+from shard_tools.sources import Source
+
+SHARDS = ["--shard-size", "64KiB"]
+
+
+def test_a_log_gets_a_line_with_all_figures_at_an_interval(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack_here(videos, "--out", tmp_path / "quick", *SHARDS)
+    assert "clips/s" not in capsys.readouterr().out  # done before the first interval is over
+    monkeypatch.setattr(shard_work, "LOG_INTERVAL_S", 0.0)
+    pack_here(videos, "--out", tmp_path / "out", *SHARDS)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "clips/s" in line]
+    total = len(list((tmp_path / "out").glob("*.tar")))
+    figures = r"(\d+) of (\d+) shards, \d+ clips/s, \d+\.\d MB/s, ETA \d+:\d\d:\d\d, 0 failed"
+    found = [re.fullmatch(figures, line) for line in lines]
+    assert [(int(match[1]), int(match[2])) for match in found if match] == [(n + 1, total) for n in range(total)]
+
+
+def test_the_figures_are_those_of_the_work_done_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards of an earlier try count as done, and not as speed."""
+    tasks = tuple(
+        ShardTask(f"train-00000{n}.tar", "train", tuple(Source(f"{n}{k}", "train", f"{n}{k}.webm") for k in range(10)))
+        for n in range(4)
+    )
+    clock = [100.0]
+    monkeypatch.setattr(shard_work.time, "monotonic", lambda: clock[0])
+    sizes = {source.key: 10**6 - 1 for task in tasks for source in task.sources}
+    with shard_work.Progress(Plan(tasks, "hash", 1), sizes, tasks[1:]) as progress:
+        clock[0] += 20
+        progress.add(tasks[1], failed=3)
+    assert capsys.readouterr().out == "2 of 4 shards, 0 clips/s, 0.5 MB/s, ETA 0:00:40, 3 failed\n"
+
+
+def test_a_terminal_gets_a_bar_with_all_figures(videos: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "shard_tools.pack", videos, "--out", tmp_path / "out", *SHARDS]
+    termios.tcsetwinsize(theirs, (50, 200))  # a new one has no columns
+    process = subprocess.Popen([*map(str, command)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:  # the terminal's other end is closed
+            break
+        shown += part
+        if not part:
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    last = [line for line in shown.decode().split("\r") if "pack: " in line][-1]
+    assert re.search(r"pack: 100%\|.*\[\d\d:\d\d<\d\d:\d\d, .*[kM]?B/s, \d+ clips/s, 0 failed\]", last), last

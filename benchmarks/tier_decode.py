@@ -1,0 +1,205 @@
+"""Clips a second of one core for each storage tier, from packed shards to the YUV planes of a batch; and picture quality.
+
+    python benchmarks/tier_decode.py --clips CLIPS --seconds 20 --out benchmarks/results/tier_decode.json
+
+The same real clips are packed as source, mjpeg and y4m. One process, pinned to one core, does what a loader's worker does
+(choose 16 frames at stride 2, read and check their bytes, decode, random resized crop to 224) for the same positions
+of the three tiers; the tiers take turns, so that a machine that others use, too, is as slow for each. Shards are in the
+page cache. Clips a second are of wall time, and of processor time beside it.
+
+Quality: luma of every frame of every clip, mjpeg against the decoded source in JPEG's range (PSNR: the worst frame, the
+mean over frames), and all planes of y4m, which must be equal.
+
+Exit code 1 if mjpeg is below 3 x source, y4m below 12 x source, a frame of mjpeg below 40 dB, or y4m not lossless.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import harness
+import numpy as np
+
+sys.path.insert(0, str(harness.REPOSITORY))
+
+from salt_wds.catalog import Catalog, open_catalog
+from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
+from salt_wds.order import Order, sample_rng
+from salt_wds.reader import Reader
+from shard_tools.container import open_video
+from shard_tools.format import COLOURS, TIERS, Video
+from shard_tools.tiers import to_jpeg_colour
+
+FRAMES, STRIDE, SIZE, SCALE, RATIO = 16, 2, 224, (0.5, 1.0), (3 / 4, 4 / 3)
+LEAST = {"mjpeg": 3.0, "y4m": 12.0}
+LEAST_DB = 40.0
+_WINDOW, _SEED = 16, 0
+
+
+def main() -> int:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each tier")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds until the next tier has its turn")
+    args = parser.parse_args()
+    result = harness.setting("av", "numpy", "opencv-python-headless", "webdataset")
+    with harness.workplace(args.work) as work:
+        for tier in TIERS:
+            options = ["--out", work / tier, "--frames", tier, "--shard-size", "16MiB"]
+            harness.watch(harness.module("shard_tools.pack", args.clips, *options))
+        result["quality"] = quality(work)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        cv2.setNumThreads(0)
+        result |= measure(work, args.seconds, args.turn)
+    for tier, row in result["tiers"].items():
+        print(f"{tier:<7} {row['clips_per_sec']:>8.1f} clips/s, {row['clips_per_cpu_sec']:>8.1f} a processor second, "
+              f"x {row['ratio']:.2f} source (at least {LEAST.get(tier, 1)}); {row['read_ms']:.2f} ms reading, "
+              f"{row['decode_ms']:.2f} ms decoding and cropping")  # fmt: skip
+    seen = result["quality"]
+    print(f"mjpeg luma {seen['mjpeg_luma_psnr_min']:.2f} dB at least (bar {LEAST_DB}), {seen['mjpeg_luma_psnr_mean']:.2f} "
+          f"dB mean over {seen['frames']:,} frames of {seen['clips']} clips; y4m lossless: {seen['y4m_lossless']}")  # fmt: skip
+    harness.save(result, args.out)
+    slow = any(result["tiers"][tier]["ratio"] < least for tier, least in LEAST.items())
+    return int(slow or seen["mjpeg_luma_psnr_min"] < LEAST_DB or not seen["y4m_lossless"])
+
+
+# --- speed --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lane:
+    """One tier at work: where it is in the order, and what it took so far."""
+
+    catalog: Catalog
+    order: Order
+    reader: Reader
+    out: np.ndarray  # (T, S*S*3/2) uint8
+    position: int = 0
+    wall: float = 0.0
+    cpu: float = 0.0
+    reading: float = 0.0
+
+    def clip(self) -> None:
+        """The next clip, as salt_wds.pipeline makes it."""
+        rng = sample_rng(_SEED, self.position)
+        place = self.order.locate(self.position)
+        row = self.catalog.row(*place)
+        frames = choose_frames(row.num_frames, FRAMES, STRIDE, rng)
+        started = time.perf_counter()
+        record, payload = self.reader.read(place.shard, row, frames)
+        self.reading += time.perf_counter() - started
+        info = VideoInfo(row.num_frames, row.width, row.height, colour(record))
+        crop = random_crop(row.width, row.height, SCALE, RATIO, flip=False, rng=rng)
+        get_decoder("pyav", row.ext)(payload, info, frames, crop, SIZE, self.out)
+        self.position += 1
+
+    def work(self, seconds: float) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        while time.perf_counter() - wall < seconds:
+            self.clip()
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+
+
+def measure(work: Path, seconds: float, turn: float) -> dict[str, Any]:
+    lanes = {}
+    for tier in TIERS:
+        harness.warm(sorted((work / tier).glob("*.tar")))
+        catalog = open_catalog(work / tier, "train")
+        order = Order(catalog.shard_samples, _WINDOW, _SEED)
+        lanes[tier] = Lane(catalog, order, Reader(catalog), np.empty((FRAMES, SIZE * SIZE * 3 // 2), np.uint8))
+        for _ in range(3):  # first calls set up what later ones find ready
+            lanes[tier].clip()
+        lanes[tier].reading, lanes[tier].position = 0.0, 0
+    while any(lane.wall < seconds for lane in lanes.values()):
+        for lane in lanes.values():
+            lane.work(turn)
+    source = lanes["source"].position / lanes["source"].wall
+    tiers = {}
+    for tier, lane in lanes.items():
+        rate = lane.position / lane.wall
+        tiers[tier] = {
+            "clips_per_sec": round(rate, 2),
+            "clips_per_cpu_sec": round(lane.position / lane.cpu, 2),
+            "ratio": round(rate / source, 2),
+            "read_ms": round(lane.reading / lane.position * 1e3, 3),
+            "decode_ms": round((lane.wall - lane.reading) / lane.position * 1e3, 3),
+            "clips": lane.position,
+            "payload_kb": round(float(lane.catalog.table.array["payload_size"].mean()) / 1e3, 1),
+        }
+    return {"clip": {"frames": FRAMES, "stride": STRIDE, "size": SIZE}, "page_cache": "warm", "tiers": tiers}
+
+
+def colour(record: dict[str, Any]) -> int:
+    return COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
+
+
+# --- quality ------------------------------------------------------------------------------------------------------
+
+
+def quality(work: Path) -> dict[str, Any]:
+    """Every frame of every clip of all splits, in the three tiers."""
+    levels: list[float] = []
+    lossless, clips = True, 0
+    for split in ("train", "validation", "test"):
+        catalogs = {tier: open_catalog(work / tier, split) for tier in TIERS}
+        rows = {tier: rows_by_key(catalog) for tier, catalog in catalogs.items()}
+        readers = {tier: Reader(catalog) for tier, catalog in catalogs.items()}
+        for key, (shard, row) in rows["source"].items():
+            clips += 1
+            frames = np.arange(row.num_frames)
+            record, payload = readers["source"].read(shard, row, frames)
+            _, jpegs = readers["mjpeg"].read(*rows["mjpeg"][key], frames)
+            _, raw = readers["y4m"].read(*rows["y4m"][key], frames)
+            video = Video(**record["video"])
+            decoded = [planes(frame) for frame in decode(payload)]
+            assert len(decoded) == len(jpegs) == len(raw) == row.num_frames, key
+            for picture, jpeg, bytes_kept in zip(decoded, jpegs, raw, strict=True):
+                lossless &= b"".join(plane.tobytes() for plane in picture) == bytes_kept
+                [kept] = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
+                levels.append(psnr(planes(kept)[0], to_jpeg_colour(picture, video)[0]))
+    return {
+        "clips": clips,
+        "frames": len(levels),
+        "mjpeg_luma_psnr_min": round(min(levels), 2),
+        "mjpeg_luma_psnr_mean": round(float(np.mean(levels)), 2),
+        "y4m_lossless": lossless,
+    }
+
+
+def rows_by_key(catalog: Catalog) -> dict[str, tuple[int, Any]]:
+    places = [(shard, row) for shard, count in enumerate(catalog.shard_samples) for row in range(count)]
+    rows = [(shard, catalog.row(shard, row)) for shard, row in places]
+    return {row.key: (shard, row) for shard, row in rows}
+
+
+def decode(payload: bytes) -> Iterator[av.VideoFrame]:
+    with open_video(payload) as container:
+        yield from container.decode(container.streams.video[0])
+
+
+def planes(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Y, U and V without padding, copied."""
+    assert frame.format.name in ("yuv420p", "yuvj420p"), frame.format.name
+    chroma = (frame.height + 1) // 2, (frame.width + 1) // 2
+    y, u, v = (
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns].copy()
+        for plane, (rows, columns) in zip(frame.planes, ((frame.height, frame.width), chroma, chroma), strict=True)
+    )
+    return y, u, v
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = float(np.square(a.astype(np.float64) - b).mean())
+    return 10 * np.log10(255**2 / error) if error else 99.0  # equal: a finite figure, so that the mean is one
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
-"""`python -m salt_wds.bench loader --config FILE`: how many clips a second the loader gives, what limits it, what to change.
+"""`python -m salt_wds.bench loader --config FILE`: what the loader gives, by stage, and what limits it.
 
-Beside the loader it measures the bare limit in the same run: as many processes as workers that read and decode the same
-clips up to the last wanted frame and keep nothing. Only ratios of one run are worth quoting.
+Beside it, in the same run, the bare limit: as many processes as workers that read and decode the same clips up to the
+last wanted frame and keep nothing. And with --simulate-workers what a node with more cores would give.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import os
 import platform
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,19 @@ from typing import Any
 import av
 import torch
 
+from salt_wds.batches import TIMED, Batch
 from salt_wds.catalog import open_catalog
 from salt_wds.config import Config, load_config
-from salt_wds.decode import choose_frames
+from salt_wds.forecast import ASSUMPTIONS, Forecast, Measured, forecast
 from salt_wds.loader import Loader
 from salt_wds.order import Order, sample_rng
 from salt_wds.reader import Reader
+from salt_wds.views import training_view
 from shard_tools.command import OK, CommandError, end_with_parent, run
-from shard_tools.container import open_video
+from shard_tools.container import decode_frames, open_video
 from shard_tools.format import FRAME_TIERS
+
+_BUSY = ("read", "decode", "crop", "augment", "collate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,21 +50,58 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="TOML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override; repeatable")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each measurement (default 20)")
+    parser.add_argument(
+        "--simulate-workers",
+        type=_counts,
+        metavar="N,N",
+        help="from times measured here, what a node with so many workers, each on a core, would give (such as 8,16,32)",
+    )
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], metavar="DIR", help="simulate these data sets (other tiers), too"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     args = parser.parse_args(argv)
     if args.seconds <= 0:
         parser.error("--seconds: must be positive")
+    if args.also and not args.simulate_workers:
+        parser.error("--also: only with --simulate-workers")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(args.config, args.set)
     if not config.data.num_workers:
         raise CommandError("data.num_workers = 0: there is nothing to measure without workers; set it")
-    result = bench_loader(config, args.seconds)
-    print(json.dumps(result, indent=1) if args.json else _table(result))
+    if args.simulate_workers:
+        result = simulate(config, args.also, args.simulate_workers, args.seconds)
+        print(json.dumps(result, indent=1) if args.json else _forecast_table(result))
+    else:
+        result = bench_loader(config, args.seconds)
+        print(json.dumps(result, indent=1) if args.json else _table(result))
     return OK
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,16,32")
+    return tuple(map(int, text.split(",")))
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
 
 
 def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
     """Run the loader, then the bare limit, `seconds` each; figures by name, times in ms a clip of one worker."""
+    measured = measure_loader(config, seconds)
+    limit = bare_limit(config, seconds)
+    return {
+        **measured,
+        "limit_clips_per_sec": limit,
+        "share_of_limit": measured["clips_per_sec"] / limit,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+    }
+
+
+def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
+    """Run the loader for `seconds`, after its prefetched batches have been taken."""
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(config, Path(folder) / "failures.jsonl")
         started = time.perf_counter()
@@ -67,31 +111,56 @@ def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
         # What was prefetched while the first batch was waited for would flatter the rate.
         for _ in islice(iterator, loader.budget.workers * loader.budget.prefetch):
             pass
-        started, clips, read_ms, decode_ms, batches = time.perf_counter(), 0, 0.0, 0.0, 0
-        while (elapsed := time.perf_counter() - started) < seconds:
-            batch = next(iterator)
-            clips, batches = clips + len(batch["keys"]), batches + 1
-            read_ms, decode_ms = read_ms + batch["read_ms"], decode_ms + batch["decode_ms"]
+        taken, elapsed = _take_for(iterator, seconds)
         iterator.close()
-        limit = bare_limit(config, seconds)
-        rows = loader.catalog.table.array
-        return {
-            "clips_per_sec": clips / elapsed,
-            "limit_clips_per_sec": limit,
-            "share_of_limit": clips / elapsed / limit,
-            "read_ms": read_ms / batches,
-            "decode_ms": decode_ms / batches,
-            "first_batch_s": first,
-            "workers": loader.budget.workers,
-            "prefetch": loader.budget.prefetch,
-            "batch_size": config.data.batch_size,
-            "clip": [config.data.num_frames, config.data.size, config.data.frame_stride],
-            "tier": ",".join(loader.catalog.extensions),
-            "bytes_a_sample": float(rows["payload_size"].mean()),
-            "failures": loader.policy.total,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
-        }
+    clips = sum(len(batch["keys"]) for batch in taken)
+    ms: Counter[str] = Counter()
+    for batch in taken:
+        ms.update(batch["ms"])
+    return {
+        "clips_per_sec": clips / elapsed,
+        "ms": {stage: ms[stage] / len(taken) for stage in TIMED},
+        "taking_ms": loader.taking_s * 1e3 / loader.taken_clips,
+        "first_batch_s": first,
+        "workers": loader.budget.workers,
+        "prefetch": loader.budget.prefetch,
+        "batch_size": config.data.batch_size,
+        "batch_bytes": loader.batch_bytes,
+        "clip": [config.data.num_frames, config.data.size, config.data.frame_stride],
+        "tier": ",".join(loader.catalog.extensions),
+        "bytes_a_clip": sum(batch["bytes"] for batch in taken) / clips,
+        "failures": loader.policy.total,
+    }
+
+
+def _take_for(iterator: Iterator[Batch], seconds: float) -> tuple[list[Batch], float]:
+    """Batches of `seconds`, without their pixels, and the time they took."""
+    started, taken = time.perf_counter(), []
+    while (elapsed := time.perf_counter() - started) < seconds:
+        batch = next(iterator)
+        del batch["clips"], batch["mask"]
+        taken.append(batch)
+    return taken, elapsed
+
+
+def simulate(config: Config, also: list[Path], counts: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """Measure one worker (or as many as leave the training process a core) on each data set, and forecast."""
+    workers = max(len(os.sched_getaffinity(0)) - 1, 1)
+    measured = []
+    for shards in (config.data.shards, *map(str, also)):
+        data = config.data.model_copy(update={"shards": shards, "num_workers": workers})
+        result = measure_loader(config.model_copy(update={"data": data}), seconds)
+        busy = sum(result["ms"][stage] for stage in _BUSY)
+        measured.append(
+            Measured(result["tier"], busy, result["taking_ms"], result["bytes_a_clip"], result["batch_bytes"])
+        )
+    found = forecast(measured, counts, config.data.prefetch_factor)
+    return {
+        "measured": [asdict(tier) for tier in measured],
+        "forecast": [asdict(item) for item in found],
+        "assumptions": list(ASSUMPTIONS),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
 
 
 def bare_limit(config: Config, seconds: float) -> float:
@@ -106,17 +175,16 @@ def bare_limit(config: Config, seconds: float) -> float:
 def _decode_only(config: Config, worker: int, seconds: float) -> float:
     """Clips a second of one process over its share of the positions: the same clips that the loader's worker has."""
     data = config.data
-    catalog = open_catalog(Path(data.shards), data.split)
-    order, reader = Order(catalog.shard_samples, data.window, config.train.seed), Reader(catalog)
+    catalog = open_catalog(data.folders[:1], data.split)
+    order, reader = Order(catalog.part_samples[0], data.window, config.train.seed), Reader(catalog, 0)
     started, clips = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         position = worker + clips * data.num_workers
         place = order.locate(position)
         row = catalog.row(*place)
-        frames = choose_frames(
-            row.num_frames, data.num_frames, data.frame_stride, sample_rng(config.train.seed, position)
-        )
-        payload = reader.read(place.shard, row, frames)[1]
+        rng = sample_rng(config.train.seed, position)
+        frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
+        payload = reader.read(place.shard, row, sorted(set(frames.tolist()))).payload
         _decode_and_drop(payload, row.ext, int(frames[-1]))
         clips += 1
     return clips / (time.perf_counter() - started)
@@ -132,10 +200,7 @@ def _decode_and_drop(payload: bytes | list[bytes], ext: str, last: int) -> None:
             decoder.decode(av.Packet(jpeg))
         return
     with open_video(payload) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
-        for number, _ in enumerate(container.decode(stream)):
+        for number, _ in enumerate(decode_frames(container)):
             if number == last:
                 return
 
@@ -145,16 +210,20 @@ def _decode_and_drop(payload: bytes | list[bytes], ext: str, last: int) -> None:
 
 def _table(result: dict[str, Any]) -> str:
     frames, size, stride = result["clip"]
-    busy = result["clips_per_sec"] * (result["read_ms"] + result["decode_ms"]) / 1e3 / result["workers"]
-    gigabytes = result["clips_per_sec"] * result["bytes_a_sample"] / 1e9
+    ms = result["ms"]
+    busy = sum(ms[stage] for stage in _BUSY)
+    gigabytes = result["clips_per_sec"] * result["bytes_a_clip"] / 1e9
     return "\n".join(
         (
             f"loader    {result['clips_per_sec']:8.1f} clips/s of {frames} frames of {size} at stride {stride}, "
             f"{result['workers']} workers, prefetch {result['prefetch']}, batches of {result['batch_size']}",
             f"limit     {result['limit_clips_per_sec']:8.1f} clips/s, reading and decoding, keeping nothing: the loader "
             f"has {result['share_of_limit']:.0%} of it",
-            f"a clip    {result['read_ms']:8.2f} ms reading, {result['decode_ms']:.2f} ms decoding and cropping, of one worker",
-            f"drive     {gigabytes:8.3f} GB/s at most ({result['bytes_a_sample'] / 1e3:.0f} kB a sample, tier {result['tier']})",
+            f"a clip    {busy:8.2f} ms of one worker: "
+            + ", ".join(f"{ms[stage]:.2f} {stage}" for stage in _BUSY)
+            + f"; {ms['wait']:.2f} ms waiting for a free slot",
+            f"taking    {result['taking_ms']:8.2f} ms a clip, of the training process",
+            f"drive     {gigabytes:8.3f} GB/s ({result['bytes_a_clip'] / 1e3:.0f} kB a clip, tier {result['tier']})",
             f"start     {result['first_batch_s']:8.2f} s to the first batch; {result['failures']} failures",
             f"verdict   {_verdict(result, busy)}",
         )
@@ -163,15 +232,33 @@ def _table(result: dict[str, Any]) -> str:
 
 def _verdict(result: dict[str, Any], busy: float) -> str:
     """What limits, and what to change."""
+    ms = result["ms"]
     if result["workers"] > (os.cpu_count() or 1):
         return f"more workers than the {os.cpu_count()} cores: they wait for each other; lower data.num_workers"
-    if busy < 0.7:
-        return f"workers are busy {busy:.0%} of the time: batches wait to be taken; raise data.prefetch_factor"
-    if result["read_ms"] > result["decode_ms"]:
+    if result["taking_ms"] * result["clips_per_sec"] > 700:
+        return "the training process limits: it does little else than take batches over; a smaller clip would help"
+    if ms["wait"] > busy:
+        return "workers wait for free slots: batches are not taken fast enough, or raise data.prefetch_factor"
+    if ms["read"] > ms["decode"] + ms["crop"]:
         return "reading limits: check the drive (python -m shard_tools.bench), or choose a tier with fewer bytes"
     if result["tier"] in FRAME_TIERS:
         return "decoding and cropping limit: raise data.num_workers, up to the cores"
     return "decoding limits: raise data.num_workers up to the cores, or pack with --frames mjpeg or y4m"
+
+
+def _forecast_table(result: dict[str, Any]) -> str:
+    lines = [f"{'tier':<8}{'workers':>8}{'clips/s':>10}{'drive GB/s':>12}{'memory GB':>11}  limited by"]
+    for item in (Forecast(**record) for record in result["forecast"]):
+        lines.append(
+            f"{item.tier:<8}{item.workers:>8}{item.clips_per_sec:>10,.0f}{item.drive_gb_per_s:>12.2f}"
+            f"{item.memory_gb:>11.1f}  {item.limited_by}"
+        )
+    for tier in (Measured(**record) for record in result["measured"]):
+        lines.append(
+            f"measured  {tier.tier}: {tier.worker_ms:.2f} ms a clip of one worker, {tier.taking_ms:.3f} ms of the training "
+            f"process, {tier.bytes_a_clip / 1e3:.0f} kB read"
+        )
+    return "\n".join([*lines, *(f"assumed   {assumption}" for assumption in result["assumptions"])])
 
 
 if __name__ == "__main__":

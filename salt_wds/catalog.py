@@ -1,26 +1,31 @@
 """The index of one split as a single table in shared memory: every worker sees it, none has a copy.
 
-Read once from the shards' parquet files at launch; about 110 bytes a sample (24 MB for Something-Something-v2).
+Read once from the shards' parquet files at launch; about 120 bytes a sample (26 MB for Something-Something-v2).
+Several data sets make one catalog, their shards one after the other.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from salt_wds.shared import SharedArray
-from shard_tools.format import DatasetError, index_name, read_dataset, read_index
+from shard_tools.format import Dataset, DatasetError, index_name, read_dataset, read_index
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where one sample lies in its shard, and its hashes. Offsets and sizes in bytes."""
+    """Where one sample lies in its shard, and its hashes. Offsets and sizes in bytes; json_size 0: it has no JSON."""
 
     key: str
     ext: str
+    label: int
     json_offset: int
     json_size: int
     payload_offset: int
@@ -34,6 +39,7 @@ class Row:
 
 _NUMBERS = np.dtype(
     [
+        ("label", "i4"),  # -1: none
         ("json_offset", "i8"),
         ("json_size", "i8"),
         ("payload_offset", "i8"),
@@ -49,12 +55,21 @@ _NUMBERS = np.dtype(
 
 
 @dataclass(frozen=True)
-class Catalog:
-    """One split of a data set. `table` holds the rows of all shards; shard s has rows first[s] to first[s + 1]."""
+class Part:
+    """One data set of a catalog: its name, folder, plan, and number of its first shard in the catalog."""
 
     name: str
     folder: str
     plan_hash: str
+    first_shard: int
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One split of one or several data sets. `table` holds the rows of all shards; shard s has rows first[s] to
+    first[s + 1]. `classes` are the names of labels, of all data sets."""
+
+    parts: tuple[Part, ...]
     split: str
     files: tuple[str, ...]
     first: tuple[int, ...]
@@ -63,8 +78,35 @@ class Catalog:
     table: SharedArray  # (samples,) of records: _NUMBERS and the key
 
     @property
-    def shard_samples(self) -> list[int]:
-        return [end - start for start, end in zip(self.first, self.first[1:], strict=False)]
+    def num_samples(self) -> int:
+        """Samples of all data sets."""
+        return self.first[-1]
+
+    @property
+    def plan_hash(self) -> str:
+        """Of the data set, or of all of them in their order."""
+        hashes = [part.plan_hash for part in self.parts]
+        return hashes[0] if len(hashes) == 1 else xxhash.xxh3_64_hexdigest("".join(hashes).encode())
+
+    @property
+    def folders(self) -> str:
+        """Folders of the data sets, as a command line takes them."""
+        return " ".join(part.folder for part in self.parts)
+
+    @property
+    def part_samples(self) -> list[list[int]]:
+        """Samples of each shard, by data set."""
+        samples = np.diff(self.first).tolist()
+        starts = [part.first_shard for part in self.parts]
+        return [samples[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+    def part(self, shard: int) -> Part:
+        """The data set a shard belongs to."""
+        return self.parts[bisect.bisect(self.parts, shard, key=lambda part: part.first_shard) - 1]
+
+    def path(self, shard: int) -> Path:
+        """The shard's tar."""
+        return Path(self.part(shard).folder, self.files[shard])
 
     def row(self, shard: int, row: int) -> Row:
         """The index row of a sample."""
@@ -73,13 +115,31 @@ class Catalog:
         return Row(key=fields["key"].decode(), ext=self.extensions[fields["ext"]], **values)
 
 
-def open_catalog(folder: Path, split: str) -> Catalog:
-    """Read dataset.json and the index of one split.
+def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
+    """Read dataset.json and the index of one split of each data set.
+
+    Labels follow the class names: where data sets have classes of the same name, they have one label.
 
     Raises:
         DatasetError: not a data set, no such split, a shard or its index is missing, unreadable or of another length.
     """
-    dataset = read_dataset(folder)
+    parts, files, counts, tables, labels = [], [], [], [], []
+    classes: dict[str, int] = {}
+    for folder in folders:
+        dataset = read_dataset(folder)
+        parts.append(Part(dataset.name, str(folder.resolve()), dataset.plan_hash, len(files)))
+        index = _read_split(folder, dataset, split)
+        shards = dataset.splits[split].shards
+        files += [info.file for info in shards]
+        counts += [info.samples for info in shards]
+        tables.append(index)
+        labels.append(_labels(index, dataset.classes, classes))
+    table, extensions = _to_shared(pa.concat_tables(tables), np.concatenate(labels))
+    first = tuple(np.concatenate(([0], np.cumsum(counts))).tolist())
+    return Catalog(tuple(parts), split, tuple(files), first, extensions, tuple(classes), table)
+
+
+def _read_split(folder: Path, dataset: Dataset, split: str) -> pa.Table:
     if split not in dataset.splits:
         raise DatasetError(f"{folder}: no split {split!r}, it has {', '.join(dataset.splits)}; set data.split")
     shards = dataset.splits[split].shards
@@ -98,28 +158,26 @@ def open_catalog(folder: Path, split: str) -> Catalog:
         tables.append(table)
     if not sum(info.samples for info in shards):
         raise DatasetError(f"{folder}: split {split!r} has no samples; set data.split or pack again")
-    table, extensions = _to_shared(pa.concat_tables(tables))
-    return Catalog(
-        name=dataset.name,
-        folder=str(folder.resolve()),
-        plan_hash=dataset.plan_hash,
-        split=split,
-        files=tuple(info.file for info in shards),
-        first=tuple(int(n) for n in np.concatenate(([0], np.cumsum([info.samples for info in shards])))),
-        extensions=extensions,
-        classes=dataset.classes,
-        table=table,
-    )
+    return pa.concat_tables(tables)
 
 
-def _to_shared(index: pa.Table) -> tuple[SharedArray, tuple[str, ...]]:
+def _labels(index: pa.Table, names: Sequence[str], classes: dict[str, int]) -> np.ndarray:
+    """Labels (samples,) int32 as numbers of `classes`, which takes in the new names; -1 for none."""
+    numbers = np.array([classes.setdefault(name, len(classes)) for name in names] + [-1], np.int32)
+    labels = index["label"].fill_null(-1).to_numpy()
+    if not ((labels >= -1) & (labels < len(names))).all():
+        raise DatasetError(f"a label is {labels.max()}, dataset.json has {len(names)} classes; pack or index again")
+    return numbers[labels]
+
+
+def _to_shared(index: pa.Table, labels: np.ndarray) -> tuple[SharedArray, tuple[str, ...]]:
     """The rows as records in shared memory, with extensions numbered."""
-    keys = np.array(index["key"].to_pylist(), dtype=bytes)
+    keys = np.array([key.encode() for key in index["key"].to_pylist()])
     names, ext_numbers = np.unique(index["ext"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
     table = SharedArray((len(keys),), [*_NUMBERS.descr, ("key", keys.dtype)])
     rows = table.array
-    rows["key"], rows["ext"] = keys, ext_numbers
+    rows["key"], rows["ext"], rows["label"] = keys, ext_numbers, labels
     for name in _NUMBERS.names:
-        if name != "ext":
+        if name not in ("ext", "label"):
             rows[name] = index[name].to_numpy()
     return table, tuple(str(name) for name in names)

@@ -38,8 +38,10 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    shards: Text
-    """Folder of the packed data set: the one that holds dataset.json."""
+    shards: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Folder of the packed or indexed data set: the one that holds dataset.json. Or a list of several."""
+    weights: tuple[PositiveFloat, ...] = ()
+    """Of several data sets: how often each is drawn from, relative to each other; [] means by their samples."""
     split: str = "train"
     """Split to train on, as named in dataset.json."""
     batch_size: PositiveInt = 64
@@ -59,6 +61,8 @@ class DataConfig(Section):
     """Frames of a clip; a multiple of the tubelet (2)."""
     frame_stride: PositiveInt = 2
     """Source frames from one clip frame to the next: 2 for Something-Something-v2 (12 fps), 4 for 25-30 fps video."""
+    temporal_jitter: bool = False
+    """Draw each frame at random from the `frame_stride` frames that begin where it would stand."""
     size: PositiveInt = 224
     """Height and width of a clip in pixels; a multiple of the patch (16)."""
     decoder: Literal["pyav", "decord"] = "pyav"
@@ -73,11 +77,12 @@ class DataConfig(Section):
     """Shards whose samples are mixed with each other: more is better mixed, and more open files."""
     timeout_s: PositiveFloat = 120.0
     """Seconds without a batch after which a worker counts as hung."""
+    read_retries: NonNegativeInt = 2
+    """Repeat a read that failed in a way that may pass (I/O error, time-out of a file server, wrong hash) so often."""
     max_consecutive_failures: PositiveInt = 64
     """Stop after this many failed samples in a row: then it is the data set, not a sample."""
     max_failure_rate: Fraction = 0.05
-    """Stop when a larger share of the samples tried has failed (judged from 256 samples on)."""
-
+    """Stop when a larger share of the last 4096 samples tried has failed (judged from 256 samples on)."""
     max_recoveries: NonNegativeInt = 50
     """Stop when workers were lost more often than this within 100 batches: then it is the machine, not a sample."""
 
@@ -90,7 +95,17 @@ class DataConfig(Section):
             _require(low <= high, name, "must be [least, most]")
         _require(self.crop_ratio[0] >= 0.1 and self.crop_ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
         _require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+        folders = len(self.folders)
+        _require(
+            len(self.weights) in (0, folders), "weights", f"must have one number for each of the {folders} data sets"
+        )
+        _require(len(set(self.folders)) == folders, "shards", "names a data set twice; use data.weights")
         return self
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of the data sets."""
+        return tuple(Path(folder) for folder in ((self.shards,) if isinstance(self.shards, str) else self.shards))
 
 
 class TeacherConfig(Section):

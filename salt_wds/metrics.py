@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,18 +56,19 @@ class Clock:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self.steps = self.clips = 0
-        self.wait_s = self.read_ms = self.decode_ms = 0.0
+        self.wait_s = 0.0
+        self.worker_ms: Counter[str] = Counter()
 
-    def add(self, clips: int, wait_s: float, read_ms: float, decode_ms: float) -> None:
-        """One step: clips in it, seconds waited for its batch, the workers' mean ms a clip."""
+    def add(self, clips: int, wait_s: float, worker_ms: dict[str, float]) -> None:
+        """One step: clips in it, seconds waited for its batch, a worker's mean ms a clip by stage."""
         self.steps += 1
         self.clips += clips
         self.wait_s += wait_s
-        self.read_ms += read_ms
-        self.decode_ms += decode_ms
+        self.worker_ms.update(worker_ms)
 
     def rates(self) -> dict[str, float]:
-        """clips_per_sec; step_ms and data_wait_ms a step; data_wait_share of the time; decode_ms and read_ms a clip."""
+        """clips_per_sec; step_ms and data_wait_ms a step; data_wait_share of the time; read_ms, decode_ms and
+        crop_ms a clip, of one worker."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = max(self.steps, 1)
         return {
@@ -74,8 +76,7 @@ class Clock:
             "step_ms": 1e3 * seconds / steps,
             "data_wait_ms": 1e3 * self.wait_s / steps,
             "data_wait_share": self.wait_s / seconds,
-            "decode_ms": self.decode_ms / steps,
-            "read_ms": self.read_ms / steps,
+            **{f"{stage}_ms": self.worker_ms[stage] / steps for stage in ("read", "decode", "crop")},
         }
 
 

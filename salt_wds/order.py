@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Separate streams of random numbers for separate purposes, all from the one seed of the run.
-_SHARDS, _WINDOW, _SUBSTITUTE, _SAMPLE = range(4)
+_SHARDS, _WINDOW, _SUBSTITUTE, _SAMPLE, _MIXTURE = range(5)
 
 
 class Place(NamedTuple):
@@ -39,6 +39,7 @@ class Order:
         self._samples = np.asarray(shard_samples, dtype=np.int64)
         self._window = window
         self._seed = seed
+        self.num_shards = len(self._samples)
         self.samples_per_epoch = int(self._samples.sum())
         if self.samples_per_epoch == 0:
             raise ValueError("a split without samples has no order")
@@ -78,6 +79,90 @@ class Order:
 
     def _make_permutation(self, epoch: int, window: int, size: int) -> np.ndarray:
         return np.random.default_rng([self._seed, _WINDOW, epoch, window]).permutation(size)
+
+
+class Mixture:
+    """Several data sets in one training order: which of them, and which of its samples, stands at a position.
+
+    Positions are dealt out in blocks of `_BLOCK`; a block has the share of each data set, to the nearest whole number
+    over all blocks so far, in an order permuted by (seed, block). So a position is found at once here, too, and each
+    data set goes through its own `Order`.
+
+    Args:
+        orders: the training orders of the data sets.
+        weights: how often each is drawn from, relative to each other.
+        seed: of the run.
+    """
+
+    _BLOCK = 1024
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int) -> None:
+        self._orders = orders
+        self._first_shards = np.concatenate(([0], np.cumsum([order.num_shards for order in orders])))
+        self._bounds = np.concatenate(([0.0], np.cumsum(weights) / np.sum(weights)))
+        self._seed = seed
+        self._dealt = lru_cache(maxsize=4)(self._make_dealt)
+
+    def epoch(self, position: int) -> int:
+        """The epoch, of the data set that the position draws from, from 0."""
+        part, own = self._own_position(position)
+        return self._orders[part].epoch(own)
+
+    def locate(self, position: int) -> Place:
+        """The sample at a position; shards are counted over all data sets."""
+        part, own = self._own_position(position)
+        return self._globally(part, self._orders[part].locate(own))
+
+    def substitute(self, position: int, attempt: int) -> Place:
+        """The sample that takes the place of a failed one, of the same data set."""
+        part, _ = self._own_position(position)
+        return self._globally(part, self._orders[part].substitute(position, attempt))
+
+    def _globally(self, part: int, place: Place) -> Place:
+        return Place(int(self._first_shards[part]) + place.shard, place.row)
+
+    def _own_position(self, position: int) -> tuple[int, int]:
+        """Number of the data set, and how many positions before this one draw from it."""
+        block, offset = divmod(position, self._BLOCK)
+        parts, before = self._dealt(block)
+        part = int(parts[offset])
+        return part, int(before[part]) + int((parts[:offset] == part).sum())
+
+    def _make_dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Data sets of a block's positions, and how many positions of each came before the block."""
+        ends = [np.rint(n * self._BLOCK * self._bounds).astype(np.int64) for n in (block, block + 1)]
+        before, after = np.diff(ends[0]), np.diff(ends[1])
+        parts = np.repeat(np.arange(len(self._orders)), after - before)
+        return np.random.default_rng([self._seed, _MIXTURE, block]).permutation(parts), before
+
+
+class InOrder:
+    """Every sample in the order of the data set, `views` positions each: for evaluation.
+
+    After the last sample it begins again, so that the last batch, too, is full.
+    """
+
+    def __init__(self, shard_samples: Sequence[int], views: int, seed: int) -> None:
+        self._ends = np.cumsum(np.asarray(shard_samples, dtype=np.int64))
+        self._views, self._seed = views, seed
+        self.num_positions = int(self._ends[-1]) * views
+
+    def epoch(self, position: int) -> int:
+        """How often the data set was gone through before."""
+        return position // self.num_positions
+
+    def locate(self, position: int) -> Place:
+        """The sample at a position."""
+        return self._place(position % self.num_positions // self._views)
+
+    def substitute(self, position: int, attempt: int) -> Place:
+        """The sample that takes the place of a failed one, drawn by (seed, position, attempt)."""
+        rng = np.random.default_rng([self._seed, _SUBSTITUTE, position, attempt])
+        return self._place(int(rng.integers(self._ends[-1])))
+
+    def _place(self, number: int) -> Place:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return Place(shard, number - int(self._ends[shard - 1] if shard else 0))
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:

@@ -1,9 +1,7 @@
-"""What a worker does: positions -> raw samples -> clips -> whole batches, as a WebDataset pipeline.
+"""What a worker does with a sample: asked for -> read -> decoded -> user stages, as a WebDataset pipeline.
 
-    batch number -> requests (item, position, attempt) -> read -> wds.map(decode) -> wds.map(user stages) -> batch
-
-A sample that fails anywhere is recorded with shard, key, worker and position, and its place is asked for again with
-the next attempt: a substitute that depends on nothing but (seed, position, attempt). So a batch always has its shape.
+A sample that fails anywhere is recorded with shard, key, worker and position. Nothing is decided here about what takes
+its place: that is the batch's business (batches.py).
 """
 
 from __future__ import annotations
@@ -11,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +19,19 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from salt_wds.catalog import Catalog
+from salt_wds.catalog import Catalog, Row
 from salt_wds.config import DataConfig, MaskConfig
-from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
-from salt_wds.masks import make_mask
-from salt_wds.order import Order, sample_rng
+from salt_wds.decode import VideoInfo, get_decoder, write_clip
+from salt_wds.order import InOrder, Mixture, Order, sample_rng
 from salt_wds.reader import Reader
 from salt_wds.shared import SharedArray
+from salt_wds.views import Views, evaluation_view, training_view
 from shard_tools import ledger
 from shard_tools.command import end_with_parent
-from shard_tools.format import COLOURS
+from shard_tools.format import COLOURS, FRAME_TIERS
 from shard_tools.ledger import Failure
 
 Sample = dict[str, Any]
-Batch = dict[str, Any]
 
 STAGES = ("idle", "read", "decode", "augment")  # what the in-flight table says a worker is at
 IN_FLIGHT_COLUMNS = ("pid", "batch", "position", "attempt", "stage")
@@ -44,7 +42,9 @@ class PipelineSpec:
     """Everything a worker needs; picklable.
 
     `in_flight` is (workers, 5) int64, see IN_FLIGHT_COLUMNS; `slots` is (workers, slots of a worker, bytes of a batch)
-    uint8: a worker writes its batches into its own slots in turn, and only their number travels.
+    uint8: a worker writes its batches into its own slots in turn, and only their number travels. `views` is of an
+    evaluation, None in training. `quarantine` are samples as `identity` names them; `replayed` are (position, attempt)
+    that could not be read in an earlier part of the run.
     """
 
     catalog: Catalog
@@ -56,7 +56,9 @@ class PipelineSpec:
     world_size: int
     in_flight: SharedArray
     slots: SharedArray
+    views: Views | None = None
     quarantine: frozenset[str] = frozenset()
+    replayed: frozenset[tuple[int, int]] = frozenset()
     user_stages: tuple[Callable[[Sample], Sample], ...] = ()
 
     @property
@@ -69,7 +71,7 @@ class PipelineSpec:
         """Frames, and bytes of a frame: YUV 4:2:0, 1.5 bytes a pixel."""
         return self.data.num_frames, self.data.size**2 * 3 // 2
 
-    def views(self, worker: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    def slot_views(self, worker: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """Clips (B, T, S*S*3//2) uint8 and masks (B, N) int16 in a slot."""
         memory = self.slots.array[worker, slot]
         end = self.local_batch * math.prod(self.clip_shape)
@@ -80,6 +82,25 @@ class PipelineSpec:
 def slot_bytes(local_batch: int, clip_shape: tuple[int, int], grid: tuple[int, int, int]) -> int:
     """Bytes of a batch: clips in uint8, masks in int16."""
     return local_batch * (math.prod(clip_shape) + 2 * math.prod(grid))
+
+
+def make_order(spec: PipelineSpec) -> Order | Mixture | InOrder:
+    """The order of the spec's data: of training, or of an evaluation."""
+    parts = spec.catalog.part_samples
+    if spec.views is not None:
+        return InOrder([samples for part in parts for samples in part], spec.views.count, spec.seed)
+    orders = [Order(samples, spec.data.window, spec.seed) for samples in parts]
+    if len(orders) == 1:
+        return orders[0]
+    return Mixture(orders, spec.data.weights or [order.samples_per_epoch for order in orders], spec.seed)
+
+
+def identity(dataset: str, shard: str, key: str) -> str:
+    """A sample's name over all data sets: keys of foreign shards may repeat."""
+    return f"{dataset}/{shard}/{key}"
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
 
 
 class SampleError(Exception):
@@ -95,12 +116,12 @@ class QuarantinedError(Exception):
     """The sample killed or hung a worker before; it is not touched again."""
 
 
+class ReplayedError(Exception):
+    """The sample could not be read when the run came by here before; it fails again, so that the order stays."""
+
+
 class DroppedError(Exception):
     """A user's stage gave nothing back."""
-
-
-class UnfillableError(Exception):
-    """Every substitute for a slot failed, too: the data set is at fault, not a sample."""
 
 
 @dataclass
@@ -114,13 +135,28 @@ class Recorder:
     def __call__(self, error: Exception) -> bool:
         if not isinstance(error, SampleError):
             raise error  # webdataset would end the stream without a word
-        sample, cause = error.sample, error.__cause__ or error
+        cause = error.__cause__ or error
         quarantined = isinstance(cause, QuarantinedError)
+        self._record(
+            error.stage,
+            error.sample,
+            cause,
+            str(cause),
+            action="quarantined" if quarantined else "substituted",
+            traceback=None if quarantined else ledger.compact_traceback(cause),
+        )
+        return True
+
+    def passed(self, sample: Sample, error: Exception) -> None:
+        """Record a read error that went away when the read was repeated; the sample is not lost."""
+        self._record("read", sample, error, f"{error}; went away when read again", action=None)
+
+    def _record(self, stage: str, sample: Sample, error: BaseException, message: str, **fields: Any) -> None:
         self.failures.append(
             Failure(
                 time=ledger.now(),
-                stage=error.stage,
-                dataset=self.spec.catalog.name,
+                stage=stage,
+                dataset=self.spec.catalog.part(sample["shard"]).name,
                 shard=sample["__url__"],
                 key=sample["__key__"],
                 offset=sample["row"].payload_offset,
@@ -129,147 +165,99 @@ class Recorder:
                 pid=os.getpid(),
                 epoch=sample["epoch"],
                 position=sample["position"],
-                error=type(cause).__name__,
-                message=str(cause),
-                traceback=None if quarantined else ledger.compact_traceback(cause),
-                action="quarantined" if quarantined else "substituted",
+                error=type(error).__name__,
+                message=message,
                 attempt=sample["attempt"],
+                **fields,
             )
         )
-        return True
 
 
-def build_pipeline(spec: PipelineSpec, start_batch: int) -> wds.DataPipeline:
-    """The pipeline of whole batches from `start_batch` on, endless; each DataLoader worker yields every W-th batch."""
-    return wds.DataPipeline(_BatchNumbers(start_batch), _Batches(spec))
+# --- samples ------------------------------------------------------------------------------------------------------
 
 
-def make_order(spec: PipelineSpec) -> Order:
-    """The training order of the spec's data set."""
-    return Order(spec.catalog.shard_samples, spec.data.window, spec.seed)
-
-
-def make_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
-    """In a process of its own: read and decode one sample, as a worker would.
-
-    An ordinary failure does no harm here, the worker meets it again and records it.
-    """
-    end_with_parent()
-    _Worker(spec).try_one(position, attempt)
-
-
-class _BatchNumbers:
-    """Source stage: the numbers of the global batches this worker makes. Workers take them in turn."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-
-    def __call__(self) -> Iterator[int]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        number = self._start + worker
-        while True:
-            yield number
-            number += workers
-
-
-class _Batches:
-    """Stage: batch numbers -> collated batches of this rank's slice."""
-
-    def __init__(self, spec: PipelineSpec) -> None:
-        self._spec = spec
-
-    def __call__(self, numbers: Iterable[int]) -> Iterator[Batch]:
-        worker = _Worker(self._spec)
-        for number in numbers:
-            try:
-                yield worker.make_batch(number)
-            except UnfillableError as error:  # the records must reach the ledger before the run ends
-                yield {"number": number, "failures": worker.take_failures(), "unfillable": str(error)}
-
-
-class _Worker:
-    """One worker process at work: open shards, decoder, and the batch being made."""
+class SamplePipeline:
+    """One process at work on samples: open shards, decoders, the in-flight table, seconds spent by stage."""
 
     def __init__(self, spec: PipelineSpec) -> None:
         info = torch.utils.data.get_worker_info()
         if info is not None:
             cv2.setNumThreads(0)  # the workers are the threads
+        self.worker = info.id if info else 0
+        self.recorder = Recorder(spec, self.worker)
+        self.seconds: Counter[str] = Counter()  # by stage
         self._spec = spec
         self._order = make_order(spec)
         self._decoders = {ext: get_decoder(spec.data.decoder, ext) for ext in spec.catalog.extensions}
-        self._reader = Reader(spec.catalog)
-        self._recorder = Recorder(spec, info.id if info else 0)
-        self._status = spec.in_flight.array[info.id if info else 0]
-        self._batches_made = 0
+        self._reader = Reader(spec.catalog, spec.data.read_retries)
+        self._status = spec.in_flight.array[self.worker]
         self._status[0] = os.getpid()
 
-    def make_batch(self, number: int) -> Batch:
-        """The rank's slice of global batch `number`: clips and masks in this worker's next slot, the rest here.
+    def take_costs(self) -> tuple[dict[str, float], int]:
+        """Seconds by stage, and bytes read, since the last call."""
+        seconds, self.seconds = dict(self.seconds), Counter()
+        size, self._reader.bytes_read = self._reader.bytes_read, 0
+        return seconds, size
 
-        Keys: number; worker and slot; colour (B,) int64, index into COLOURS; label (B,) int64, -1 for none; keys;
-        positions; failures on the way; mean ms a clip for reading and decoding.
+    def request(self, position: int, attempt: int) -> Sample:
+        """The sample at a position, or its substitute: where it lies, and which frames and crop are wanted.
 
-        Raises:
-            UnfillableError: more than `max_consecutive_failures` attempts for one place in the batch.
+        Everything random about it comes from the position.
         """
-        spec = self._spec
-        self._status[1] = number
-        first = number * spec.data.batch_size + spec.rank * spec.local_batch
-        slot = self._batches_made % spec.slots.array.shape[1]
-        clips, masks = spec.views(self._recorder.worker, slot)
-        rows: list[Sample | None] = [None] * spec.local_batch
-        requests = [self._request(i, first + i, 0, clips) for i in range(spec.local_batch)]
-        for request in requests:
-            self._reader.announce(request["shard"], request["row"])
-        while requests:
-            for sample in self._samples(requests):
-                rows[sample["item"]] = sample
-                masks[sample["item"]] = sample["mask"]
-            requests = [self._next_attempt(r, clips) for r in requests if rows[r["item"]] is None]
-        self._batches_made += 1
-        self._status[4] = STAGES.index("idle")
-        done = [row for row in rows if row is not None]
+        place = self._order.locate(position) if attempt == 0 else self._order.substitute(position, attempt)
+        row = self._spec.catalog.row(*place)
+        rng = sample_rng(self._spec.seed, position)
+        frames, crop = self._view(row, position, rng)
         return {
-            "number": number,
-            "worker": self._recorder.worker,
-            "slot": slot,
-            "colour": np.array([row["colour"] for row in done]),
-            "label": np.array([-1 if row["json"]["label"] is None else row["json"]["label"] for row in done]),
-            "keys": [row["__key__"] for row in done],
-            "positions": [row["position"] for row in done],
-            "failures": self.take_failures(),
-            "read_ms": 1e3 * sum(row["read_s"] for row in done) / len(done),
-            "decode_ms": 1e3 * sum(row["decode_s"] for row in done) / len(done),
+            "__key__": row.key,
+            "__url__": self._spec.catalog.files[place.shard],
+            "__worker__": self.worker,
+            "position": position,
+            "epoch": self._order.epoch(position),
+            "attempt": attempt,
+            "shard": place.shard,
+            "row": row,
+            "rng": rng,
+            "frames": frames,
+            "numbers": np.unique(frames).tolist(),
+            "crop": crop,
         }
 
-    def try_one(self, position: int, attempt: int) -> None:
-        """Send one request through the pipeline; failures are recorded, and forgotten with this process."""
-        clips = np.empty((1, *self._spec.clip_shape), np.uint8)
-        for _ in self._samples([self._request(0, position, attempt, clips)]):
-            pass
+    def announce(self, request: Sample) -> None:
+        """Have the kernel read a sample ahead."""
+        self._reader.announce(request["shard"], request["row"], request["numbers"])
 
-    def take_failures(self) -> list[Failure]:
-        """The failures since the last call."""
-        failures, self._recorder.failures = self._recorder.failures, []
-        return failures
-
-    def _samples(self, requests: list[Sample]) -> wds.DataPipeline:
-        """The WebDataset pipeline over some requests: read, decode, the user's own stages."""
-        handler = self._recorder
+    def samples(self, requests: Iterable[Sample]) -> wds.DataPipeline:
+        """The WebDataset pipeline over requests that have a `clip` to write to; failed samples are left out."""
+        handler = self.recorder
         return wds.DataPipeline(
             lambda: iter(requests),
             wds.map(self._guard("read", self._read), handler=handler),
-            wds.map(self._guard("decode", self._decode_clip), handler=handler),
+            wds.map(self._guard("decode", self._decode), handler=handler),
             *(wds.map(self._guard("augment", stage), handler=handler) for stage in self._spec.user_stages),
         )
 
+    def at_batch(self, number: int) -> None:
+        """Note in the in-flight table which batch is being made."""
+        self._status[1] = number
+
+    def idle(self) -> None:
+        """Note in the in-flight table that no sample is being worked on."""
+        self._status[4] = STAGES.index("idle")
+
+    def _view(self, row: Row, position: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+        size = row.num_frames, row.width, row.height
+        if self._spec.views is None:
+            return training_view(*size, self._spec.data, rng)
+        return evaluation_view(*size, self._spec.data, self._spec.views, position)
+
     def _guard(self, name: str, function: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:
-        """Announce the stage in the in-flight table, and attach the sample to an exception."""
+        """Announce the stage in the in-flight table, measure it, and attach the sample to an exception."""
 
         def stage(sample: Sample) -> Sample:
             self._status[2], self._status[3] = sample["position"], sample["attempt"]
             self._status[4] = STAGES.index(name)
+            started = time.perf_counter()
             try:
                 result = function(sample)
                 if result is None:
@@ -277,58 +265,49 @@ class _Worker:
                 return result
             except Exception as error:
                 raise SampleError(name, sample) from error
+            finally:
+                self.seconds[name] += time.perf_counter() - started
 
         return stage
 
-    def _request(self, item: int, position: int, attempt: int, clips: np.ndarray) -> Sample:
-        place = self._order.locate(position) if attempt == 0 else self._order.substitute(position, attempt)
-        row = self._spec.catalog.row(*place)
-        return {
-            "__key__": row.key,
-            "__url__": self._spec.catalog.files[place.shard],
-            "__worker__": self._recorder.worker,
-            "item": item,
-            "position": position,
-            "epoch": self._order.epoch(position),
-            "attempt": attempt,
-            "shard": place.shard,
-            "row": row,
-            "clip": clips[item],
-        }
-
-    def _next_attempt(self, request: Sample, clips: np.ndarray) -> Sample:
-        attempt = request["attempt"] + 1
-        if attempt > self._spec.data.max_consecutive_failures:
-            last = self._recorder.failures[-1]
-            raise UnfillableError(
-                f"{attempt} samples in a row failed for position {request['position']}; the last: {last.shard} "
-                f"{last.key}: {last.error}: {last.message}"
-            )
-        return self._request(request["item"], request["position"], attempt, clips)
-
     def _read(self, sample: Sample) -> Sample:
-        """Add `json` (the content of KEY.json) and `payload` of the frames that the clip takes, checked by hash.
-
-        Here begins what is random about a sample; all of it comes from the position.
-        """
-        if sample["__key__"] in self._spec.quarantine:
+        """Add `json` (the content of the sample's JSON) and `payload`, checked by hash."""
+        name = identity(self._spec.catalog.part(sample["shard"]).name, sample["__url__"], sample["__key__"])
+        if name in self._spec.quarantine:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
-        started = time.perf_counter()
-        data, row = self._spec.data, sample["row"]
-        sample["rng"] = sample_rng(self._spec.seed, sample["position"])
-        sample["frames"] = choose_frames(row.num_frames, data.num_frames, data.frame_stride, sample["rng"])
-        sample["json"], sample["payload"] = self._reader.read(sample["shard"], row, sample["frames"])
-        sample["read_s"] = time.perf_counter() - started
+        if (sample["position"], sample["attempt"]) in self._spec.replayed:
+            raise ReplayedError("it could not be read when the run came by here before, see the ledger")
+        sample["json"], sample["payload"], retried = self._reader.read(
+            sample["shard"], sample["row"], sample["numbers"]
+        )
+        if retried is not None:
+            self.recorder.passed(sample, retried)
         return sample
 
-    def _decode_clip(self, sample: Sample) -> Sample:
-        """Decode, crop and resize into the batch; draw the mask."""
-        started = time.perf_counter()
-        data, row, video, rng = self._spec.data, sample["row"], sample["json"]["video"], sample.pop("rng")
-        info = VideoInfo(row.num_frames, row.width, row.height, COLOURS.index((video["matrix"], video["range"])))
-        crop = random_crop(info.width, info.height, data.crop_scale, data.crop_ratio, data.flip, rng)
-        decoder = self._decoders[row.ext]
-        sample["colour"] = decoder(sample.pop("payload"), info, sample["frames"], crop, data.size, sample["clip"])
-        sample["mask"] = make_mask(self._spec.grid, self._spec.mask, rng)
-        sample["decode_s"] = time.perf_counter() - started
+    def _decode(self, sample: Sample) -> Sample:
+        """Decode, crop and resize into the sample's clip."""
+        row = sample["row"]
+        colour = None
+        if row.ext in FRAME_TIERS:
+            video = sample["json"]["video"]
+            colour = COLOURS.index((video["matrix"], video["range"]))
+        info = VideoInfo(row.num_frames, row.width, row.height, colour)
+        decoded = self._decoders[row.ext](sample.pop("payload"), info, sample["numbers"])
+        cropping = write_clip(decoded.pictures, sample["frames"], sample["crop"], self._spec.data.size, sample["clip"])
+        self.seconds["crop"] += cropping
+        self.seconds["decode"] -= cropping
+        sample["colour"] = decoded.colour
         return sample
+
+
+def try_one(spec: PipelineSpec, position: int, attempt: int) -> None:
+    """In a process of its own: read and decode one sample, as a worker would.
+
+    An ordinary failure does no harm here, the worker meets it again and records it.
+    """
+    end_with_parent()
+    pipeline = SamplePipeline(spec)
+    request = pipeline.request(position, attempt)
+    request["clip"] = np.empty(spec.clip_shape, np.uint8)
+    for _ in pipeline.samples([request]):
+        pass

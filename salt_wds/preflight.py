@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
+from salt_wds.batches import Batch
 from salt_wds.budget import shared_memory_used
 from salt_wds.config import Config, load_config
-from salt_wds.loader import Loader, LoaderStopped
+from salt_wds.loader import Loader
 from salt_wds.masks import num_masked
 from salt_wds.models import build_models, pick_device
-from salt_wds.pipeline import Batch
+from salt_wds.policy import LoaderStopped
 from salt_wds.step import Step, make_forward
 from shard_tools.command import OK, PROBLEMS, CommandError, run
 from shard_tools.format import COLOURS, DATASET_FILE
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="preflight-") as scratch:
         if args.generated:
             config = with_generated_data(config, Path(scratch))
-        elif not (Path(config.data.shards) / DATASET_FILE).exists():
+        elif missing := [folder for folder in config.data.folders if not (folder / DATASET_FILE).exists()]:
             raise CommandError(
-                f"{config.data.shards}: no data set there; pack it (python -m shard_tools.pack ROOT), set data.shards, "
+                f"{missing[0]}: no data set there; pack it (python -m shard_tools.pack ROOT), set data.shards, "
                 "or add --generated to check this machine with generated clips"
             )
         return _run_checks(config, Path(scratch) / "failures.jsonl", args.batches)
@@ -94,7 +95,7 @@ def check_single_batch(config: Config, ledger_path: Path) -> str:
     clips = batch["clips"]
     return (
         f"clips {tuple(clips.shape)} {clips.dtype}, {clips.numel() / 1e6:.1f} MB, mean {clips.float().mean():.1f}, "
-        f"decode {batch['decode_ms']:.1f} ms a clip, {len(batch['failures'])} failures"
+        f"decode {batch['ms']['decode']:.1f} ms a clip, {len(batch['failures'])} failures"
     )
 
 

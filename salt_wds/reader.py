@@ -6,83 +6,173 @@ holds a hash of every frame, and where it lies.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
 from salt_wds.catalog import Catalog, Row
-from shard_tools.format import FRAME_TIERS, frame_span
+from shard_tools.format import FRAME_TIERS, Y4M_FRAME_MARK, frame_span, y4m_frame_bytes
+
+# What a drive or a file server may get over; a missing file or a permission stays as it is.
+_PASSING = frozenset(
+    (errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO, errno.ECONNRESET)
+)
+_FIRST_PAUSE_S = 0.05  # before the first repetition; doubled each time
+_WHOLE = 64 << 10  # JSON and payload this close together are read in one go
 
 
 class HashMismatchError(Exception):
     """Bytes are not those that were packed."""
 
 
+class Read(NamedTuple):
+    """A sample's bytes: the content of its JSON (empty without one), and the payload: the whole file, or of the frame
+    tiers one item a wanted frame, valid until the next sample is read. `retried` is an error that went away."""
+
+    json: dict[str, Any]
+    payload: bytes | list[memoryview]
+    retried: Exception | None
+
+
 class Reader:
-    """Reads samples of a catalog; keeps shards open, the least recently used closed first."""
+    """Reads samples of a catalog; keeps shards open, the least recently used closed first.
+
+    Args:
+        retries: repetitions of a read that failed in a way that may pass.
+    """
 
     _MOST_OPEN = 64
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, retries: int) -> None:
+        self._catalog, self._retries = catalog, retries
         self._open: dict[int, int] = {}
+        self.bytes_read = 0
+        self._byte = bytearray(1)
+        self._buffer = bytearray()  # of frames: fresh memory for each costs more than reading it
 
-    def announce(self, shard: int, row: Row) -> None:
-        """Tell the kernel that this sample comes soon, so that the drive's queue is full while we decode."""
-        end = row.payload_offset if row.ext in FRAME_TIERS else row.payload_offset + row.payload_size
+    def announce(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
+        """Tell the kernel which bytes are wanted soon, so that the drive's queue is full while we decode."""
         try:
             descriptor = self._file(shard)
-            os.posix_fadvise(descriptor, row.json_offset, end - row.json_offset, os.POSIX_FADV_WILLNEED)
+            for start, end in _spans(row, numbers):
+                if not self._in_memory(descriptor, start):
+                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # only a hint: reading this sample meets the same error and records it
 
-    def read(self, shard: int, row: Row, frames: np.ndarray) -> tuple[dict[str, Any], bytes | list[bytes]]:
-        """The content of KEY.json, and the payload: the whole file, or of the frame tiers one item a wanted frame.
+    def read(self, shard: int, row: Row, numbers: Sequence[int]) -> Read:
+        """Read a sample, and check its bytes.
 
         Args:
-            frames: numbers of the wanted frames, ascending; repeated ones are read once.
+            numbers: the wanted frames, ascending, each once; only frame tiers make use of them.
 
         Raises:
-            OSError: the shard cannot be read.
-            HashMismatchError: the bytes are not those that were packed.
+            OSError: the shard cannot be read, also when tried again.
+            HashMismatchError: the bytes are not those that were packed, also when read again.
         """
-        if row.ext not in FRAME_TIERS:
-            data = self._pread(shard, row.json_offset, row.payload_offset + row.payload_size - row.json_offset)
-            head, payload = data[: row.json_size], data[row.payload_offset - row.json_offset :]
-            self._check(row, "json", head, row.xxh3_json)
-            self._check(row, row.ext, payload, row.xxh3_payload)
-            return json.loads(head), payload
-        head = self._pread(shard, row.json_offset, row.json_size)
-        self._check(row, "json", head, row.xxh3_json)
-        record = json.loads(head)
-        pictures = []
-        for number in np.unique(frames).tolist():
-            start, end = frame_span(record, number, row.payload_size)
-            picture = self._pread(shard, row.payload_offset + start, end - start)
-            self._check(row, f"{row.ext} frame {number}", picture, int(record["frame_xxh3"][number], 16))
-            pictures.append(picture)
-        return record, pictures
+        first: Exception | None = None
+        for attempt in range(self._retries + 1):
+            try:
+                return Read(*self._read(shard, row, numbers), first)
+            except (OSError, HashMismatchError) as error:
+                passing = isinstance(error, HashMismatchError) or error.errno in _PASSING
+                if not passing or attempt == self._retries:
+                    raise
+                first = first or error
+                self._close(shard)  # a descriptor may be stale
+                time.sleep(_FIRST_PAUSE_S * 2**attempt if isinstance(error, OSError) else 0)
+        raise AssertionError("unreachable")
 
-    def _check(self, row: Row, part: str, data: bytes, expected: int) -> None:
+    def _in_memory(self, descriptor: int, offset: int) -> bool:
+        """Whether the page at `offset` is in the page cache; asking costs a tenth of announcing a frame."""
+        try:
+            return bool(os.preadv(descriptor, [self._byte], offset, os.RWF_NOWAIT))
+        except OSError:  # it is not, or the file system cannot say
+            return False
+
+    def _read(self, shard: int, row: Row, numbers: Sequence[int]) -> tuple[dict[str, Any], bytes | list[memoryview]]:
+        if row.ext in FRAME_TIERS:
+            record = self._read_json(shard, row)
+            return record, self._read_frames(shard, row, record, numbers)
+        if row.json_size and row.json_offset < row.payload_offset < row.json_offset + row.json_size + _WHOLE:
+            data = self._pread(shard, row.json_offset, row.payload_offset + row.payload_size - row.json_offset)
+            record = self._parse(shard, row, data[: row.json_size])
+            payload = data[row.payload_offset - row.json_offset :]
+        else:
+            record = self._read_json(shard, row)
+            payload = self._pread(shard, row.payload_offset, row.payload_size)
+        self._check(shard, row, row.ext, payload, row.xxh3_payload)
+        return record, payload
+
+    def _read_json(self, shard: int, row: Row) -> dict[str, Any]:
+        if not row.json_size:
+            return {}
+        return self._parse(shard, row, self._pread(shard, row.json_offset, row.json_size))
+
+    def _parse(self, shard: int, row: Row, data: bytes) -> dict[str, Any]:
+        self._check(shard, row, "json", data, row.xxh3_json)
+        return json.loads(data)
+
+    def _read_frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> list[memoryview]:
+        spans = [frame_span(record, number, row.payload_size) for number in numbers]
+        needed = sum(end - start for start, end in spans)
+        if needed > len(self._buffer):
+            self._buffer = bytearray(needed)
+        memory, pictures = memoryview(self._buffer), []
+        descriptor = self._file(shard)
+        for number, (start, end) in zip(numbers, spans, strict=True):
+            picture, memory = memory[: end - start], memory[end - start :]
+            got = os.preadv(descriptor, [picture], row.payload_offset + start)
+            self.bytes_read += got
+            self._check(shard, row, f"{row.ext} frame {number}", picture[:got], int(record["frame_xxh3"][number], 16))
+            pictures.append(picture)
+        return pictures
+
+    def _check(self, shard: int, row: Row, what: str, data: bytes | memoryview, expected: int) -> None:
         if xxhash.xxh3_64_intdigest(data) != expected:
             raise HashMismatchError(
-                f"{row.key}.{part}: its bytes are not those that were packed; "
-                f"check: python -m shard_tools.verify {self._catalog.folder}"
+                f"{row.key}.{what}: its bytes are not those that were packed; "
+                f"check: python -m shard_tools.verify {self._catalog.part(shard).folder}"
             )
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        return os.pread(self._file(shard), size, offset)
+        data = os.pread(self._file(shard), size, offset)
+        self.bytes_read += len(data)
+        return data
 
     def _file(self, shard: int) -> int:
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
             if len(self._open) >= self._MOST_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            path = Path(self._catalog.folder, self._catalog.files[shard])
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._close(next(iter(self._open)))
+            descriptor = os.open(self._catalog.path(shard), os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = descriptor
         return descriptor
+
+    def _close(self, shard: int) -> None:
+        descriptor = self._open.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _spans(row: Row, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Bytes of the shard that reading a sample takes: exact but for mjpeg, whose table of frames is not read yet."""
+    start = min(row.json_offset, row.payload_offset) if row.json_size else row.payload_offset
+    if row.ext not in FRAME_TIERS:
+        yield start, row.payload_offset + row.payload_size
+        return
+    yield row.json_offset, row.json_offset + row.json_size
+    if row.ext == "y4m":
+        step = len(Y4M_FRAME_MARK) + y4m_frame_bytes(row.width, row.height)
+        end = row.payload_offset + row.payload_size
+        for number in numbers:
+            yield end - (row.num_frames - number) * step, end - (row.num_frames - number - 1) * step
+    else:  # JPEGs of a clip have about the same size
+        mean = row.payload_size / row.num_frames
+        first, last = max(numbers[0] - 1, 0), min(numbers[-1] + 2, row.num_frames)
+        yield row.payload_offset + int(first * mean), row.payload_offset + int(last * mean)

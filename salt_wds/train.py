@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from salt_wds import checkpoint
+from salt_wds.batches import Batch
 from salt_wds.config import Config, load_config
-from salt_wds.loader import Loader, LoaderStopped
+from salt_wds.loader import Loader
 from salt_wds.metrics import Clock, Meter, RunLog
 from salt_wds.models import Models, build_models, pick_device
 from salt_wds.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
-from salt_wds.pipeline import Batch
+from salt_wds.policy import LoaderStopped
 from salt_wds.step import Step, make_forward
 from shard_tools.command import INTERRUPTED, OK, PROBLEMS, CommandError, describe_os_error, run
 from shard_tools.format import write_atomic
@@ -160,7 +161,7 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
 def _check_same_data(state: dict[str, Any], loader: Loader) -> None:
     if state["plan_hash"] != loader.catalog.plan_hash:
         raise CommandError(
-            f"{loader.catalog.folder}: not the data set this run began with (plan {loader.catalog.plan_hash[:12]}, "
+            f"{loader.catalog.folders}: not the data set this run began with (plan {loader.catalog.plan_hash[:12]}, "
             f"was {state['plan_hash'][:12]}); point data.shards at that one, or choose another train.run_dir"
         )
 
@@ -197,7 +198,7 @@ class _Trainer:
         try:
             waited = time.perf_counter()
             for batch in self.loader:
-                self.clock.add(len(batch["keys"]), time.perf_counter() - waited, batch["read_ms"], batch["decode_ms"])
+                self.clock.add(len(batch["keys"]), time.perf_counter() - waited, batch["ms"])
                 self.step += 1
                 lr = learning_rate(self.step - 1, self.config.optim, train.steps)
                 grad_norm = self.update(batch, lr)
@@ -265,7 +266,7 @@ class _Trainer:
         policy = self.loader.policy
         line = {
             "step": self.step,
-            "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.first[-1],
+            "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.num_samples,
             **self.meter.means(),
             "lr": lr,
             **self.clock.rates(),

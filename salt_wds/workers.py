@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from salt_wds.pipeline import IN_FLIGHT_COLUMNS, Batch, PipelineSpec, build_pipeline, make_sample
+from salt_wds.batches import Batch, build_pipeline
+from salt_wds.pipeline import IN_FLIGHT_COLUMNS, PipelineSpec, try_one
 from salt_wds.shared import SharedArray
 from shard_tools.command import end_with_parent
 
@@ -151,7 +152,7 @@ def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:
     """Run one sample in a throw-away process; what it did to it ("killed by SIGABRT", "hung"), or None."""
     context = multiprocessing.get_context(spec.data.start_method)
     spec = replace(spec, in_flight=SharedArray((1, len(IN_FLIGHT_COLUMNS)), np.int64))
-    process = context.Process(target=make_sample, args=(spec, position, attempt))
+    process = context.Process(target=try_one, args=(spec, position, attempt))
     process.start()
     process.join(spec.data.timeout_s)
     if process.is_alive():

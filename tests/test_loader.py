@@ -1,22 +1,29 @@
 """The loader: batches do not depend on how they are made, failures are named and replaced, workers may die."""
 
 import contextlib
+import dataclasses
+import errno
 import os
+import shutil
 import signal
 import time
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from salt_wds import budget as budget_module
 from salt_wds.budget import fit_budget, shared_memory_used
+from salt_wds.catalog import open_catalog
 from salt_wds.config import load_config
-from salt_wds.loader import FailurePolicy, Loader, LoaderStopped
-from salt_wds.order import Order
+from salt_wds.loader import Loader
+from salt_wds.pipeline import make_order
+from salt_wds.policy import LoaderStopped
+from salt_wds.views import Views
 from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.format import index_name, read_dataset, read_index
@@ -108,7 +115,7 @@ def test_batch_has_what_the_trainer_needs(make_config, tmp_path, dataset):
     assert batch["mask"].long().sort(dim=1).values.tolist() == [list(range(64))] * 8
     assert set(batch["label"].tolist()) <= set(range(len(read_dataset(dataset).classes)))
     assert batch["failures"] == []
-    assert batch["decode_ms"] > 0
+    assert batch["ms"]["decode"] > 0
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -191,21 +198,6 @@ def test_a_data_set_that_fails_everywhere_stops_with_the_command_that_checks_it(
     assert len(failures) >= 6  # they reached the ledger although no batch came
 
 
-def test_the_policy_stops_at_the_configured_rate(make_config):
-    policy = FailurePolicy(make_config(max_failure_rate=0.1).data, "/data")
-    failure = ledger.Failure("decode", "E", "m", "substituted", position=0, shard="s", key="k")
-
-    def batch(number, failures):
-        positions = list(range(number * 32, number * 32 + 32))
-        return {"failures": failures, "keys": ["k"] * 32, "positions": positions}
-
-    for number in range(6):  # 14%, of too few samples to judge
-        policy.observe(batch(number, [failure] * 5))
-    with pytest.raises(LoaderStopped, match=r"35 of 259 samples failed, more than data\.max_failure_rate = 0\.1"):
-        policy.observe(batch(6, [failure] * 5))
-    assert policy.total == 35
-
-
 # --- users' stages ------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +218,115 @@ def test_a_stage_that_raises_or_drops_costs_the_sample(make_config, tmp_path):
     ]
     with pytest.raises(LoaderStopped, match="DroppedError"):
         next(iter(Loader(config, tmp_path / "c.jsonl", stages=[drop_everything])))
+
+
+# --- several data sets, evaluation --------------------------------------------------------------------------------
+
+
+def test_several_data_sets_are_mixed_by_their_weights(make_config, dataset, damaged, tmp_path):
+    folder, _ = damaged  # as good as new here, and packed into another folder
+    names = f'["{dataset}", "{folder}"]'
+    config = make_config(names, batch_size=1, num_workers=0, weights="[1.0, 3.0]")
+    loader = Loader(config, tmp_path / "l.jsonl")
+    assert [part.folder for part in loader.catalog.parts] == [str(dataset), str(folder)]
+    order, samples = make_order(loader.spec), read_dataset(dataset).splits["train"].samples
+    places = [order.locate(position) for position in range(4096)]
+    second = sum(loader.catalog.part(place.shard).folder == str(folder) for place in places)
+    assert second == 3072
+    assert len({place for place in places[:1024]}) == 2 * samples  # every sample of both
+    batch = next(iter(loader))
+    assert batch["keys"] == [loader.catalog.row(*places[0]).key]
+    assert "75.0% of the positions" in "\n".join(loader.describe())
+
+
+def test_labels_of_several_data_sets_follow_the_class_names(make_config, dataset, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    known = read_dataset(dataset)
+    renamed = dataclasses.replace(known, classes=(known.classes[1], "new", *known.classes[2:]))
+    (other / "dataset.json").write_bytes(renamed.to_json())
+    catalog = open_catalog([dataset, other], "train")
+    assert catalog.classes == (*known.classes, "new")
+    half = catalog.num_samples // 2
+    labels = catalog.table.array["label"]
+    expected = np.array([1, len(known.classes), *range(2, len(known.classes))])
+    assert (labels[half:] == expected[labels[:half]]).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_sees_every_view_of_every_sample_once_and_ends(make_config, dataset, tmp_path, workers):
+    rows = [row for info in read_dataset(dataset).splits["validation"].shards
+            for row in read_index(dataset / index_name(info.file)).to_pylist()]  # fmt: skip
+    config = make_config(split="validation", num_workers=workers, batch_size=4)
+    batches = list(Loader(config, tmp_path / "l.jsonl", views=Views(segments=3, crops=1)))
+    seen = [
+        (key, clip)
+        for batch in batches
+        for key, clip, left_out in zip(batch["keys"], batch["clips"], batch["substituted"].tolist(), strict=True)
+        if not left_out
+    ]
+    assert [key for key, _ in seen] == [row["key"] for row in rows for _ in range(3)]
+    assert all(len(batch["keys"]) == 4 for batch in batches)
+    assert len(batches) == -(-3 * len(rows) // 4)
+    assert not torch.equal(seen[0][1], seen[2][1])  # the first and the last segment
+    again = next(iter(Loader(config, tmp_path / "l.jsonl", views=Views(segments=3, crops=1))))
+    assert torch.equal(again["clips"], batches[0]["clips"])
+
+
+def test_a_sample_that_fails_in_an_evaluation_is_marked(make_config, damaged, tmp_path):
+    folder, damage = damaged
+    _, key, _ = damage(0, 0)
+    config = make_config(folder, num_workers=0)
+    first = next(iter(Loader(config, tmp_path / "l.jsonl", views=Views())))
+    assert first["substituted"].tolist() == [True] + [False] * 7
+    assert [failure.key for failure in first["failures"]] == [key]
+
+
+# --- reads that fail for a while ----------------------------------------------------------------------------------
+
+
+def failing_reads(monkeypatch, times, number=errno.EIO):
+    """The next `times` reads fail."""
+    left = [times]
+    pread = os.pread
+
+    def sometimes(descriptor, size, offset):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", sometimes)
+
+
+def test_an_error_that_goes_away_is_recorded_and_costs_nothing(make_config, tmp_path, monkeypatch):
+    config = make_config(num_workers=0)
+    reference = take(config, tmp_path / "a.jsonl", 2)
+    failing_reads(monkeypatch, 2)
+    assert take(config, tmp_path / "b.jsonl", 2) == reference
+    (failure,), _ = ledger.read(tmp_path / "b.jsonl")
+    assert (failure.stage, failure.error, failure.action, failure.key) == ("read", "OSError", None, reference[0][1][0])
+    assert "went away when read again" in failure.message
+
+
+def test_an_error_that_stays_is_substituted_and_so_again_after_a_resume(make_config, tmp_path, monkeypatch):
+    config = make_config(num_workers=0)
+    undisturbed = take(config, tmp_path / "a.jsonl", 4)
+    with monkeypatch.context() as patch:
+        failing_reads(patch, 3)
+        first = take(config, tmp_path / "b.jsonl", 4)
+    assert first != undisturbed
+    (failure,), _ = ledger.read(tmp_path / "b.jsonl")
+    assert (failure.error, failure.action, failure.key) == ("OSError", "substituted", undisturbed[0][1][0])
+    assert take(config, tmp_path / "b.jsonl", 4) == first  # the drive is well now; the run takes the same turn
+    assert take(config, tmp_path / "c.jsonl", 4) == undisturbed
+
+
+def test_a_missing_file_is_not_waited_for(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
+    failing_reads(monkeypatch, 1, errno.ENOENT)
+    (batch,) = islice(iter(Loader(make_config(num_workers=0), tmp_path / "l.jsonl")), 1)
+    assert [failure.error for failure in batch["failures"]] == ["FileNotFoundError"]
 
 
 # --- workers that die or hang -------------------------------------------------------------------------------------
@@ -329,7 +430,7 @@ def test_shared_memory_is_as_forecast_and_given_back(make_config, tmp_path):
 def test_order_and_loader_agree(make_config, tmp_path):
     loader = Loader(make_config(num_workers=0), tmp_path / "l.jsonl", start=3)
     batch = next(iter(loader))
-    order = Order(loader.catalog.shard_samples, 2, 0)
+    order = make_order(loader.spec)
     assert batch["keys"] == [loader.catalog.row(*order.locate(p)).key for p in range(24, 32)]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salt_wds.order import Order, sample_rng
+from salt_wds.order import InOrder, Mixture, Order, sample_rng
 
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
@@ -76,3 +76,55 @@ def test_sample_randomness_is_of_the_position():
     assert draws[3] == sample_rng(0, 3).integers(2**60)
     assert draws[3] != sample_rng(1, 3).integers(2**60)
     assert isinstance(sample_rng(0, 0), np.random.Generator)
+
+
+# --- several data sets --------------------------------------------------------------------------------------------
+
+
+def a_mixture(weights=(1.0, 2.5, 0.25), seed=3):
+    orders = [Order([5, 4], 2, seed), Order([30], 1, seed), Order([2] * 6, 3, seed)]
+    return Mixture(orders, weights, seed), orders
+
+
+def part_of(place):
+    return 0 if place.shard < 2 else 1 if place.shard < 3 else 2
+
+
+def test_a_mixture_draws_by_weight_also_over_few_positions():
+    mixture, _ = a_mixture()
+    parts = [part_of(mixture.locate(position)) for position in range(4096)]
+    for part, share in enumerate(np.array([1, 2.5, 0.25]) / 3.75):
+        assert abs(parts.count(part) - 4096 * share) <= 1
+        assert abs(parts[:1024].count(part) - 1024 * share) <= 1
+    assert parts[:100] != sorted(parts[:100])
+
+
+def test_each_data_set_of_a_mixture_keeps_its_own_order():
+    mixture, orders = a_mixture()
+    firsts = (0, 2, 3)
+    drawn = [mixture.locate(position) for position in range(3000)]
+    for part, order in enumerate(orders):
+        own = [place for place in drawn if part_of(place) == part]
+        expected = [order.locate(number) for number in range(len(own))]
+        assert [(place.shard - firsts[part], place.row) for place in own] == expected
+
+
+@given(st.integers(0, 2**40), st.integers(1, 3))
+def test_any_position_of_a_mixture_is_found_at_once(position, attempt):
+    mixture, _ = a_mixture()
+    assert mixture.locate(position) == a_mixture()[0].locate(position)
+    substitute = mixture.substitute(position, attempt)
+    assert part_of(substitute) == part_of(mixture.locate(position))
+    assert mixture.epoch(position) >= mixture.epoch(0) == 0
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+@given(SHARDS, st.integers(1, 4))
+def test_evaluation_goes_through_the_data_set_in_order(shards, views):
+    order = InOrder(shards, views, seed=0)
+    expected = [(s, r) for s, count in enumerate(shards) for r in range(count) for _ in range(views)]
+    assert [order.locate(position) for position in range(order.num_positions)] == expected
+    assert order.locate(order.num_positions) == expected[0]
+    assert (order.epoch(order.num_positions - 1), order.epoch(order.num_positions)) == (0, 1)

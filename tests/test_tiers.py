@@ -203,9 +203,10 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
     """Same frames, same crop: y4m to the level, mjpeg closely."""
     import torch
 
-    from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
+    from salt_wds.decode import VideoInfo, get_decoder, write_clip
     from salt_wds.order import sample_rng
     from salt_wds.pixels import yuv_to_rgb
+    from salt_wds.views import choose_frames, random_crop
     from shard_tools.format import COLOURS
 
     for position, path in enumerate(sorted(real_clips.rglob("*.webm"))[::6]):
@@ -227,7 +228,8 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
             )
             content = [payload.data[a:b] for a, b in spans] or payload.data
             out = np.zeros((16, 112 * 112 * 3 // 2), np.uint8)
-            colour = get_decoder("pyav", payload.ext)(content, info, frames, crop, 112, out)
-            clips[tier] = out, 255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([colour]), 112)
+            decoded = get_decoder("pyav", payload.ext)(content, info, np.unique(frames).tolist())
+            write_clip(decoded.pictures, frames, crop, 112, out)
+            clips[tier] = out, 255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([decoded.colour]), 112)
         assert (clips["y4m"][0] == clips["source"][0]).all()
         assert (clips["mjpeg"][1] - clips["source"][1]).abs().mean() < 2.5

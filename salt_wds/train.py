@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = frozenset(
     ["data.shards", "data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.persistent_workers",
      "data.start_method", "data.timeout_s", "data.max_consecutive_failures", "data.max_failure_rate",
-     "data.max_recoveries"]
+     "data.max_recoveries", "data.read_retries"]
     + [f"train.{key}" for key in ("steps", "run_dir", "device", "compile", "checkpointing", "checkpoint_every",
                                   "keep_checkpoints", "log_every", "trace_samples")]
     + [f"optim.{key}" for key in ("lr", "min_lr", "decay_steps", "weight_decay", "warmup_steps", "clip_grad_norm")]

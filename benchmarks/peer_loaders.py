@@ -24,7 +24,7 @@ from salt_wds.decode import Crop, choose_frames, random_crop
 FRAMES, STRIDE, SIZE, BATCH = 16, 2, 224, 16
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 PREFETCH = 2  # batches a worker prepares ahead: torch's default
-ENDLESS = 1_000_000  # samples of an "epoch" that no measurement reaches the end of
+ENDLESS = 20_000  # samples of an "epoch": no measurement reaches its end
 
 _MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 _STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)

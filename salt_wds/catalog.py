@@ -56,12 +56,14 @@ _NUMBERS = np.dtype(
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of a catalog: its name, folder, plan, and number of its first shard in the catalog."""
+    """One data set of a catalog: its name, folder, plan, number of its first shard in the catalog, whether its tars are
+    of another tool."""
 
     name: str
     folder: str
     plan_hash: str
     first_shard: int
+    foreign: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
     classes: dict[str, int] = {}
     for folder in folders:
         dataset = read_dataset(folder)
-        parts.append(Part(dataset.name, str(folder.resolve()), dataset.plan_hash, len(files)))
+        parts.append(Part(dataset.name, str(folder.resolve()), dataset.plan_hash, len(files), dataset.foreign))
         index = _read_split(folder, dataset, split)
         shards = dataset.splits[split].shards
         files += [info.file for info in shards]

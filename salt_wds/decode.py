@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from shard_tools.command import CommandError
-from shard_tools.container import Planes, colour_of, decode_frames, open_video, planes_of
+from shard_tools.container import Planes, colour_of, decode_frames, frame_decoder, open_video, planes_of
 from shard_tools.format import COLOURS, FRAME_TIERS
 
 DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # what the way back from decord's RGB uses
@@ -43,13 +43,14 @@ class Crop:
 class VideoInfo:
     """What decoding needs to know in advance: frames, size in pixels.
 
-    `colour` is an index into format.COLOURS, of the frame tiers; video files say it themselves.
+    `colour` is an index into format.COLOURS; None: the video file says it. `packets` as in format.SampleInfo, or None.
     """
 
     num_frames: int
     width: int
     height: int
     colour: int | None = None
+    packets: Sequence[Sequence[int]] | None = None
 
 
 class Decoded(NamedTuple):
@@ -76,42 +77,84 @@ def get_decoder(name: str, ext: str) -> Decoder:
         CommandError: the decoder's package is not installed.
     """
     if ext in FRAME_TIERS:
-        return {"mjpeg": decode_mjpeg, "y4m": decode_y4m}[ext]
+        return {"mjpeg": MjpegDecoder(), "y4m": decode_y4m}[ext]
     if name == "decord":
         if importlib.util.find_spec("decord") is None:
             raise CommandError(
                 'data.decoder = "decord": the package is not installed; pip install decord, or use "pyav"'
             )
         return decode_decord
-    return decode_pyav
+    return PyavDecoder()
 
 
 # --- video files --------------------------------------------------------------------------------------------------
 
 
-def decode_pyav(payload: bytes, info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-    """Decode with FFmpeg through PyAV; no more frames than needed, no colour conversion.
+class PyavDecoder:
+    """Decodes with FFmpeg through PyAV; no more frames than needed, no colour conversion.
 
-    Raises (here or while the pictures are taken):
+    Where the index knows the packets of a VP9 file, its container is not opened: that takes as long as four frames.
+
+    Raises (when called, or while the pictures are taken):
         DecodeError: the video ends before its last wanted frame.
         av.FFmpegError: FFmpeg cannot read the payload.
     """
-    container = open_video(payload)
-    colour = colour_of(container.streams.video[0].codec_context)
 
-    def pictures() -> Iterator[Planes]:
-        wanted = iter(numbers)
-        with container:
-            following = next(wanted)
-            for number, frame in enumerate(decode_frames(container)):
-                if number == following:
-                    yield planes_of(frame, info.width, info.height, colour[1])
-                    following = next(wanted, None)
-                    if following is None:
-                        return
-        raise DecodeError(f"the video ends early: it has no frame {following}, its index says {info.num_frames} frames")
+    def __init__(self) -> None:
+        self._vp9 = _KeptDecoder("vp9")
 
-    return Decoded(COLOURS.index(colour), pictures())
+    def __call__(self, payload: bytes, info: VideoInfo, numbers: Sequence[int]) -> Decoded:
+        if info.packets is not None and info.colour is not None:
+            return Decoded(info.colour, self._from_packets(payload, info, info.colour, info.packets, numbers))
+        container = open_video(payload)
+        colour = colour_of(container.streams.video[0].codec_context)
+        return Decoded(COLOURS.index(colour), _from_container(container, info, colour[1], numbers))
+
+    def _from_packets(
+        self, payload: bytes, info: VideoInfo, colour: int, packets: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> Iterator[Planes]:
+        view, wanted = memoryview(payload), frozenset(numbers)
+        with self._vp9 as decoder:
+            for number, (start, size) in enumerate(packets[: numbers[-1] + 1]):
+                frames = decoder.decode(av.Packet(view[start : start + size]))
+                if len(frames) != 1:
+                    raise DecodeError(f"packet {number} of {len(packets)} gives {len(frames)} frames")
+                if number in wanted:
+                    yield planes_of(frames[0], info.width, info.height, COLOURS[colour][1])
+
+
+class _KeptDecoder:
+    """A decoder of FFmpeg that is used again and again, with the memory it has; after an error it is made anew."""
+
+    def __init__(self, codec: str) -> None:
+        self._codec = codec
+        self._decoder: av.VideoCodecContext | None = None
+
+    def __enter__(self) -> av.VideoCodecContext:
+        if self._decoder is None:
+            self._decoder = frame_decoder(self._codec)
+        else:
+            self._decoder.flush_buffers()
+        return self._decoder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and kind is not GeneratorExit:  # closed after the last wanted picture
+            self._decoder = None
+
+
+def _from_container(
+    container: av.container.InputContainer, info: VideoInfo, colour_range: str, numbers: Sequence[int]
+) -> Iterator[Planes]:
+    wanted = iter(numbers)
+    with container:
+        following = next(wanted)
+        for number, frame in enumerate(decode_frames(container)):
+            if number == following:
+                yield planes_of(frame, info.width, info.height, colour_range)
+                following = next(wanted, None)
+                if following is None:
+                    return
+    raise DecodeError(f"the video ends early: it has no frame {following}, its index says {info.num_frames} frames")
 
 
 def decode_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int]) -> Decoded:
@@ -140,26 +183,28 @@ def _rgb_to_planes(picture: np.ndarray) -> Planes:
 # --- frame tiers: only the wanted frames were read ----------------------------------------------------------------
 
 
-def decode_mjpeg(payload: Sequence[bytes], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-    """Decode JPEGs with FFmpeg's mjpeg decoder, to planes.
+class MjpegDecoder:
+    """Decodes JPEGs with FFmpeg's mjpeg decoder, to planes.
 
     Raises (while the pictures are taken):
         DecodeError: a JPEG gives no picture.
         av.FFmpegError: a JPEG is damaged.
     """
-    assert info.colour is not None
-    decoder = av.CodecContext.create("mjpeg", "r")
-    decoder.thread_count = 1
-    colour_range = COLOURS[info.colour][1]
-    frames = (_only_frame(decoder, jpeg) for jpeg in payload)
-    return Decoded(info.colour, (planes_of(frame, info.width, info.height, colour_range) for frame in frames))
 
+    def __init__(self) -> None:
+        self._mjpeg = _KeptDecoder("mjpeg")
 
-def _only_frame(decoder: av.VideoCodecContext, jpeg: bytes) -> av.VideoFrame:
-    decoded = decoder.decode(av.Packet(jpeg))
-    if len(decoded) != 1:
-        raise DecodeError(f"a JPEG of {len(jpeg)} bytes gives {len(decoded)} pictures")
-    return decoded[0]
+    def __call__(self, payload: Sequence[bytes], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
+        assert info.colour is not None
+        return Decoded(info.colour, self._pictures(payload, info, COLOURS[info.colour][1]))
+
+    def _pictures(self, payload: Sequence[bytes], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
+        with self._mjpeg as decoder:
+            for jpeg in payload:
+                frames = decoder.decode(av.Packet(jpeg))
+                if len(frames) != 1:
+                    raise DecodeError(f"a JPEG of {len(jpeg)} bytes gives {len(frames)} pictures")
+                yield planes_of(frames[0], info.width, info.height, colour_range)
 
 
 def decode_y4m(payload: Sequence[bytes], info: VideoInfo, numbers: Sequence[int]) -> Decoded:

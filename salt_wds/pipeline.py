@@ -28,7 +28,7 @@ from salt_wds.shared import SharedArray
 from salt_wds.views import Views, evaluation_view, training_view
 from shard_tools import ledger
 from shard_tools.command import end_with_parent
-from shard_tools.format import COLOURS, FRAME_TIERS
+from shard_tools.format import COLOURS
 from shard_tools.ledger import Failure
 
 Sample = dict[str, Any]
@@ -286,12 +286,12 @@ class SamplePipeline:
 
     def _decode(self, sample: Sample) -> Sample:
         """Decode, crop and resize into the sample's clip."""
-        row = sample["row"]
-        colour = None
-        if row.ext in FRAME_TIERS:
-            video = sample["json"]["video"]
-            colour = COLOURS.index((video["matrix"], video["range"]))
-        info = VideoInfo(row.num_frames, row.width, row.height, colour)
+        row, record = sample["row"], sample["json"]
+        colour = packets = None
+        if not self._spec.catalog.part(sample["shard"]).foreign:  # the JSON of other tools may hold anything
+            colour = COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
+            packets = record.get("packets")
+        info = VideoInfo(row.num_frames, row.width, row.height, colour, packets)
         decoded = self._decoders[row.ext](sample.pop("payload"), info, sample["numbers"])
         cropping = write_clip(decoded.pictures, sample["frames"], sample["crop"], self._spec.data.size, sample["clip"])
         self.seconds["crop"] += cropping

@@ -42,6 +42,14 @@ def decode_frames(container: av.container.InputContainer) -> Iterator[av.VideoFr
     yield from container.decode(stream)
 
 
+def frame_decoder(codec: str) -> av.VideoCodecContext:
+    """A decoder for frames that are found without a container, in one thread."""
+    decoder = av.CodecContext.create(codec, "r")
+    decoder.thread_type = "NONE"
+    decoder.thread_count = 1
+    return decoder
+
+
 def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) -> Planes:
     """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views without padding, valid as long as the frame is.
 

@@ -118,7 +118,12 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """The content of KEY.json. The last two are of frame tiers: where each frame lies, and its XXH3-64 as 16 digits."""
+    """The content of KEY.json.
+
+    `packets` is of VP9 in tier source: offset and size of each frame's compressed bytes in the file, so that they are
+    decoded without FFmpeg's demuxer, which takes as long as four frames. The last two are of frame tiers: where each frame lies,
+    and its XXH3-64 as 16 digits.
+    """
 
     key: str
     split: str
@@ -128,13 +133,14 @@ class SampleInfo:
     placeholders: tuple[str, ...]
     source: SourceFile
     video: Video
+    packets: tuple[tuple[int, int], ...] | None = None
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
-        """Canonical bytes: the same sample gives the same bytes. Frame fields are left out where there are none."""
+        """Canonical bytes: the same sample gives the same bytes. The last three fields are left out where there are none."""
         record = vars(self) | {"source": vars(self.source), "video": vars(self.video)}  # asdict copies all, slowly
-        for name in ("frame_offsets", "frame_xxh3"):
+        for name in ("packets", "frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
@@ -166,7 +172,9 @@ def frame_span(record: dict[str, Any], number: int, payload_size: int) -> tuple[
 def index_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
     """The parquet file of a shard's index rows (INDEX_SCHEMA), the same rows giving the same bytes."""
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), sink, compression="zstd")
+    pq.write_table(
+        pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), sink, compression="snappy", use_dictionary=False
+    )
     return sink.getvalue()
 
 
@@ -177,7 +185,9 @@ def parse_index(data: bytes) -> pa.Table:
         ValueError: not parquet, damaged, or without the columns of INDEX_SCHEMA.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), use_threads=False).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        table = (
+            pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        )
         table.validate(full=True)  # or text that is no UTF-8 would only show where it is used
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise ValueError(f"not a readable index ({one_line(error)[:200]})") from None

@@ -21,7 +21,7 @@ import xxhash
 
 from shard_tools.container import Planes, decode_frames, open_video, planes_of
 from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
-from shard_tools.frames import BadVideoError
+from shard_tools.frames import BadVideoError, Packets
 from shard_tools.sources import Source
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
@@ -33,13 +33,14 @@ EXPECTED_GROWTH = {"source": 1, "mjpeg": 8, "y4m": 85}
 class Payload:
     """What goes into the shard: extension without dot, bytes, the video as it then is, and where its frames lie.
 
-    `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
+    `packets` as `frames.examine` says (source). `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
     as 16 hex digits. None where the tier has none.
     """
 
     ext: str
     data: bytes
     video: Video
+    packets: Packets | None = None
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
@@ -54,6 +55,7 @@ class Payload:
             placeholders=source.placeholders,
             source=SourceFile(source.path, len(data), xxhash.xxh3_64_hexdigest(data)),
             video=self.video,
+            packets=self.packets,
             frame_offsets=self.frame_offsets,
             frame_xxh3=self.frame_xxh3,
         )
@@ -79,20 +81,21 @@ class Encoding:
 SOURCE = Encoding()
 
 
-def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Payload:
+def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding, packets: Packets | None = None) -> Payload:
     """The payload of a video file in a tier.
 
     Args:
         data: the file's bytes.
         ext: the file's extension, without dot.
-        video: what `frames.probe` says of it.
+        video: what `frames.examine` says of it.
+        packets: likewise; tier source keeps them.
 
     Raises:
         BadVideoError: the video cannot be decoded to its end, or not stored in this tier.
     """
     assert encoding.tier in TIERS, encoding.tier
     if encoding.tier == "source":
-        return Payload(ext, data, video)
+        return Payload(ext, data, video, packets)
     try:
         pictures = list(_pictures(data, video, encoding.short_side))
     except av.FFmpegError as error:
@@ -149,8 +152,8 @@ def _to_mjpeg(pictures: list[Planes], video: Video, quality: int) -> Payload:
         "mjpeg",
         b"".join(jpegs),
         dataclasses.replace(video, codec="mjpeg", matrix="bt601", range="full"),
-        tuple(int(offset) for offset in offsets),
-        tuple(xxhash.xxh3_64_hexdigest(jpeg) for jpeg in jpegs),
+        frame_offsets=tuple(int(offset) for offset in offsets),
+        frame_xxh3=tuple(xxhash.xxh3_64_hexdigest(jpeg) for jpeg in jpegs),
     )
 
 
@@ -197,8 +200,7 @@ def _to_y4m(pictures: list[Planes], video: Video) -> Payload:
         "y4m",
         header.encode() + b"".join(b"FRAME\n" + frame for frame in frames),
         dataclasses.replace(video, codec="rawvideo"),
-        None,
-        tuple(xxhash.xxh3_64_hexdigest(frame) for frame in frames),
+        frame_xxh3=tuple(xxhash.xxh3_64_hexdigest(frame) for frame in frames),
     )
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from shard_tools import foreign_check, ledger, shard_check
 from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.format import Dataset, ShardInfo, read_dataset
+from shard_tools.proof import proven_keys
 from shard_tools.shard_check import (
     PACK_AGAIN,
     Problem,
@@ -30,7 +32,8 @@ from shard_tools.shard_check import (
     repair_command,
 )
 
-Check = Callable[[Path, tuple[str, ...], tuple[str, ShardInfo]], ShardReport]
+Task = tuple[str, ShardInfo]  # split, shard
+Check = Callable[[Path, tuple[str, ...], Task], ShardReport]
 _VERDICTS = {
     "whole": "every byte is as it was {}",
     "quick": "sizes, headers and indexes are as they were {}; payloads were not read",
@@ -130,6 +133,15 @@ def verify(
     total = sum(info.bytes for _, info in tasks)
     holders: dict[str, str] = {}  # key -> the shard it was found in
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+        if depth == "whole" and not dataset.foreign and dataset.xxh3 == dataset.self_hash():
+            left = []
+            for task, keys in _prove(folder, dataset, tasks, workers):
+                if keys is None:
+                    left.append(task)
+                    continue
+                bar.update(task[1].bytes)
+                yield from _duplicates(keys, task[1].file, holders)
+            tasks = left
         check = functools.partial(checks[depth], folder, dataset.classes)
         for (split, info), report in run_local(check, tasks, workers):
             bar.update(info.bytes)
@@ -140,13 +152,27 @@ def verify(
                 ]
                 continue
             yield from report.problems
-            for key in report.keys:
-                first, second = sorted((holders.setdefault(key, info.file), info.file))
-                if first != second:
-                    yield Problem(second, key, "duplicate_key", None, f"the key is also in {first}", PACK_AGAIN)
+            yield from _duplicates(report.keys, info.file, holders)
 
 
-def _deadly_samples(folder: Path, dataset: Dataset, task: tuple[str, ShardInfo]) -> list[Problem]:
+def _prove(folder: Path, dataset: Dataset, tasks: list[Task], workers: int) -> Iterator[tuple[Task, list[str] | None]]:
+    """Each task with the keys of its shard if that is proven whole. In threads: reading and hashing need no Python."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        proof = functools.partial(proven_keys, folder, dataset.classes)
+        yield from zip(tasks, pool.map(proof, tasks), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _duplicates(keys: list[str], shard: str, holders: dict[str, str]) -> Iterator[Problem]:
+    for key in keys:
+        first, second = sorted((holders.setdefault(key, shard), shard))
+        if first != second:
+            yield Problem(second, key, "duplicate_key", None, f"the key is also in {first}", PACK_AGAIN)
+
+
+def _deadly_samples(folder: Path, dataset: Dataset, task: Task) -> list[Problem]:
     """Problems of a shard whose deep check killed the process: each sample decoded in a process that may die."""
     module = foreign_check if dataset.foreign else shard_check
     [(_, report)] = run_local(functools.partial(module.check_shard, folder, dataset.classes), [task], 1)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from video_maker import make_video
 
-from salt_wds.decode import Crop, DecodeError, VideoInfo, decode_pyav, get_decoder, write_clip
+from salt_wds.decode import Crop, DecodeError, PyavDecoder, VideoInfo, get_decoder, write_clip
 from salt_wds.order import sample_rng
 from salt_wds.pixels import yuv_to_rgb
 from salt_wds.views import choose_frames, random_crop
 from shard_tools.format import COLOURS
-from shard_tools.frames import probe
+from shard_tools.frames import examine, probe
 
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
 
@@ -24,9 +24,9 @@ def info_of(payload):
     return VideoInfo(video.num_frames, video.width, video.height)
 
 
-def decode(payload, frames, crop, size, decoder=decode_pyav):
+def decode(payload, frames, crop, size, decoder=None):
     out = np.zeros((len(frames), size * size * 3 // 2), np.uint8)
-    decoded = decoder(payload, info_of(payload), np.unique(frames).tolist())
+    decoded = (decoder or PyavDecoder())(payload, info_of(payload), np.unique(frames).tolist())
     assert write_clip(decoded.pictures, np.asarray(frames), crop, size, out) > 0
     return out, decoded.colour
 
@@ -94,7 +94,7 @@ def test_a_video_that_ends_early_is_an_error_not_a_shorter_clip(name):
 
 def test_bytes_that_are_no_video_are_an_error():
     with pytest.raises(av.FFmpegError):
-        decode_pyav(b"no video" * 100, VideoInfo(9, 32, 32), [0])
+        PyavDecoder()(b"no video" * 100, VideoInfo(9, 32, 32), [0])
 
 
 @needs_decord
@@ -135,3 +135,66 @@ def test_decord_chooses_the_same_pictures_as_pyav(real_clips):
         assert len(reader) == len(frames)
         for number in (0, len(frames) // 2, len(frames) - 1):
             assert np.abs(reader[number].asnumpy().astype(int) - frames[number]).max() <= 2
+
+
+# --- frames without their container -------------------------------------------------------------------------------
+
+
+def with_packets(payload):
+    video, packets = examine(payload)
+    colour = COLOURS.index((video.matrix, video.range))
+    return VideoInfo(video.num_frames, video.width, video.height, colour, packets)
+
+
+def all_pictures(decoder, payload, info, numbers):
+    decoded = decoder(payload, info, numbers)
+    return decoded.colour, [[plane.copy() for plane in picture] for picture in decoded.pictures]
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert len(one[1]) == len(other[1])
+    for picture, same in zip(one[1], other[1], strict=True):
+        assert all((plane == twin).all() for plane, twin in zip(picture, same, strict=True))
+
+
+def test_packets_give_the_pictures_that_the_container_gives(real_clips):
+    kept, rng = PyavDecoder(), np.random.default_rng(0)
+    for path in sorted(real_clips.rglob("*.webm")):
+        payload = path.read_bytes()
+        info = with_packets(payload)
+        assert len(info.packets) == info.num_frames
+        numbers = sorted(rng.choice(info.num_frames, 5, replace=False).tolist())
+        assert_same(
+            all_pictures(kept, payload, info, numbers), all_pictures(PyavDecoder(), payload, info_of(payload), numbers)
+        )
+
+
+@pytest.mark.parametrize("options", [{"auto-alt-ref": "1", "lag-in-frames": "16", "b": "60k"}, {"profile": "1"}])
+def test_packets_of_hidden_frames_and_full_chroma(options):
+    payload = make_video(96, 64, 40, pix_fmt="yuv444p" if "profile" in options else "yuv420p", options=options)
+    info = with_packets(payload)
+    assert info.packets is not None
+    numbers = list(range(0, 40, 3))
+    assert_same(
+        all_pictures(PyavDecoder(), payload, info, numbers),
+        all_pictures(PyavDecoder(), payload, info_of(payload), numbers),
+    )
+
+
+def test_other_codecs_and_containers_have_no_packets():
+    assert examine(make_video(64, 64, 4, "mpeg4", container="mp4")).packets is None
+    assert examine(make_video(64, 64, 4, "libvpx-vp9", container="mp4")).packets is None
+
+
+def test_a_kept_decoder_forgets_a_damaged_clip_and_one_that_was_left_early():
+    good, other = make_video(64, 64, 12), make_video(96, 48, 12)
+    info = with_packets(good)
+    start, size = info.packets[3]
+    damaged = good[:start] + bytes(size) + good[start + size :]
+    kept, reference = PyavDecoder(), all_pictures(PyavDecoder(), good, info, [2, 9])
+    with pytest.raises((av.FFmpegError, DecodeError)):
+        all_pictures(kept, damaged, info, [2, 9])
+    assert_same(all_pictures(kept, good, info, [2, 9]), reference)
+    next(kept(other, with_packets(other), [5, 9]).pictures)
+    assert_same(all_pictures(kept, good, info, [2, 9]), reference)

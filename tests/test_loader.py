@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import webdataset as wds
 
 from salt_wds import budget as budget_module
 from salt_wds.budget import fit_budget, shared_memory_used
@@ -469,3 +470,31 @@ def test_a_worker_killed_while_it_writes_does_not_hang_the_trainer(make_config, 
     numbers = [batch["number"] for batch in islice(iterator, 14)]
     iterator.close()
     assert numbers == list(range(1, 15))
+
+
+# --- tars of other tools ------------------------------------------------------------------------------------------
+
+
+def test_indexed_tars_of_webdataset_train_as_well(make_config, dataset, tmp_path, run_module):
+    """Keys with folders, JSON behind the video or missing, labels in .cls, float times in PAX headers."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    written = []
+    rows = read_index(dataset / "train-000000.parquet").to_pylist()
+    with wds.TarWriter(str(folder / "train-0000.tar")) as writer:
+        for number, row in enumerate(rows):
+            with (dataset / "train-000000.tar").open("rb") as file:
+                file.seek(row["payload_offset"])
+                sample = {"__key__": f"clips/{number:04d}", "webm": file.read(row["payload_size"]), "cls": number % 3}
+            writer.write(sample | ({"json": {"video": "of theirs"}} if number % 2 else {}))
+            written.append((sample["__key__"], number % 3))
+    done = run_module("shard_tools.index", folder, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    config = make_config(folder, batch_size=2)
+    content = take(config, tmp_path / "l.jsonl", len(rows))
+    assert content == take(make_config(folder, batch_size=2, num_workers=0), tmp_path / "m.jsonl", len(rows))
+    seen = {(key, label) for _, keys, _, _, labels in content for key, label in zip(keys, labels, strict=True)}
+    assert seen <= set(written)
+    own = make_config(batch_size=2, num_workers=0, shards=f'["{dataset}", "{folder}"]')
+    assert len(take(own, tmp_path / "n.jsonl", 4)) == 4
+    assert not (tmp_path / "l.jsonl").exists()

@@ -31,10 +31,11 @@ import numpy as np
 sys.path.insert(0, str(harness.REPOSITORY))
 
 from salt_wds.catalog import Catalog, open_catalog
-from salt_wds.decode import VideoInfo, choose_frames, get_decoder, random_crop
+from salt_wds.decode import Decoder, VideoInfo, get_decoder, write_clip
 from salt_wds.order import Order, sample_rng
 from salt_wds.reader import Reader
-from shard_tools.container import open_video
+from salt_wds.views import choose_frames, random_crop
+from shard_tools.container import decode_frames, open_video
 from shard_tools.format import COLOURS, TIERS, Video
 from shard_tools.tiers import to_jpeg_colour
 
@@ -80,6 +81,7 @@ class Lane:
     catalog: Catalog
     order: Order
     reader: Reader
+    decoder: Decoder
     out: np.ndarray  # (T, S*S*3/2) uint8
     position: int = 0
     wall: float = 0.0
@@ -92,12 +94,13 @@ class Lane:
         place = self.order.locate(self.position)
         row = self.catalog.row(*place)
         frames = choose_frames(row.num_frames, FRAMES, STRIDE, rng)
+        numbers = np.unique(frames).tolist()
         started = time.perf_counter()
-        record, payload = self.reader.read(place.shard, row, frames)
+        record, payload, _ = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
-        info = VideoInfo(row.num_frames, row.width, row.height, colour(record))
+        info = VideoInfo(row.num_frames, row.width, row.height, colour(record), record.get("packets"))
         crop = random_crop(row.width, row.height, SCALE, RATIO, flip=False, rng=rng)
-        get_decoder("pyav", row.ext)(payload, info, frames, crop, SIZE, self.out)
+        write_clip(self.decoder(payload, info, numbers).pictures, frames, crop, SIZE, self.out)
         self.position += 1
 
     def work(self, seconds: float) -> None:
@@ -112,9 +115,11 @@ def measure(work: Path, seconds: float, turn: float) -> dict[str, Any]:
     lanes = {}
     for tier in TIERS:
         harness.warm(sorted((work / tier).glob("*.tar")))
-        catalog = open_catalog(work / tier, "train")
-        order = Order(catalog.shard_samples, _WINDOW, _SEED)
-        lanes[tier] = Lane(catalog, order, Reader(catalog), np.empty((FRAMES, SIZE * SIZE * 3 // 2), np.uint8))
+        catalog = open_catalog([work / tier], "train")
+        order = Order(catalog.part_samples[0], _WINDOW, _SEED)
+        out = np.empty((FRAMES, SIZE * SIZE * 3 // 2), np.uint8)
+        [ext] = catalog.extensions
+        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder("pyav", ext), out)
         for _ in range(3):  # first calls set up what later ones find ready
             lanes[tier].clip()
         lanes[tier].reading, lanes[tier].position = 0.0, 0
@@ -149,15 +154,15 @@ def quality(work: Path) -> dict[str, Any]:
     levels: list[float] = []
     lossless, clips = True, 0
     for split in ("train", "validation", "test"):
-        catalogs = {tier: open_catalog(work / tier, split) for tier in TIERS}
+        catalogs = {tier: open_catalog([work / tier], split) for tier in TIERS}
         rows = {tier: rows_by_key(catalog) for tier, catalog in catalogs.items()}
-        readers = {tier: Reader(catalog) for tier, catalog in catalogs.items()}
+        readers = {tier: Reader(catalog, 0) for tier, catalog in catalogs.items()}
         for key, (shard, row) in rows["source"].items():
             clips += 1
-            frames = np.arange(row.num_frames)
-            record, payload = readers["source"].read(shard, row, frames)
-            _, jpegs = readers["mjpeg"].read(*rows["mjpeg"][key], frames)
-            _, raw = readers["y4m"].read(*rows["y4m"][key], frames)
+            frames = range(row.num_frames)
+            record, payload, _ = readers["source"].read(shard, row, frames)
+            jpegs = readers["mjpeg"].read(*rows["mjpeg"][key], frames).payload
+            raw = readers["y4m"].read(*rows["y4m"][key], frames).payload
             video = Video(**record["video"])
             decoded = [planes(frame) for frame in decode(payload)]
             assert len(decoded) == len(jpegs) == len(raw) == row.num_frames, key
@@ -175,14 +180,14 @@ def quality(work: Path) -> dict[str, Any]:
 
 
 def rows_by_key(catalog: Catalog) -> dict[str, tuple[int, Any]]:
-    places = [(shard, row) for shard, count in enumerate(catalog.shard_samples) for row in range(count)]
+    places = [(shard, row) for shard, count in enumerate(catalog.part_samples[0]) for row in range(count)]
     rows = [(shard, catalog.row(shard, row)) for shard, row in places]
     return {row.key: (shard, row) for shard, row in rows}
 
 
 def decode(payload: bytes) -> Iterator[av.VideoFrame]:
     with open_video(payload) as container:
-        yield from container.decode(container.streams.video[0])
+        yield from decode_frames(container)
 
 
 def planes(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

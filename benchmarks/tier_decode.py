@@ -96,7 +96,7 @@ class Lane:
         frames = choose_frames(row.num_frames, FRAMES, STRIDE, rng)
         numbers = np.unique(frames).tolist()
         started = time.perf_counter()
-        record, payload, _ = self.reader.read(place.shard, row, numbers)
+        record, payload = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
         info = VideoInfo(row.num_frames, row.width, row.height, colour(record), record.get("packets"))
         crop = random_crop(row.width, row.height, SCALE, RATIO, flip=False, rng=rng)
@@ -160,9 +160,9 @@ def quality(work: Path) -> dict[str, Any]:
         for key, (shard, row) in rows["source"].items():
             clips += 1
             frames = range(row.num_frames)
-            record, payload, _ = readers["source"].read(shard, row, frames)
-            jpegs = readers["mjpeg"].read(*rows["mjpeg"][key], frames).payload
-            raw = readers["y4m"].read(*rows["y4m"][key], frames).payload
+            record, payload = readers["source"].read(shard, row, frames)
+            jpegs = [bytes(frame) for frame in readers["mjpeg"].read(*rows["mjpeg"][key], frames)[1]]
+            raw = [bytes(frame) for frame in readers["y4m"].read(*rows["y4m"][key], frames)[1]]
             video = Video(**record["video"])
             decoded = [planes(frame) for frame in decode(payload)]
             assert len(decoded) == len(jpegs) == len(raw) == row.num_frames, key

@@ -184,14 +184,16 @@ def _decode_only(config: Config, worker: int, seconds: float) -> float:
         row = catalog.row(*place)
         rng = sample_rng(config.train.seed, position)
         frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
-        payload = reader.read(place.shard, row, sorted(set(frames.tolist()))).payload
+        payload = reader.read(place.shard, row, sorted(set(frames.tolist())))[1]
         _decode_and_drop(payload, row.ext, int(frames[-1]))
         clips += 1
     return clips / (time.perf_counter() - started)
 
 
-def _decode_and_drop(payload: bytes | list[bytes], ext: str, last: int) -> None:
+def _decode_and_drop(payload: bytes | Iterator[memoryview], ext: str, last: int) -> None:
     if ext == "y4m":
+        for _ in payload:
+            pass
         return
     if ext == "mjpeg":
         decoder = av.CodecContext.create("mjpeg", "r")

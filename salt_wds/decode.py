@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ def get_decoder(name: str, ext: str) -> Decoder:
     """The decoder for payloads of extension `ext`: `decoder(payload, info, numbers) -> Decoded`.
 
     `numbers` are the wanted frames, ascending, each once. `name` (data.decoder) decides for video files; the frame
-    tiers have one decoder each, whose payload is a list with the bytes of every wanted frame.
+    tiers have one decoder each, whose payload are the bytes of every wanted frame, one after the other.
 
     Raises:
         CommandError: the decoder's package is not installed.
@@ -194,11 +194,11 @@ class MjpegDecoder:
     def __init__(self) -> None:
         self._mjpeg = _KeptDecoder("mjpeg")
 
-    def __call__(self, payload: Sequence[bytes], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
+    def __call__(self, payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
         assert info.colour is not None
         return Decoded(info.colour, self._pictures(payload, info, COLOURS[info.colour][1]))
 
-    def _pictures(self, payload: Sequence[bytes], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
+    def _pictures(self, payload: Iterable[bytes | memoryview], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
         with self._mjpeg as decoder:
             for jpeg in payload:
                 frames = decoder.decode(av.Packet(jpeg))
@@ -207,7 +207,7 @@ class MjpegDecoder:
                 yield planes_of(frames[0], info.width, info.height, colour_range)
 
 
-def decode_y4m(payload: Sequence[bytes], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
+def decode_y4m(payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
     """Views into the bytes of raw frames: nothing to decode."""
     assert info.colour is not None
     frames = (np.frombuffer(frame, np.uint8) for frame in payload)

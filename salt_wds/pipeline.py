@@ -10,10 +10,11 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from salt_wds.catalog import Catalog, Row
 from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.decode import VideoInfo, get_decoder, write_clip
 from salt_wds.order import InOrder, Mixture, Order, sample_rng
-from salt_wds.reader import Reader
+from salt_wds.reader import HashMismatchError, Reader
 from salt_wds.shared import SharedArray
 from salt_wds.views import Views, evaluation_view, training_view
 from shard_tools import ledger
@@ -263,6 +264,8 @@ class SamplePipeline:
                 if result is None:
                     raise DroppedError("the stage returned None: it dropped the sample")
                 return result
+            except (HashMismatchError, OSError) as error:  # frames are read while they are decoded
+                raise SampleError(name if isinstance(error, av.FFmpegError) else "read", sample) from error
             except Exception as error:
                 raise SampleError(name, sample) from error
             finally:
@@ -277,12 +280,14 @@ class SamplePipeline:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
         if (sample["position"], sample["attempt"]) in self._spec.replayed:
             raise ReplayedError("it could not be read when the run came by here before, see the ledger")
-        sample["json"], sample["payload"], retried = self._reader.read(
-            sample["shard"], sample["row"], sample["numbers"]
-        )
+        sample["json"], sample["payload"] = self._reader.read(sample["shard"], sample["row"], sample["numbers"])
+        self._note_retried(sample)
+        return sample
+
+    def _note_retried(self, sample: Sample) -> None:
+        retried = self._reader.take_retried()
         if retried is not None:
             self.recorder.passed(sample, retried)
-        return sample
 
     def _decode(self, sample: Sample) -> Sample:
         """Decode, crop and resize into the sample's clip."""
@@ -292,12 +297,34 @@ class SamplePipeline:
             colour = COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
             packets = record.get("packets")
         info = VideoInfo(row.num_frames, row.width, row.height, colour, packets)
-        decoded = self._decoders[row.ext](sample.pop("payload"), info, sample["numbers"])
+        payload = sample.pop("payload")
+        reading = None if isinstance(payload, bytes) else _Timed(payload)
+        decoded = self._decoders[row.ext](reading or payload, info, sample["numbers"])
         cropping = write_clip(decoded.pictures, sample["frames"], sample["crop"], self._spec.data.size, sample["clip"])
         self.seconds["crop"] += cropping
         self.seconds["decode"] -= cropping
+        if reading is not None:
+            self._note_retried(sample)
+            self.seconds["read"] += reading.seconds
+            self.seconds["decode"] -= reading.seconds
         sample["colour"] = decoded.colour
         return sample
+
+
+class _Timed:
+    """An iterator, and the seconds that its items took to come."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            started = time.perf_counter()
+            item = next(self._items, None)
+            self.seconds += time.perf_counter() - started
+            if item is None:
+                return
+            yield item
 
 
 def try_one(spec: PipelineSpec, position: int, attempt: int) -> None:

@@ -7,11 +7,12 @@ holds a hash of every frame, and where it lies.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -26,17 +27,11 @@ _FIRST_PAUSE_S = 0.05  # before the first repetition; doubled each time
 _WHOLE = 64 << 10  # JSON and payload this close together are read in one go
 
 
+Content = TypeVar("Content")
+
+
 class HashMismatchError(Exception):
     """Bytes are not those that were packed."""
-
-
-class Read(NamedTuple):
-    """A sample's bytes: the content of its JSON (empty without one), and the payload: the whole file, or of the frame
-    tiers one item a wanted frame, valid until the next sample is read. `retried` is an error that went away."""
-
-    json: dict[str, Any]
-    payload: bytes | list[memoryview]
-    retried: Exception | None
 
 
 class Reader:
@@ -53,40 +48,58 @@ class Reader:
         self._open: dict[int, int] = {}
         self.bytes_read = 0
         self._byte = bytearray(1)
-        self._buffer = bytearray()  # of frames: fresh memory for each costs more than reading it
+        self._retried: Exception | None = None
+        self._buffer = bytearray()  # of a frame: fresh memory for each costs more than reading it
 
     def announce(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
         """Tell the kernel which bytes are wanted soon, so that the drive's queue is full while we decode."""
         try:
             descriptor = self._file(shard)
-            for start, end in _spans(row, numbers):
-                if not self._in_memory(descriptor, start):
+            spans = list(_spans(row, numbers))
+            if not self._in_memory(descriptor, spans[-1][0]):  # one of many frames tells
+                for start, end in spans:
                     os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # only a hint: reading this sample meets the same error and records it
 
-    def read(self, shard: int, row: Row, numbers: Sequence[int]) -> Read:
-        """Read a sample, and check its bytes.
+    def read(self, shard: int, row: Row, numbers: Sequence[int]) -> tuple[dict[str, Any], bytes | Iterator[memoryview]]:
+        """The content of a sample's JSON (empty without one), and the payload, their bytes checked.
+
+        The payload is the whole file. Of the frame tiers it is the bytes of each wanted frame, read when it is asked for
+        and valid until the next is: so they are still in the processor's cache when they are used.
 
         Args:
             numbers: the wanted frames, ascending, each once; only frame tiers make use of them.
 
-        Raises:
+        Raises (of the frame tiers also while the payload is taken):
             OSError: the shard cannot be read, also when tried again.
             HashMismatchError: the bytes are not those that were packed, also when read again.
         """
-        first: Exception | None = None
-        for attempt in range(self._retries + 1):
+        if row.ext in FRAME_TIERS:
+            record = self._repeated(shard, lambda: self._read_json(shard, row))
+            return record, self._frames(shard, row, record, numbers)
+        return self._repeated(shard, lambda: self._read_whole(shard, row))
+
+    def take_retried(self) -> Exception | None:
+        """An error since the last call that went away when the read was repeated."""
+        retried, self._retried = self._retried, None
+        return retried
+
+    def _repeated(self, shard: int, read: Callable[[], Content]) -> Content:
+        """The outcome of a read, which is repeated where its failure may pass."""
+        attempt = 0
+        while True:
             try:
-                return Read(*self._read(shard, row, numbers), first)
+                return read()
             except (OSError, HashMismatchError) as error:
                 passing = isinstance(error, HashMismatchError) or error.errno in _PASSING
                 if not passing or attempt == self._retries:
+                    self._retried = None  # the failure is told instead
                     raise
-                first = first or error
+                self._retried = self._retried or error
                 self._close(shard)  # a descriptor may be stale
                 time.sleep(_FIRST_PAUSE_S * 2**attempt if isinstance(error, OSError) else 0)
-        raise AssertionError("unreachable")
+                attempt += 1
 
     def _in_memory(self, descriptor: int, offset: int) -> bool:
         """Whether the page at `offset` is in the page cache; asking costs a tenth of announcing a frame."""
@@ -95,10 +108,7 @@ class Reader:
         except OSError:  # it is not, or the file system cannot say
             return False
 
-    def _read(self, shard: int, row: Row, numbers: Sequence[int]) -> tuple[dict[str, Any], bytes | list[memoryview]]:
-        if row.ext in FRAME_TIERS:
-            record = self._read_json(shard, row)
-            return record, self._read_frames(shard, row, record, numbers)
+    def _read_whole(self, shard: int, row: Row) -> tuple[dict[str, Any], bytes]:
         if row.json_size and row.json_offset < row.payload_offset < row.json_offset + row.json_size + _WHOLE:
             data = self._pread(shard, row.json_offset, row.payload_offset + row.payload_size - row.json_offset)
             record = self._parse(shard, row, data[: row.json_size])
@@ -118,20 +128,20 @@ class Reader:
         self._check(shard, row, "json", data, row.xxh3_json)
         return json.loads(data)
 
-    def _read_frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> list[memoryview]:
-        spans = [frame_span(record, number, row.payload_size) for number in numbers]
-        needed = sum(end - start for start, end in spans)
-        if needed > len(self._buffer):
-            self._buffer = bytearray(needed)
-        memory, pictures = memoryview(self._buffer), []
-        descriptor = self._file(shard)
-        for number, (start, end) in zip(numbers, spans, strict=True):
-            picture, memory = memory[: end - start], memory[end - start :]
-            got = os.preadv(descriptor, [picture], row.payload_offset + start)
-            self.bytes_read += got
-            self._check(shard, row, f"{row.ext} frame {number}", picture[:got], int(record["frame_xxh3"][number], 16))
-            pictures.append(picture)
-        return pictures
+    def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[memoryview]:
+        for number in numbers:
+            start, end = frame_span(record, number, row.payload_size)
+            expected = int(record["frame_xxh3"][number], 16)
+            yield self._repeated(shard, functools.partial(self._frame, shard, row, number, start, end, expected))
+
+    def _frame(self, shard: int, row: Row, number: int, start: int, end: int, expected: int) -> memoryview:
+        if end - start > len(self._buffer):
+            self._buffer = bytearray(end - start)
+        picture = memoryview(self._buffer)[: end - start]
+        got = os.preadv(self._file(shard), [picture], row.payload_offset + start)
+        self.bytes_read += got
+        self._check(shard, row, f"{row.ext} frame {number}", picture[:got], expected)
+        return picture
 
     def _check(self, shard: int, row: Row, what: str, data: bytes | memoryview, expected: int) -> None:
         if xxhash.xxh3_64_intdigest(data) != expected:

@@ -40,7 +40,7 @@ import psutil
 import torch
 from peer_loaders import BATCH, FRAMES, PREFETCH, SIZE, STRIDE
 
-from salt_wds.bench import bare_limit
+from salt_wds.bench_loader import bare_limit
 from salt_wds.config import Config, load_config
 from salt_wds.loader import Loader
 

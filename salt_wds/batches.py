@@ -76,7 +76,7 @@ class BatchMaker:
         """The rank's slice of global batch `number`: clips and masks in this worker's next slot, the rest here.
 
         Keys: number; worker and slot; colour (B,) int64, index into COLOURS; label (B,) int64, -1 for none;
-        substituted (B,) bool, where a substitute stands; keys; positions; failures on the way; bytes read; ms, see TIMED.
+        substituted (B,) bool, where a substitute stands; keys; shards; positions; failures on the way; bytes read; ms, see TIMED.
 
         Raises:
             UnfillableError: more than `max_consecutive_failures` attempts for one place in the batch.
@@ -112,6 +112,7 @@ class BatchMaker:
             "label": np.array([row["row"].label for row in done]),
             "substituted": np.array([row["attempt"] > 0 for row in done]),
             "keys": [row["__key__"] for row in done],
+            "shards": [row["__url__"] for row in done],
             "positions": [row["position"] for row in done],
             "failures": self.take_failures(),
             "bytes": size,

@@ -44,6 +44,8 @@ class DataConfig(Section):
     """Of several data sets: how often each is drawn from, relative to each other; [] means by their samples."""
     split: str = "train"
     """Split to train on, as named in dataset.json."""
+    validation_split: Text = "validation"
+    """Split the held-out loss is measured on, every train.validate_every steps."""
     batch_size: PositiveInt = 64
     """Global batch: clips in one optimiser step, over all ranks."""
     num_workers: NonNegativeInt = 32
@@ -167,11 +169,17 @@ class LossConfig(Section):
 class OptimConfig(Section):
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up. cosine: half a cosine down to min_lr; constant: lr, without end (continue it as wsd to decay);
+    wsd: lr, then down to min_lr within the last wsd_decay_steps, as 1 - sqrt of the progress."""
     min_lr: NonNegativeFloat = 1e-6
-    """Learning rate at the end of the cosine, and after it."""
+    """Learning rate at the end of the decay, and after it. No effect with schedule = "constant"."""
     decay_steps: PositiveInt | None = None
-    """Step at which the cosine reaches min_lr; unset: train.steps. Set it where train.steps may change between a run
-    and its resumption, so that the learning rate of a step does not."""
+    """cosine and wsd: step at which min_lr is reached; unset: train.steps. Set it where train.steps may change between a
+    run and its resumption, so that the learning rate of a step does not. constant: must be unset."""
+    wsd_decay_steps: PositiveInt | None = None
+    """wsd: length of the decay in steps, 10 to 20 % of the run as a rule; it begins so many steps before decay_steps.
+    Must be set with wsd, and unset with the others."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay; never applied to norms, biases, positions and the mask token."""
     warmup_steps: NonNegativeInt = 2000
@@ -184,10 +192,27 @@ class OptimConfig(Section):
     """AdamW: term of the denominator."""
     clip_grad_norm: NonNegativeFloat = 1.0
     """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Keep a running mean of the student's parameters, the weight of a step falling by this factor a step (0.999 is a
+    mean of about the last 1000); 0: none. Checkpoints have it as ema.safetensors; it changes nothing else."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _require(self.min_lr <= self.lr, "min_lr", "must not exceed lr")
+        if self.schedule == "constant":
+            _require(self.decay_steps is None, "decay_steps", 'schedule = "constant" never decays; unset it')
+        elif self.decay_steps is not None:
+            _require(
+                self.decay_steps > self.warmup_steps,
+                "decay_steps",
+                f"must exceed the {self.warmup_steps} warmup_steps, before which nothing decays",
+            )
+        if self.schedule == "wsd":
+            needed = 'schedule = "wsd" needs the length of its decay, such as a tenth of train.steps'
+            _require(self.wsd_decay_steps is not None, "wsd_decay_steps", needed)
+        else:
+            unset = f'only schedule = "wsd" has one, this one is "{self.schedule}"; unset it'
+            _require(self.wsd_decay_steps is None, "wsd_decay_steps", unset)
         return self
 
 
@@ -205,14 +230,40 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: every matrix product in bfloat16, with master weights and AdamW state in fp32 (parameters in bf16 would
     not move at this learning rate); fp32: for comparisons on a CPU."""
-    checkpointing: Literal["off", "full"] = "full"
-    """Gradient checkpointing of the student: full keeps only the blocks' inputs and computes each block twice."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Kernel of attention. auto: on a GPU the ones there are are timed at the start and the fastest is pinned; on a CPU
+    torch chooses. The others pin one without timing others."""
+    checkpointing: Literal["off", "selective", "full", "auto"] = "full"
+    """Gradient checkpointing of the student. full: keep only the blocks' inputs and compute each block twice; selective:
+    compute only the MLPs twice, whose activations are the largest; auto: the first of off, selective, full that fits, found
+    by running one step of generated clips (off on a CPU)."""
+    micro_batch: PositiveInt | None = None
+    """Clips a rank passes forward at once; gradients of so many pile up until the rank's share of data.batch_size, which
+    it must divide, is through. The update is that of the whole batch to within rounding. Unset: the whole share."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How ranks share the student, with torchrun. ddp: each has all of it; fsdp2: parameters, gradients and AdamW state
+    are spread over the ranks, which costs traffic and saves memory."""
     checkpoint_every: PositiveInt = 1000
     """Steps from one checkpoint to the next."""
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints kept; older ones are removed after a new one is complete."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of every so many steps are never removed (a multiple of checkpoint_every). Unset: none are kept so."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy in main memory. Off: the run waits for the disk."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite. stop: ends the run before the update; skip: leaves that update out, and
+    stops after train.max_skipped of them. Keys and shards of the batch go to nonfinite.jsonl."""
+    max_skipped: NonNegativeInt = 20
+    """Updates that may be left out in the whole run (on_nonfinite = "skip"); one more stops it."""
     log_every: PositiveInt = 20
     """Steps from one line of metrics to the next; the GPU is waited for only then."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """[first, last] step to record as a Chrome trace in profile/ of the run's folder; unset: none."""
+    validate_every: NonNegativeInt = 0
+    """Steps from one measurement of the held-out loss (val_loss, val_r2) to the next; 0: never."""
+    validate_batches: PositiveInt = 10
+    """Batches of data.batch_size for it: the first ones of data.validation_split, the same every time."""
     trace_samples: bool = False
     """Write the keys of every batch to samples.jsonl, {"step": .., "keys": [..]}."""
 
@@ -227,6 +278,19 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        optim = self.optim
+        if optim.schedule == "wsd":
+            end = optim.decay_steps or self.train.steps
+            key = "decay_steps" if optim.decay_steps else "wsd_decay_steps"
+            _require(
+                optim.warmup_steps + optim.wsd_decay_steps <= end,
+                f"optim.{key}",
+                f"{optim.warmup_steps} steps of warm-up and {optim.wsd_decay_steps} of decay do not fit into {end}",
+            )
+        return self
 
     @property
     def grid(self) -> tuple[int, int, int]:

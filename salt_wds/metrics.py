@@ -1,5 +1,7 @@
 """What a run writes down: metrics.jsonl (the truth), its replay in TensorBoard, samples.jsonl, and the interval's means.
 
+What a person sees of them on the way is in progress.py.
+
 Values stay on the device while they are summed; they are fetched once an interval.
 """
 
@@ -9,6 +11,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +45,12 @@ class Meter:
         """For a checkpoint between two lines of metrics: the next line is then that of an undisturbed run."""
         return {"count": self._count, "sums": {name: total.item() for name, total in self._sums.items()}}
 
+    @staticmethod
+    def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Of all ranks' meters: the state of one that has seen, in every step, their mean."""
+        names = states[0]["sums"]
+        return states[0] | {"sums": {name: sum(s["sums"][name] for s in states) / len(states) for name in names}}
+
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Meter:
         meter = cls()
@@ -65,6 +74,10 @@ class Clock:
         self.clips += clips
         self.wait_s += wait_s
         self.worker_ms.update(worker_ms)
+
+    def exclude(self, seconds: float) -> None:
+        """Time that was spent on something else than training, such as the held-out loss."""
+        self._started += seconds
 
     def rates(self) -> dict[str, float]:
         """clips_per_sec; step_ms and data_wait_ms a step; data_wait_share of the time; read_ms, decode_ms and
@@ -91,9 +104,7 @@ class RunLog:
     def metrics(self, line: dict[str, Any]) -> None:
         """One line of metrics, and its numbers in TensorBoard."""
         _write(self._metrics, line)
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        write_scalars(self._board, line)
 
     def samples(self, step: int, keys: list[str]) -> None:
         """The keys of one step's batch, if tracing is on."""
@@ -113,6 +124,44 @@ class RunLog:
             if file is not None:
                 file.close()
         self._board.close()
+
+
+def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line of metrics but its step, by name; those of a table within it as table/name."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            yield name, value
+
+
+def write_scalars(board: SummaryWriter, line: Mapping[str, Any]) -> None:
+    """One line of metrics into TensorBoard, at its step and the time it was written."""
+    for name, value in scalars(line):
+        board.add_scalar(name, value, line["step"], walltime=line.get("time"))
+
+
+def summary(line: dict[str, Any], steps: int) -> str:
+    """A line of metrics for people."""
+    memory = f", {line['gpu_memory_gb']:.1f} GB" if line["gpu_memory_gb"] else ""
+    mfu = f", MFU {line['mfu']:.0%}" if line["mfu"] is not None else ""
+    skipped = f", skipped {line['skipped']}" if line["skipped"] else ""
+    held_out = f"held-out {line['val_loss']:.4f} ({line['val_r2']:+.3f})  " if "val_loss" in line else ""
+    return (
+        f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}  R2 {line['r2']:+.3f}  "
+        f"{held_out}lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}  {line['clips_per_sec']:.1f} clips/s  "
+        f"wait {line['data_wait_ms']:.0f} ms ({line['data_wait_share']:.0%})  decode {line['decode_ms']:.1f} ms  "
+        f"step {line['step_ms']:.0f} ms{memory}{mfu}  failures {line['failures']}{skipped}"
+    )
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Most memory allocated on the GPU since the last call, in GB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -51,7 +51,6 @@ def build_models(config: Config, device: torch.device) -> Models:
     )
     if config.train.precision == "bf16":
         teacher = teacher.to(torch.bfloat16)  # it is never updated, so it needs no fp32 master copy
-    student = build_student(
-        config.student, grid=config.grid, target_width=teacher.width, checkpointing=config.train.checkpointing
-    )
+    # Checkpointing is set with the step, which may have to measure it first (tuning).
+    student = build_student(config.student, grid=config.grid, target_width=teacher.width, checkpointing="off")
     return Models(teacher.to(device), student.to(device).train())

@@ -58,16 +58,29 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     """Learning rate of a step, counted from 0.
 
-    Linear warm-up from 0 (the first step has lr / warmup_steps, step warmup_steps - 1 has lr), half a cosine
-    (SGDR, arXiv 1608.03983) down to min_lr at `decay_steps`, or at `steps` where that is unset, then min_lr.
+    Linear warm-up from 0 (the first step has lr / warmup_steps, step warmup_steps - 1 has lr), then by `schedule`, with
+    the end at `decay_steps`, or at `steps` where that is unset:
+    cosine: half a cosine (SGDR, arXiv 1608.03983) down to min_lr at the end, then min_lr.
+    constant: lr; there is no end.
+    wsd: lr until `wsd_decay_steps` before the end, then min_lr + (lr - min_lr) * (1 - sqrt(share of the decay done)),
+    then min_lr. The plan is MiniCPM's (warm-up, stable, decay, arXiv 2404.06395); of the decays' shapes 1 - sqrt was the
+    best in arXiv 2405.18392, ahead of the linear one.
     """
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return config.lr * ((step + 1) / config.warmup_steps)
+    if config.schedule == "constant":
+        return config.lr
     end = config.decay_steps or steps
     if step >= end:
         return config.min_lr
-    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "wsd":
+        done = step - (end - config.wsd_decay_steps)
+        if done <= 0:
+            return config.lr
+        left = 1 - math.sqrt(done / config.wsd_decay_steps)
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (end - config.warmup_steps)))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

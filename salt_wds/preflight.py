@@ -26,7 +26,7 @@ from salt_wds.loader import Loader
 from salt_wds.masks import num_masked
 from salt_wds.models import build_models, pick_device
 from salt_wds.policy import LoaderStopped
-from salt_wds.step import Step, make_forward
+from salt_wds.tuning import tuned_step
 from shard_tools.command import OK, PROBLEMS, CommandError, run
 from shard_tools.format import COLOURS, DATASET_FILE
 
@@ -145,13 +145,17 @@ def check_models(config: Config, ledger_path: Path) -> str:
     batch = next(iter(Loader(with_loader(config, num_workers=0), ledger_path)))
     torch.manual_seed(config.train.seed)
     models = build_models(config, device)
-    step = Step(make_forward(config, models.teacher, models.student, device), config.train.compile)
+    tuned = tuned_step(config, models, device, config.data.batch_size)
+    step = tuned.step
     loss, stats = step(*(batch[name].to(device) for name in ("clips", "colour", "mask")))
     bad = [name for name, p in models.student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     if not loss.isfinite() or bad:
         raise CheckFailed(f"loss {loss.item()}, gradients missing or not finite: {', '.join(bad[:5]) or 'none'}")
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
-    return f"loss {loss.item():.4f}, R2 {stats['r2'].item():+.3f} on {device.type}, compile {step.mode}{memory}"
+    return (
+        f"loss {loss.item():.4f}, R2 {stats['r2'].item():+.3f} on {device.type}, compile {step.mode}, "
+        f"checkpointing {tuned.checkpointing}{memory}"
+    )
 
 
 def _check_batch(batch: Batch, config: Config) -> None:

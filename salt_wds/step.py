@@ -1,68 +1,100 @@
-"""The forward pass of one step as one function, compiled as far as the machine allows.
+"""The forward and backward pass of one batch, compiled as far as the machine allows.
 
-    uint8 YUV clips -> RGB -> teacher (no gradient) and student -> masked loss
+    uint8 YUV clips -> RGB -> teacher (no gradient)           -> targets at masked places
+    uint8 YUV clips -> RGB -> student, masked loss -> gradients
 
-Its shapes never change within a run (fixed mask counts, whole batches), so it compiles once.
+Two compiled parts, because one with both would hand the teacher to the partitioner of the backward pass, too. Each
+converts the clips for itself: that is cheaper than keeping the RGB video of a batch between them. Shapes never change
+within a run (fixed mask counts, whole batches), so each compiles once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from salt_wds.attention import UNPINNED, Attention, pinned
 from salt_wds.config import Config
 from salt_wds.masks import num_masked
 from salt_wds.objectives import gather_tokens, masked_loss, normalise_targets
 from salt_wds.pixels import to_normalised_rgb
+from salt_wds.readouts import PositionMean
 
 log = logging.getLogger(__name__)
 
 COMPILE_MODES = ("max-autotune", "max-autotune-no-cudagraphs", "default", "off")  # the order of falling back
 
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-
-def make_forward(config: Config, teacher: nn.Module, student: nn.Module, device: torch.device) -> Forward:
-    """The step's forward pass: `forward(clips, colour, mask) -> (loss, stats)`, not compiled.
+@dataclass(frozen=True)
+class Forward:
+    """The step's two parts, not compiled.
 
     clips (B, T, P) uint8 and colour (B,) int64 as in pixels; mask (B, N) int16 as in masks; all on the device.
     """
+
+    targets: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(clips, colour, mask) -> the teacher's tokens at masked places (B, K, D), as the teacher gives them."""
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    """(clips, colour, mask, targets) -> loss and stats of the student."""
+
+
+def make_forward(
+    config: Config, teacher: nn.Module, student: nn.Module, device: torch.device,
+    position_mean: PositionMean | None = None,
+) -> Forward:  # fmt: skip
+    """The step's forward pass as the configuration describes it; with `position_mean`, stats have
+    `r2_position`, and `position_sums` for its `advance`."""
     num_visible = config.num_tokens - num_masked(config.grid, config.mask)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
-    def forward(clips: Tensor, colour: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        video = to_normalised_rgb(clips, colour, config.data.size, dtype)  # (B, 3, T, S, S)
-        visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            with torch.no_grad():
-                targets = gather_tokens(teacher(video), masked)  # (B, K, D)
-            predictions = student(video, visible, masked)  # (B, K, D)
-        return masked_loss(predictions, normalise_targets(targets, config.loss.target_norm), config.loss)
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    return forward
+    def targets(clips: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
+        video = to_normalised_rgb(clips, colour, config.data.size, dtype)  # (B, 3, T, S, S)
+        with autocast():
+            return gather_tokens(teacher(video), mask[:, num_visible:].long())
+
+    def loss(clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        video = to_normalised_rgb(clips, colour, config.data.size, dtype)
+        visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
+        with autocast():
+            predictions = student(video, visible, masked)  # (B, K, D)
+        targets = normalise_targets(targets, config.loss.target_norm)
+        distance, stats = masked_loss(predictions, targets, config.loss)
+        if position_mean is not None:
+            stats["r2_position"], stats["position_sums"] = position_mean(predictions, targets, masked)
+        return distance, stats
+
+    return Forward(targets, loss)
 
 
 class Step:
     """Forward and backward of one batch; falls back to a simpler compile mode when the first batch fails in one."""
 
-    def __init__(self, forward: Forward, mode: str) -> None:
-        self._forward = forward
+    def __init__(self, forward: Forward, mode: str, attention: Attention = UNPINNED) -> None:
+        self._forward, self._attention = forward, attention
         self.mode = mode
         self._proven = False
         self._run = self._compiled()
 
-    def __call__(self, clips: Tensor, colour: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and stats, detached; gradients are added to the parameters.
+
+        With `targets` (as of `Forward.targets`) the teacher does not run.
 
         Raises:
             torch.OutOfMemoryError: of the device; another mode would not help.
         """
         while not self._proven and self.mode != "off":
             try:
-                result = self._once(clips, colour, mask)
+                result = self._once(clips, colour, mask, targets)
                 self._proven = True
                 return result
             except torch.OutOfMemoryError:
@@ -75,16 +107,27 @@ class Step:
                 )
                 torch._dynamo.reset()
                 self._run = self._compiled()
-        return self._once(clips, colour, mask)
+        return self._once(clips, colour, mask, targets)
 
-    def _once(self, clips: Tensor, colour: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.mode == "max-autotune":  # its CUDA graphs reuse the memory of the step before
+    def _once(
+        self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        graphs = self.mode == "max-autotune"
+        if graphs:  # its CUDA graphs reuse the memory of the step before; both parts belong to one step
             torch.compiler.cudagraph_mark_step_begin()
-        loss, stats = self._run(clips, colour, mask)
-        loss.backward()
-        return loss.detach(), stats
+        if targets is None:
+            with torch.no_grad(), pinned(self._attention.teacher):
+                targets = self._run.targets(clips, colour, mask)
+        with pinned(self._attention.student):  # over the backward pass, too: checkpointed blocks run again there
+            loss, stats = self._run.loss(clips, colour, mask, targets)
+            loss.backward()
+        loss = loss.detach()
+        if graphs:  # what is kept beyond this step must not lie in the graphs' memory
+            loss, stats = loss.clone(), {name: value.clone() for name, value in stats.items()}
+        return loss, stats
 
     def _compiled(self) -> Forward:
         if self.mode == "off":
             return self._forward
-        return torch.compile(self._forward, mode=None if self.mode == "default" else self.mode)
+        mode = None if self.mode == "default" else self.mode
+        return Forward(torch.compile(self._forward.targets, mode=mode), torch.compile(self._forward.loss, mode=mode))

@@ -13,7 +13,7 @@ D width of the encoder, P width of the predictor.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal
 
@@ -29,7 +29,7 @@ from salt_wds.config import PATCH, TUBELET, StudentConfig
 from shard_tools.command import CommandError
 
 Grid = tuple[int, int, int]
-Checkpointing = Literal["off", "full"]
+Checkpointing = Literal["off", "selective", "full"]
 
 _INIT_STD = 0.02  # of timm's ViT and of everything added to it
 
@@ -41,7 +41,7 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
         config: architecture, mode and sizes.
         grid: (t, h, w) tokens of a clip.
         target_width: width of the teacher's tokens.
-        checkpointing: full recomputes every block in the backward pass instead of keeping its activations.
+        checkpointing: see `set_checkpointing`.
 
     Raises:
         CommandError: `student.arch` is not a timm VisionTransformer with patch 16, sizes do not fit each other, or
@@ -50,7 +50,7 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
     vit = _image_vit(config, grid)
     if config.pretrained:
         _load_image_weights(vit, config, grid)
-    encoder = Encoder(vit, grid, checkpointing)
+    encoder = Encoder(vit, grid)
     predictor = None
     if config.mode == "visible":
         if config.predictor_width % config.predictor_heads:
@@ -58,8 +58,10 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
                 f"student.predictor_width = {config.predictor_width} must be a multiple of "
                 f"student.predictor_heads = {config.predictor_heads}; heads of 64 are fast"
             )
-        predictor = Predictor(config, grid, encoder.width, target_width, checkpointing)
-    return Student(encoder, predictor, target_width)
+        predictor = Predictor(config, grid, encoder.width, target_width)
+    student = Student(encoder, predictor, target_width)
+    student.set_checkpointing(checkpointing)
+    return student
 
 
 class Student(nn.Module):
@@ -87,11 +89,34 @@ class Student(nn.Module):
         """
         if self.predictor is not None:
             return self.predictor(self.encoder(video, visible), visible, masked)
+        return self.head(_take(self._with_mask_tokens(video, masked), masked))
+
+    def features(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """The encoder's tokens at visible places, as the forward pass has them: (B, V, D)."""
+        if self.predictor is not None:
+            return self.encoder(video, visible)
+        return _take(self._with_mask_tokens(video, masked), visible)
+
+    def _with_mask_tokens(self, video: Tensor, masked: Tensor) -> Tensor:
+        """All tokens after the final norm, with mask tokens at masked places in the input: (B, N, D)."""
         embeddings, positions = self.encoder.embed(video)
         hidden = torch.zeros_like(embeddings[..., :1], dtype=torch.bool).scatter(1, masked[..., None], True)
         embeddings = torch.where(hidden, self.mask_token.to(embeddings.dtype), embeddings)
-        tokens = self.encoder.transform(embeddings + positions)
-        return self.head(_take(tokens, masked))
+        return self.encoder.transform(embeddings + positions)
+
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """What the backward pass computes again instead of keeping it: nothing, every block's MLP, every block.
+
+        Raises:
+            CommandError: selective, and the blocks are not timm's plain ones.
+        """
+        stacks = [self.encoder] if self.predictor is None else [self.encoder, self.predictor]
+        kinds = {type(block) for stack in stacks for block in stack.blocks}
+        if checkpointing == "selective" and kinds != {Block}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds - {Block}))
+            raise CommandError(f'train.checkpointing = "selective": cannot cut blocks of kind {names}; use "full"')
+        for stack in stacks:
+            stack.checkpointing = checkpointing
 
     def encode(self, video: Tensor) -> Tensor:
         """All tokens of (B, 3, T, H, W) after the last block and the final norm: (B, N, D)."""
@@ -101,10 +126,11 @@ class Student(nn.Module):
 class Encoder(nn.Module):
     """A timm VisionTransformer over tubelets. Attributes: `width` (D), `num_tokens` (N), `grid`."""
 
-    def __init__(self, vit: VisionTransformer, grid: Grid, checkpointing: Checkpointing) -> None:
+    def __init__(self, vit: VisionTransformer, grid: Grid) -> None:
         super().__init__()
         t, h, w = grid
-        self.grid, self.width, self.num_tokens, self.checkpointing = grid, vit.embed_dim, t * h * w, checkpointing
+        self.grid, self.width, self.num_tokens = grid, vit.embed_dim, t * h * w
+        self.checkpointing: Checkpointing = "off"
         self.patch_embed = _inflate(vit.patch_embed.proj)
         self.embed_norm = vit.patch_embed.norm
         self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
@@ -141,12 +167,10 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Narrow transformer over the visible tokens and a mask token for each masked place; source: V-JEPA."""
 
-    def __init__(
-        self, config: StudentConfig, grid: Grid, width: int, target_width: int, checkpointing: Checkpointing
-    ) -> None:
+    def __init__(self, config: StudentConfig, grid: Grid, width: int, target_width: int) -> None:
         super().__init__()
         inner, norm = config.predictor_width, partial(nn.LayerNorm, eps=1e-6)
-        self.checkpointing = checkpointing
+        self.checkpointing: Checkpointing = "off"
         self.embed = _linear(width, inner)
         self.mask_token = _parameter(1, 1, inner)
         self.register_buffer("positions", _sinusoid_3d(grid, inner), persistent=False)  # (1, N, P)
@@ -170,11 +194,33 @@ class Predictor(nn.Module):
 def _run(blocks: Iterable[nn.Module], tokens: Tensor, checkpointing: Checkpointing, training: bool) -> Tensor:
     for block in blocks:
         if checkpointing == "full" and training:
-            # No block draws random numbers (timm's rates are 0), and saving the generator's state waits for the GPU.
-            tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+            tokens = _again(block, tokens)
+        elif checkpointing == "selective" and training:
+            tokens = _again(partial(_mlp_half, block), _attention_half(block, tokens))
         else:
             tokens = block(tokens)
     return tokens
+
+
+def _again(part: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """`part(tokens)`, computed again in the backward pass."""
+    # No block draws random numbers (timm's rates are 0), and saving the generator's state waits for the GPU.
+    return checkpoint(part, tokens, use_reentrant=False, preserve_rng_state=False)
+
+
+# A block of timm in two, for "selective". The MLP's half holds most of a block's activations (9 of about 16 widths a
+# token: norm, hidden layer, GELU), and only its first product, a third of the block's weights, is needed again: the
+# second one's result is not. A policy by operator (create_selective_checkpoint_contexts) could save a little more, but
+# has to name the operators of every kernel and precision, and puts Python around each of them where nothing is compiled;
+# a whole function in `checkpoint` is what torch.compile has always supported.
+
+
+def _attention_half(block: Block, tokens: Tensor) -> Tensor:
+    return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+
+
+def _mlp_half(block: Block, tokens: Tensor) -> Tensor:
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:

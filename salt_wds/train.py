@@ -1,7 +1,8 @@
 """`python -m salt_wds.train --config FILE`: shards in, a trained student out.
 
-One process, one straight loop. The state of a run is the step: it decides learning rate, samples, crops and masks, so
-a resumed run goes on as if it had never stopped.
+One straight loop, in one process or, with `torchrun --nproc-per-node N -m salt_wds.train --config FILE`, in several.
+The state of a run is the step: it decides learning rate, samples, crops and masks, so a resumed run goes on as if it had
+never stopped, also with another number of processes.
 """
 
 from __future__ import annotations
@@ -12,46 +13,45 @@ import os
 import signal
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from salt_wds import checkpoint
+from salt_wds.accumulation import Accumulation, count_parts
 from salt_wds.batches import Batch
 from salt_wds.config import Config, load_config
+from salt_wds.distributed import RankLost, StopSignals, World, clip_gradients, join, leave, shard_model
+from salt_wds.ema import Ema
 from salt_wds.loader import Loader
-from salt_wds.metrics import Clock, Meter, RunLog
+from salt_wds.metrics import Clock, Meter, RunLog, peak_memory_gb, read_metrics, summary
 from salt_wds.models import Models, build_models, pick_device
-from salt_wds.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
+from salt_wds.optim import build_optimizer, learning_rate, set_learning_rate
 from salt_wds.policy import LoaderStopped
-from salt_wds.step import Step, make_forward
-from shard_tools.command import INTERRUPTED, OK, PROBLEMS, CommandError, describe_os_error, run
+from salt_wds.profiling import StepProfiler
+from salt_wds.progress import InputBound, Progress
+from salt_wds.readouts import PositionMean, rank_of_features
+from salt_wds.resume import check_same_data, describe, open_run
+from salt_wds.safety import FiniteGuard, LossWatch, record_nonfinite
+from salt_wds.step import make_forward
+from salt_wds.tuning import TunedStep, tuned_step
+from salt_wds.validation import Validation
+from shard_tools.command import INTERRUPTED, OK, PROBLEMS, run
 from shard_tools.format import write_atomic
 
 log = logging.getLogger(__name__)
-
-# What may change between a run and its resumption: where things are, how fast they go, how long it lasts. Anything
-# else would make it another run.
-_MAY_CHANGE = frozenset(
-    ["data.shards", "data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.persistent_workers",
-     "data.start_method", "data.timeout_s", "data.max_consecutive_failures", "data.max_failure_rate",
-     "data.max_recoveries", "data.read_retries"]
-    + [f"train.{key}" for key in ("steps", "run_dir", "device", "compile", "checkpointing", "checkpoint_every",
-                                  "keep_checkpoints", "log_every", "trace_samples")]
-    + [f"optim.{key}" for key in ("lr", "min_lr", "decay_steps", "weight_decay", "warmup_steps", "clip_grad_norm")]
-)  # fmt: skip
-_MAY_CHANGE_SILENTLY = frozenset(key for key in _MAY_CHANGE if not key.startswith("optim."))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m salt_wds.train",
         description="Train a student video encoder against a frozen teacher.",
-        epilog="Exit codes: 0 all steps done; 1 stopped by failures (named) or a loss that is not finite; 2 usage or "
-        "configuration; 130 interrupted, after writing a checkpoint: go on with --resume.",
+        epilog="Exit codes: 0 all steps done; 1 stopped by failures (named), a loss that is not finite or a rank that is "
+        "gone; 2 usage or configuration; 130 interrupted, after writing a checkpoint: go on with --resume.",
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file, see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override; repeatable")
@@ -60,110 +60,89 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, train nothing")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    rank = os.environ.get("RANK", "0")  # of torchrun; all write to the same terminal
+    who, level = ("", logging.INFO) if rank == "0" else (f"rank {rank} ", logging.WARNING)
+    logging.basicConfig(level=level, format=f"%(levelname)s {who}%(name)s: %(message)s")
     return train(load_config(args.config, args.set), resume=args.resume, dry_run=args.dry_run)
 
 
 def train(config: Config, *, resume: bool = False, dry_run: bool = False) -> int:
-    """Run the training that `config` describes; returns the exit code.
+    """Run the training that `config` describes, as the rank that the environment names; returns the exit code.
 
     Raises:
         CommandError: configuration, data set, weights or an earlier run in the way.
     """
-    run_dir = Path(config.train.run_dir)
-    device = pick_device(config.train.device)
-    found = _open_run(run_dir, config, resume, dry_run)
-    start = found[1]["step"] if found else 0
+    world = join(pick_device(config.train.device), config.data.timeout_s)
+    try:
+        code = _train(config, world, resume, dry_run)
+    except RankLost as lost:
+        log.error("another rank is gone, or does not answer (%s); go on from the last checkpoint with --resume", lost)
+        return PROBLEMS
+    leave(world)
+    return code
 
-    quarantine = found[1]["quarantine"] if found else ()
-    loader = Loader(config, run_dir / "failures" / "rank0.jsonl", start=start, quarantine=quarantine)
+
+def _train(config: Config, world: World, resume: bool, dry_run: bool) -> int:
+    run_dir, device = Path(config.train.run_dir), world.device
+    found = world.from_first(lambda: open_run(run_dir, config, resume, dry_run))
+    state = found[1] if found else None
+    start = state["step"] if state else 0
+    quarantine = state["quarantine"] if state else ()
+    ledger = run_dir / "failures" / f"rank{world.rank}.jsonl"
+    loader = Loader(config, ledger, rank=world.rank, world_size=world.size, start=start, quarantine=quarantine)
+    parts = count_parts(config, world.size)
     torch.manual_seed(config.train.seed)
     models = build_models(config, device)
+    network = shard_model(models.student, config.train.parallel, world)  # to be called in the student's place
     optimizer = build_optimizer(models.student, config.optim, fused=True)
+    readings = _build_readings(config, world, models)
     if found:
-        _check_same_data(found[1], loader)
-        checkpoint.load(found[0], models.student, optimizer)
-    step = Step(make_forward(config, models.teacher, models.student, device), config.train.compile)
-    print("\n".join(describe(config, loader, models, optimizer, device, start)), flush=True)
+        check_same_data(found[1], loader)
+        readings.position_mean.load(checkpoint.load(found[0], models.student, optimizer))
+        if readings.ema is not None:
+            readings.ema.load(checkpoint.load_ema(found[0], readings.ema.tensors()))
+    if world.first:
+        lines = describe(config, world, loader, models, optimizer, start)
+        lines += [readings.validation.describe()] if readings.validation is not None else []
+        print("\n".join(lines), flush=True)
     if dry_run:
         return OK
     if start >= config.train.steps:
-        print(f"all {config.train.steps} steps are done; raise train.steps to go on")
+        if world.first:
+            print(f"all {config.train.steps} steps are done; raise train.steps to go on")
         return OK
-    write_atomic(run_dir / "config.toml", config.to_toml().encode())
-    trainer = _Trainer(config, run_dir, device, loader, models.student, optimizer, step, found[1] if found else None)
-    return trainer.run()
+    if world.first:
+        write_atomic(run_dir / "config.toml", config.to_toml().encode())
+    clips = config.data.batch_size // world.size // parts
+    tuned = tuned_step(
+        config, models, device, clips, optimizer, network=network, parts=parts, world=world,
+        position_mean=readings.position_mean,
+    )  # fmt: skip
+    if world.first:
+        print("\n".join(tuned.lines), flush=True)
+    forward_backward = Accumulation(tuned.step, network, parts)
+    return _Trainer(config, world, loader, models.student, optimizer, forward_backward, tuned, readings, state).run()
 
 
-# --- what a run starts from ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Readings:
+    """What is kept and measured beside the training, and has no part in it."""
+
+    position_mean: PositionMean
+    ema: Ema | None
+    validation: Validation | None
 
 
-def describe(
-    config: Config, loader: Loader, models: Models, optimizer: torch.optim.Optimizer, device: torch.device, start: int
-) -> list[str]:
-    """Lines for the start of a run: what is trained on what, with which settings in effect."""
-    t, h, w = config.grid
-    gpu = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
-    teacher_count = sum(p.numel() for p in models.teacher.parameters())
-    student_count = sum(p.numel() for p in models.student.parameters())
-    return [
-        f"run       {config.train.run_dir}, steps {start + 1} to {config.train.steps}, seed {config.train.seed}",
-        *loader.describe(),
-        f"device    {device.type}{gpu}, torch {torch.__version__}, precision {config.train.precision}, "
-        f"compile {config.train.compile}, checkpointing {config.train.checkpointing}",
-        f"clips     {config.data.num_frames} frames of {config.data.size} at stride {config.data.frame_stride}: "
-        f"{t} x {h} x {w} = {config.num_tokens} tokens, {config.mask.kind} masks of {config.mask.ratio:.0%}",
-        f"teacher   {config.teacher.weights}, {teacher_count / 1e6:.1f} M parameters, frozen",
-        f"student   {config.student.arch}, mode {config.student.mode}, {student_count / 1e6:.1f} M parameters",
-        *(f"optimiser AdamW fused, lr {config.optim.lr:g}, group {line}" for line in describe_groups(optimizer)),
-    ]
-
-
-def _open_run(run_dir: Path, config: Config, resume: bool, dry_run: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, if any; refuses to write over an earlier run."""
-    begun = (run_dir / "metrics.jsonl").exists() or any((run_dir / "checkpoints").glob("step-*"))
-    if begun and not resume and not dry_run:
-        raise CommandError(f"{run_dir}: holds a run already; go on with --resume, or choose another train.run_dir")
-    found = checkpoint.newest(run_dir / "checkpoints") if resume else None
-    if resume and found is None:
-        log.warning("%s: no checkpoint to resume from; starting at step 1", run_dir)
-    if found is not None:
-        _check_same_config(found[0], found[1]["config"], config)
-    if not dry_run:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.set_aside(run_dir / "checkpoints", found[1]["step"] if found else 0)
-    return found
-
-
-def _check_same_config(path: Path, saved: dict[str, Any], config: Config) -> None:
-    before, after = _flat(saved), _flat(config.model_dump(mode="json"))
-    changed = {k: (before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)}
-    words = {key: f"{key} from {old!r} to {new!r}" for key, (old, new) in changed.items()}
-    refused = [words[key] for key in changed if key not in _MAY_CHANGE]
-    if refused:
-        raise CommandError(
-            f"{path}: --resume cannot change {'; '.join(refused)}: it would be another run; "
-            "set it back, or choose another train.run_dir"
-        )
-    for key in changed:
-        if key not in _MAY_CHANGE_SILENTLY:
-            log.warning("resuming with %s", words[key])
-
-
-def _flat(table: dict[str, Any]) -> dict[str, Any]:
-    """Sections to dotted keys."""
-    flat = {}
-    for name, value in table.items():
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _check_same_data(state: dict[str, Any], loader: Loader) -> None:
-    if state["plan_hash"] != loader.catalog.plan_hash:
-        raise CommandError(
-            f"{loader.catalog.folders}: not the data set this run began with (plan {loader.catalog.plan_hash[:12]}, "
-            f"was {state['plan_hash'][:12]}); point data.shards at that one, or choose another train.run_dir"
-        )
+def _build_readings(config: Config, world: World, models: Models) -> _Readings:
+    validation = None
+    if config.train.validate_every:
+        forward = make_forward(config, models.teacher, models.student, world.device)
+        validation = Validation(config, Path(config.train.run_dir), forward, models.student, world)
+    return _Readings(
+        PositionMean(config.num_tokens, models.teacher.width).to(world.device),
+        Ema(models.student, config.optim.ema) if config.optim.ema else None,
+        validation,
+    )
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
@@ -173,176 +152,233 @@ class _Trainer:
     """The loop and what it carries from step to step."""
 
     def __init__(
-        self, config: Config, run_dir: Path, device: torch.device, loader: Loader, student: nn.Module,
-        optimizer: torch.optim.Optimizer, step: Step, state: dict[str, Any] | None,
+        self, config: Config, world: World, loader: Loader, student: nn.Module, optimizer: torch.optim.Optimizer,
+        forward_backward: Accumulation, tuned: TunedStep, readings: _Readings, state: dict[str, Any] | None,
     ) -> None:  # fmt: skip
-        self.config, self.run_dir, self.device = config, run_dir, device
-        self.loader, self.student, self.optimizer, self.forward_backward = loader, student, optimizer, step
+        train, self.run_dir = config.train, Path(config.train.run_dir)
+        self.config, self.world, self.device = config, world, world.device
+        self.loader, self.student, self.optimizer, self.forward_backward = loader, student, optimizer, forward_backward
+        self.utilisation, self.readings = tuned.utilisation, readings
+        self.profiler = StepProfiler(self.run_dir / "profile", train.profile_steps if world.first else None)
         self.step = state["step"] if state else 0
-        self.meter = Meter.from_state(state["meter"], device) if state else Meter()
-        if state:
+        self.meter = Meter.from_state(state["meter"], self.device) if state else Meter()
+        if state and world.first:  # the counts are of all ranks; the first carries on those of the past
             loader.policy.total = state["failures"]["total"]
             loader.policy.by_kind = Counter(state["failures"]["by_kind"])
-        self.log = RunLog(run_dir, self.step, config.train.trace_samples)
+        self.log = RunLog(self.run_dir, self.step, train.trace_samples) if world.first else None
+        self.watch = (
+            LossWatch(line["loss"] for line in read_metrics(self.run_dir / "metrics.jsonl")) if self.log else None
+        )
+        self.progress = Progress(self.step, train.steps) if world.first else None
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        catalog = loader.catalog
+        self.input_bound = InputBound(config.data.num_workers, cores, catalog.extensions, catalog.folders)
         self.clock = Clock()
+        self.writer = checkpoint.Writer(
+            self.run_dir / "checkpoints", train.keep_checkpoints, train.keep_every, train.async_checkpoints
+        )
+        self.writer.written = state["step"] if state else None
         # Of the batches since the last wait for the device: a loss that is not finite is noticed only then.
-        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.train.log_every + 1)
-        # AdamW's fused kernel skips the update while `found_inf` is 1; it is never reset, so the first step that is not
-        # finite, and all after it, leave the parameters alone, without waiting for the device every step.
-        self.stopped_at = torch.zeros((), dtype=torch.int64, device=device)
-        optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self.recent: deque[tuple[int, Batch]] = deque(maxlen=train.log_every + 1)
+        allowed = train.max_skipped if train.on_nonfinite == "skip" else 0
+        self.guard = FiniteGuard(allowed, state.get("skipped", 0) if state else 0, world)
+        optimizer.found_inf = self.guard.found_inf
 
     def run(self) -> int:
         train = self.config.train
-        stop = _StopSignals()
+        stop, batches = StopSignals(), iter(self.loader)
+        stopped_by, problem, problems = 0, None, 0
         try:
-            waited = time.perf_counter()
-            for batch in self.loader:
+            while self.step < train.steps:
+                self.profiler.before(self.step + 1)
+                waited = time.perf_counter()
+                batch, problem = self.take(batches, stop)
+                stopped_by, problems = self.world.largest(stop.requested, problem is not None)
+                if stopped_by or problems or batch is None:
+                    break
                 self.clock.add(len(batch["keys"]), time.perf_counter() - waited, batch["ms"])
                 self.step += 1
                 lr = learning_rate(self.step - 1, self.config.optim, train.steps)
-                grad_norm = self.update(batch, lr)
-                self.log.samples(self.step, batch["keys"])
-                last = self.step >= train.steps or stop.requested is not None
+                self.update(batch, lr)
+                self.trace(batch)
+                self.profiler.after(self.step)
+                self.writer.report()
                 due = self.step % train.log_every == 0
-                if (due or self.step in (1, train.steps)) and not self.write_metrics(
-                    lr, grad_norm, reset=due or self.step == 1
+                held_out = self.validate()
+                if (due or held_out or self.step in (1, train.steps)) and not self.write_metrics(
+                    lr, batch, held_out, reset=due or self.step == 1
                 ):
                     return PROBLEMS
-                if self.step % train.checkpoint_every == 0 or last:
+                if self.step % train.checkpoint_every == 0 and self.step < train.steps:
                     if not self.check_finite():
                         return PROBLEMS
-                    self.save(must=last)
-                if last:
-                    break
-                waited = time.perf_counter()
-        except LoaderStopped as stopped:
-            if self.check_finite():
-                self.save(must=True)
-            log.error("stopped at step %d: %s", self.step, stopped)
-            return PROBLEMS
+                    self.save()
+            if not self.check_finite():
+                return PROBLEMS
+            self.save_last()
         finally:
-            self.log.close()
+            self.profiler.close()
+            batches.close()
+            self.writer.close()
+            if self.log is not None:
+                self.log.close()
+            if self.progress is not None:
+                self.progress.close()
             stop.restore()
-        if stop.requested is not None and self.step < train.steps:
-            print(f"{stop.requested}: stopped after step {self.step}, checkpoint written; go on with --resume")
-            return INTERRUPTED
-        print(f"done: {self.step} steps, {self.loader.policy.total} failures; {self.run_dir}")
-        return OK
+        return self.how_it_ended(signal.Signals(stopped_by) if stopped_by else None, problem, bool(problems))
 
-    def update(self, batch: Batch, lr: float) -> Tensor:
-        """One optimiser step; returns the gradient's norm, left on the device."""
+    def take(self, batches: Iterator[Batch], stop: StopSignals) -> tuple[Batch | None, LoaderStopped | None]:
+        """This rank's part of the next batch; none where it shall stop or, with the reason, the loader gave up."""
+        if stop.requested:
+            return None, None
+        try:
+            return next(batches), None
+        except LoaderStopped as stopped:
+            return None, stopped
+
+    def update(self, batch: Batch, lr: float) -> None:
+        """One optimiser step; nothing is waited for."""
         clips, colour, mask = (batch[name].to(self.device, non_blocking=True) for name in ("clips", "colour", "mask"))
-        self.recent.append((self.step, batch["keys"]))
+        names = {name: batch[name] for name in ("keys", "shards")}
+        self.recent.append((self.step, names))
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, stats = self.forward_backward(clips, colour, mask)
-        limit = self.config.optim.clip_grad_norm or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), limit)
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        self.stopped_at.copy_(torch.where(finite | (self.stopped_at > 0), self.stopped_at, self.step))
-        self.optimizer.found_inf.copy_(self.stopped_at > 0)
+        with self.world.together():
+            loss, stats = self.forward_backward(clips, colour, mask)
+            grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
+            self.readings.position_mean.advance(stats.pop("position_sums"))
+        counts = self.guard.observe(self.step, loss, grad_norm)
         self.optimizer.step()
-        self.meter.add({"loss": loss, **stats, "grad_norm": grad_norm})
-        return grad_norm
+        if self.readings.ema is not None:
+            self.readings.ema.update(self.step)
+        if self.progress is not None:
+            self.progress.advance()
+        values = {"loss": loss, **stats, "grad_norm": grad_norm}
+        self.meter.add({"counted": counts, **{name: torch.where(counts > 0, v, 0) for name, v in values.items()}})
+
+    def validate(self) -> dict[str, float]:
+        """The held-out loss, where this step is one to measure it at; its time does not count as training."""
+        every, validation = self.config.train.validate_every, self.readings.validation
+        if validation is None or self.step % every:
+            return {}
+        started = time.perf_counter()
+        held_out = validation.measure()
+        self.clock.exclude(time.perf_counter() - started)
+        return held_out
+
+    def trace(self, batch: Batch) -> None:
+        """The keys of the global batch, if they are asked for."""
+        if self.config.train.trace_samples:
+            keys = [key for keys in self.world.gather(batch["keys"]) for key in keys]
+            if self.log is not None:
+                self.log.samples(self.step, keys)
 
     def check_finite(self) -> bool:
-        """Wait for the device and see whether a loss or gradient was not finite; if so, say where, keep the keys."""
-        step = int(self.stopped_at.item())
-        if step == 0:
-            return True
-        keys = dict(self.recent).get(step, [])
-        log.error(
-            "loss or gradient of step %d is not finite; its update and all later ones were not made. Keys: %s. "
-            "Look at these clips, lower optim.lr, or go on from the last checkpoint with --resume",
-            step, ", ".join(keys),
-        )  # fmt: skip
-        return False
+        """Wait for the device and see whether a loss or gradient was not finite; if so, keep the keys. False to stop."""
+        steps = self.guard.new_steps()
+        for number, step in enumerate(steps, start=self.guard.count - len(steps) + 1):
+            names = self.world.gather(dict(self.recent).get(step, {"keys": [], "shards": []}))
+            batch = {name: [one for part in names for one in part[name]] for name in ("keys", "shards")}
+            if self.world.first:
+                record_nonfinite(self.run_dir / "nonfinite.jsonl", step, batch, number, self.guard.allowed)
+        return not self.guard.exceeded
 
-    def write_metrics(self, lr: float, grad_norm: Tensor, *, reset: bool) -> bool:
-        """One line of metrics: means over the interval, rates, failures. False if a value was not finite."""
+    def write_metrics(self, lr: float, batch: Batch, held_out: dict[str, float], *, reset: bool) -> bool:
+        """One line of metrics: means over interval and ranks, rates, failures. False if the run must stop."""
         if not self.check_finite():
             return False
-        policy = self.loader.policy
-        line = {
-            "step": self.step,
-            "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.num_samples,
-            **self.meter.means(),
-            "lr": lr,
-            **self.clock.rates(),
-            "gpu_memory_gb": _peak_memory_gb(self.device),
-            "failures": policy.total,
-            "failures_by_kind": dict(policy.by_kind),
-            "time": time.time(),
-        }
-        self.log.metrics(line)
-        memory = f", {line['gpu_memory_gb']:.1f} GB" if line["gpu_memory_gb"] else ""
-        print(
-            f"step {self.step:>6}/{self.config.train.steps}  loss {line['loss']:.4f}  R2 {line['r2']:+.3f}  "
-            f"lr {lr:.2e}  grad {line['grad_norm']:.2f}  {line['clips_per_sec']:.1f} clips/s  "
-            f"wait {line['data_wait_ms']:.0f} ms ({line['data_wait_share']:.0%})  decode {line['decode_ms']:.1f} ms  "
-            f"step {line['step_ms']:.0f} ms{memory}  failures {policy.total}",
-            flush=True,
-        )
+        policy, means = self.loader.policy, self.meter.means()
+        counted = means.pop("counted")
+        here = {**{name: value / counted for name, value in means.items()}, **self.clock.rates()} if counted else {}
+        worker_ms = self.clock.worker_ms
+        with self.world.together():
+            rank = rank_of_features(self.config, self.student, batch, self.device)
+        here |= {"effective_rank": rank} if here else {}
+        memory = peak_memory_gb(self.device)
+        ranks = self.world.gather((here, memory, policy.total, policy.by_kind))
         self.clock = Clock()
         if reset:
             self.meter = Meter()
+        if self.log is None or self.watch is None or not counted:  # nothing to say of an interval that was skipped
+            return True
+        line = {
+            "step": self.step,
+            "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.num_samples,
+            **{name: sum(rank[0][name] for rank in ranks) / len(ranks) for name in here},
+            "lr": lr,
+        }
+        line |= {
+            **held_out,
+            "mfu": self.utilisation.mfu(line["clips_per_sec"]),  # the mean over ranks, each with one GPU
+            "clips_per_sec": line["clips_per_sec"] * len(ranks),
+            "gpu_memory_gb": max(rank[1] for rank in ranks) if memory is not None else None,
+            "failures": sum(rank[2] for rank in ranks),
+            "failures_by_kind": dict(sum((rank[3] for rank in ranks), Counter())),
+            "skipped": self.guard.count,
+            "time": time.time(),
+        }
+        self.log.metrics(line)
+        self.watch.observe(self.step, line["loss"])
+        if (warning := self.input_bound.observe(line["data_wait_share"], worker_ms)) is not None:
+            log.warning(warning)
+        if self.progress is not None:
+            self.progress.show(line, summary(line, self.config.train.steps))
         return True
 
-    def save(self, *, must: bool) -> None:
-        """Write a checkpoint. One that cannot be written is no reason to end a run with an older one, unless it `must`.
-
-        Raises:
-            OSError: the disk is full or the folder not writable, and this is the last checkpoint of the run.
-        """
-        try:
-            self._write_checkpoint()
-        except OSError as error:
-            if must:
-                raise
-            log.error("no checkpoint at step %d: %s; going on with the one before", self.step, describe_os_error(error))
-
-    def _write_checkpoint(self) -> None:
+    def save(self) -> None:
+        """Begin a checkpoint; the writer reports one that fails, and the run goes on with the one before."""
         policy = self.loader.policy
+        here = policy.total, policy.by_kind, self.loader.spec.quarantine, self.meter.state()
+        ranks = self.world.gather(here)
+        ema = self.readings.ema
+        tensors = checkpoint.snapshot(
+            self.student, self.optimizer, self.world.first,
+            extra=self.readings.position_mean.tensors(), ema=None if ema is None else ema.tensors(),
+        )  # fmt: skip
+        if self.log is None or tensors is None:
+            return
         self.log.sync()
-        folder = self.run_dir / "checkpoints"
         state = {
-            "next_batch": self.loader.next_batch,
+            "next_batch": self.step,
             "config": self.config.model_dump(mode="json"),
             "plan_hash": self.loader.catalog.plan_hash,
-            "meter": self.meter.state(),
-            "failures": {"total": policy.total, "by_kind": policy.by_kind},
-            "quarantine": sorted(self.loader.spec.quarantine),
+            "meter": Meter.mean_state([rank[3] for rank in ranks]),
+            "failures": {"total": sum(r[0] for r in ranks), "by_kind": dict(sum((r[1] for r in ranks), Counter()))},
+            "quarantine": sorted(frozenset().union(*(rank[2] for rank in ranks))),
+            "skipped": self.guard.count,
         }
-        checkpoint.save(folder, self.step, self.student, self.optimizer, state)
-        checkpoint.remove_old(folder, self.config.train.keep_checkpoints)
+        self.writer.start(self.step, tensors, state)
 
+    def save_last(self) -> None:
+        """Write the run's last checkpoint, and wait for it: torchrun ends the ranks soon after the first has left.
 
-class _StopSignals:
-    """SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT does not wait."""
+        Raises:
+            OSError: the disk is full or the folder not writable.
+        """
+        self.writer.report(wait=True)
+        (missing,) = self.world.largest(self.world.first and self.writer.written != self.step)
+        if missing:
+            self.save()
+        self.world.from_first(self.writer.finish)
 
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
-        os.write(2, f"{self.requested}: stopping after this step\n".encode())
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _peak_memory_gb(device: torch.device) -> float | None:
-    """Most memory allocated on the GPU since the last call, in GB; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    def how_it_ended(self, stopped_by: signal.Signals | None, problem: LoaderStopped | None, problems: bool) -> int:
+        """Say it, on the first rank; the exit code."""
+        policy = self.loader.policy
+        ranks = self.world.gather((str(problem) if problem else None, policy.total))
+        if problems:
+            for rank, (reason, _) in enumerate(ranks):
+                if reason is not None and self.world.first:
+                    log.error(
+                        "stopped at step %d%s: %s", self.step, f" by rank {rank}" if len(ranks) > 1 else "", reason
+                    )
+            return PROBLEMS
+        if stopped_by is not None:
+            if self.world.first:
+                print(f"{stopped_by.name}: stopped after step {self.step}, checkpoint written; go on with --resume")
+            return INTERRUPTED
+        if self.world.first:
+            print(f"done: {self.step} steps, {sum(total for _, total in ranks)} failures; {self.run_dir}")
+        return OK
 
 
 if __name__ == "__main__":

@@ -129,10 +129,10 @@ def read(path: Path) -> tuple[list[Failure], int]:
 
 
 def find_ledgers(path: Path) -> list[Path]:
-    """Ledger files of a run directory (`failures/*.jsonl`), a data set (`failures.jsonl`), or the file itself."""
+    """Ledger files of a run directory (all below `failures/`), a data set (`failures.jsonl`), or the file itself."""
     if path.is_file():
         return [path]
-    return sorted(path.glob("failures/*.jsonl")) + sorted(path.glob("failures.jsonl"))
+    return sorted(path.glob("failures/**/*.jsonl")) + sorted(path.glob("failures.jsonl"))
 
 
 def summarise(failures: Iterable[Failure]) -> dict[str, Counter[str]]:

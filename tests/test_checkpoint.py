@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 
 import pytest
 import torch
@@ -145,3 +146,85 @@ def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert raised.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
+
+
+# --- while training goes on ---------------------------------------------------------------------------------------
+
+
+def values(model, optimizer):
+    state = optimizer.state_dict()["state"]
+    moments = [state[number][part] for number in sorted(state) for part in sorted(state[number])]
+    return [tensor.clone() for tensor in (*model.state_dict().values(), *moments)]
+
+
+@pytest.fixture
+def slow_write(monkeypatch):
+    """Writes wait for the event that this gives."""
+    go, real = threading.Event(), checkpoint.write
+
+    def write(*args):
+        assert go.wait(20)
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    return go
+
+
+def test_a_checkpoint_is_the_state_at_its_step_however_late_it_is_written(tmp_path, slow_write):
+    model, optimizer = make()
+    step(model, optimizer)
+    then = values(model, optimizer)
+    writer = checkpoint.Writer(tmp_path, 3, None, in_background=True)
+    writer.start(1, checkpoint.snapshot(model, optimizer), {"next_batch": 1})
+    step(model, optimizer)
+    writer.report()
+    assert (writer.written, checkpoint.newest(tmp_path)) == (None, None)  # still on its way, and nobody waits for it
+    slow_write.set()
+    writer.finish()
+    assert writer.written == 1
+    checkpoint.load(tmp_path / "step-00000001", *(other := make(seed=9)))
+    assert all(torch.equal(a, b) for a, b in zip(then, values(*other), strict=True))
+    writer.close()
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(tmp_path, slow_write):
+    model, optimizer = make()
+    step(model, optimizer)
+    writer = checkpoint.Writer(tmp_path, 1, None, in_background=True)
+    writer.start(1, checkpoint.snapshot(model, optimizer), {})
+    threading.Timer(0.1, slow_write.set).start()
+    writer.start(2, checkpoint.snapshot(model, optimizer), {})
+    assert writer.written == 1
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_failed_write_is_told_and_only_the_last_one_raises(tmp_path, monkeypatch, caplog, in_background):
+    def full_disk(*args):
+        raise OSError(28, "No space left on device", "here")
+
+    model, optimizer = make()
+    writer = checkpoint.Writer(tmp_path, 3, None, in_background)
+    writer.start(1, checkpoint.snapshot(model, optimizer), {})
+    writer.report(wait=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        writer.start(2, checkpoint.snapshot(model, optimizer), {})
+        writer.report(wait=True)
+        assert "no checkpoint: here: No space left on device" in caplog.text
+        assert "going on with the one before" in caplog.text
+        assert writer.written == 1
+        writer.start(3, checkpoint.snapshot(model, optimizer), {})
+        with pytest.raises(OSError, match="No space"):
+            writer.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    writer.close()
+
+
+def test_every_kth_checkpoint_is_kept_for_good(tmp_path):
+    model, optimizer = make()
+    for number in range(1, 11):
+        checkpoint.save(tmp_path, number, model, optimizer, {})
+        checkpoint.remove_old(tmp_path, keep=2, keep_every=4)
+    assert sorted(int(p.name[-8:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]

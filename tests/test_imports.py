@@ -19,6 +19,8 @@ LEAVES = {
     "checkpoint",
     "budget",
     "shared",
+    "profiling",
+    "ema",
 }
 
 

@@ -143,7 +143,7 @@ def test_checkpointing_keeps_fewer_activations_and_only_in_training(monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["visible", "dense"])
-@pytest.mark.parametrize("checkpointing", ["off", "full"])
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 def test_compiles_into_one_graph(mode, checkpointing):
     torch._dynamo.reset()
     student = build(mode=mode, checkpointing=checkpointing).train()

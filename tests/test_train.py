@@ -12,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from salt_wds import checkpoint
 from salt_wds import step as step_module
 from salt_wds.config import load_config
 from salt_wds.metrics import Meter, read_metrics
-from salt_wds.step import Step
+from salt_wds.step import Forward, Step
 from salt_wds.train import train
 from shard_tools import ledger
 from shard_tools.command import CommandError
@@ -222,6 +223,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(make_config, tmp_path
     assert not list((tmp_path / "poisoned" / "checkpoints").glob("step-*"))  # none with a state nobody asked for
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_costs_a_checkpoint_not_the_run(make_config, tmp_path, monkeypatch, caplog, in_background):
+    real = checkpoint.write
+
+    def write(folder, step, *rest):
+        if step in full:
+            raise OSError(28, "No space left on device", str(folder))
+        return real(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    settings = {"train__checkpoint_every": 2, "train__async_checkpoints": in_background}
+    full = {4}
+    assert train(make_config("middle", **settings)) == 0
+    assert "no checkpoint: " in caplog.text
+    assert "No space left on device" in caplog.text
+    assert {p.name for p in (tmp_path / "middle/checkpoints").iterdir()} == {"step-00000002", "step-00000006"}
+    full = {6}
+    with pytest.raises(OSError, match="No space"):
+        train(make_config("end", **settings))
+    assert {p.name for p in (tmp_path / "end/checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+
+
 def test_found_inf_leaves_parameters_and_state_alone():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
@@ -245,10 +268,14 @@ def test_a_compile_mode_that_fails_falls_back_in_order(monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", compiler)
     weight = nn.Parameter(torch.ones(1))
-    step = Step(lambda clips, colour, mask: ((clips * weight).sum(), {}), "max-autotune")
+    forward = Forward(
+        targets=lambda clips, colour, mask: clips * 2,
+        loss=lambda clips, colour, mask, targets: ((targets * weight).sum(), {}),
+    )
+    step = Step(forward, "max-autotune")
     loss, _ = step(torch.ones(2), None, None)
-    assert loss == 2
-    assert tried == ["max-autotune", "max-autotune-no-cudagraphs", None]
+    assert loss == 4
+    assert tried == ["max-autotune", "max-autotune-no-cudagraphs", None, None]  # the teacher's part, then the student's
     assert step.mode == "default"
     assert "compile mode max-autotune failed (RuntimeError: no kernels for max-autotune)" in caplog.text
 

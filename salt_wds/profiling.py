@@ -1,0 +1,52 @@
+"""A Chrome trace of a few steps (`train.profile_steps`): open it in chrome://tracing or ui.perfetto.dev."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+log = logging.getLogger(__name__)
+
+
+class StepProfiler:
+    """Records the steps first to last of a run, waits for data included, into FOLDER/steps-FIRST-LAST.json.gz.
+
+    It only watches: a profiled run computes what another does. A run that ends or resumes in between leaves the trace
+    of the steps there were.
+    """
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
+        self._folder, self._steps = folder, steps
+        self._profile: profile | None = None
+        self._first = self._last = 0
+
+    def before(self, step: int) -> None:
+        """`step` begins, before its batch is waited for."""
+        if self._steps is None or self._profile is not None or not self._steps[0] <= step <= self._steps[1]:
+            return
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities)
+        self._first = step
+        self._profile.start()
+
+    def after(self, step: int) -> None:
+        """`step` has ended; after the last one the trace is written."""
+        self._last = step
+        if self._profile is not None and self._steps is not None and step >= self._steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace of what has been recorded, if anything."""
+        if self._profile is None:
+            return
+        running, self._profile = self._profile, None
+        running.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"steps-{self._first}-{max(self._last, self._first)}.json.gz"
+        running.export_chrome_trace(str(path))
+        log.info("profile of steps %d to %d: %s", self._first, max(self._last, self._first), path)

@@ -1,0 +1,87 @@
+"""`python -m salt_wds.replay RUN`: metrics.jsonl of a run as TensorBoard events, or as a run of Weights & Biases.
+
+The run itself depends on neither: its metrics.jsonl is the truth, this shows it elsewhere, at any time, as often as wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from salt_wds.metrics import read_metrics, scalars, write_scalars
+from shard_tools.command import OK, CommandError, one_line, run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m salt_wds.replay",
+        description="Show the metrics of a run in TensorBoard or Weights & Biases.",
+        epilog="Exit codes: 0 written; 2 usage, no metrics, or wandb missing or not reached.",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, or its metrics.jsonl")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files into this folder")
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="log a run to this project; with WANDB_MODE=offline into RUN/wandb only"
+    )
+    args = parser.parse_args(argv)
+    if args.tensorboard is None and args.wandb is None:
+        parser.error("nothing to do: give --tensorboard DIR, --wandb PROJECT, or both")
+    folder = args.run if args.run.is_dir() else args.run.parent
+    lines = read_metrics(folder / "metrics.jsonl" if args.run.is_dir() else args.run)
+    if not lines:
+        raise CommandError(f"{args.run}: no line of metrics yet; try again once the run has logged a step")
+    if args.tensorboard is not None:
+        to_tensorboard(lines, args.tensorboard)
+        print(f"{len(lines)} lines of metrics: tensorboard --logdir {args.tensorboard}")
+    if args.wandb is not None:
+        print(f"{len(lines)} lines of metrics: {to_wandb(lines, folder, args.wandb)}")
+    return OK
+
+
+def to_tensorboard(lines: list[dict[str, Any]], folder: Path) -> None:
+    """Write event files, every number at its step and the time it was logged.
+
+    Raises:
+        CommandError: the folder has event files, which would be shown mixed with these.
+    """
+    if any(folder.glob("events.out.tfevents.*")):
+        raise CommandError(f"{folder}: holds event files already; choose another folder, or remove them")
+    with SummaryWriter(str(folder)) as board:
+        for line in lines:
+            write_scalars(board, line)
+
+
+def to_wandb(lines: list[dict[str, Any]], folder: Path, project: str) -> str:
+    """Log a run named as its folder, with its configuration; where it can be seen.
+
+    Raises:
+        CommandError: wandb is not installed, or refuses (not logged in, not reached).
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise CommandError("--wandb: wandb is not installed; pip install 'salt-wds[wandb]'") from None
+    config = folder / "config.toml"
+    try:
+        logged = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
+        )
+        with logged:
+            for line in lines:
+                logged.log(dict(scalars(line)), step=line["step"])
+            return str(Path(logged.dir).parent) if logged.offline else logged.url
+    except wandb.Error as error:
+        raise CommandError(
+            f"--wandb: {one_line(error)}; log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -92,13 +92,17 @@ class BatchMaker:
         rows: list[Sample | None] = [None] * spec.local_batch
         first = requests[0]["position"]
         todo = _reading_ahead(pipeline, requests, self._ahead[following])
+        failures, failed_before = pipeline.recorder.failures, 0
         while True:
             for sample in pipeline.samples(_with_clips(todo, clips, first)):
+                failed_before = len(failures)
                 place = sample["position"] - first
                 rows[place] = sample
                 masks[place] = make_mask(spec.grid, spec.mask, sample["rng"])
             if not (missing := [request for request in requests if rows[request["position"] - first] is None]):
                 break
+            if len(failures) - failed_before > spec.data.max_consecutive_failures:
+                raise self._unfillable(len(failures) - failed_before, missing[0]["position"])
             requests = todo = [self._next_attempt(request) for request in missing]
         pipeline.idle()
         self._made += 1
@@ -136,12 +140,15 @@ class BatchMaker:
     def _next_attempt(self, request: Sample) -> Sample:
         attempt = request["attempt"] + 1
         if attempt > self._spec.data.max_consecutive_failures:
-            last = self._pipeline.recorder.failures[-1]
-            raise UnfillableError(
-                f"{attempt} samples in a row failed for position {request['position']}; the last: {last.shard} "
-                f"{last.key}: {last.error}: {last.message}"
-            )
+            raise self._unfillable(attempt, request["position"])
         return self._pipeline.request(request["position"], attempt)
+
+    def _unfillable(self, count: int, position: int) -> UnfillableError:
+        last = self._pipeline.recorder.failures[-1]
+        return UnfillableError(
+            f"{count} samples in a row failed for position {position}; the last: {last.shard} {last.key}: {last.error}: "
+            f"{last.message}"
+        )
 
     def _milliseconds(self, seconds: dict[str, float], started: float) -> dict[str, float]:
         """Time of this batch by what it went into; `wait` is for a free slot, `collate` all that is not a stage."""

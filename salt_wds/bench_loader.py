@@ -6,6 +6,7 @@ last wanted frame and keep nothing. And with --simulate-workers what a node with
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -27,8 +28,9 @@ from salt_wds.catalog import open_catalog
 from salt_wds.config import Config
 from salt_wds.forecast import ASSUMPTIONS, Forecast, Measured, forecast
 from salt_wds.loader import Loader
-from salt_wds.order import Order, sample_rng
-from salt_wds.reader import Reader
+from salt_wds.order import sample_rng
+from salt_wds.pipeline import make_order
+from salt_wds.reader import HashMismatchError, Reader
 from salt_wds.views import training_view
 from shard_tools.command import end_with_parent
 from shard_tools.container import decode_frames, open_video
@@ -128,8 +130,8 @@ def bare_limit(config: Config, seconds: float) -> float:
 def _decode_only(config: Config, worker: int, seconds: float) -> float:
     """Clips a second of one process over its share of the positions: the same clips that the loader's worker has."""
     data = config.data
-    catalog = open_catalog(data.folders[:1], data.split)
-    order, reader = Order(catalog.part_samples[0], data.window, config.train.seed), Reader(catalog, 0)
+    catalog = open_catalog(data.folders, data.split)
+    order, reader = make_order(catalog, data, config.train.seed), Reader(catalog, 0)
     started, clips = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         position = worker + clips * data.num_workers
@@ -137,8 +139,9 @@ def _decode_only(config: Config, worker: int, seconds: float) -> float:
         row = catalog.row(*place)
         rng = sample_rng(config.train.seed, position)
         frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
-        payload = reader.read(place.shard, row, sorted(set(frames.tolist())))[1]
-        _decode_and_drop(payload, row.ext, int(frames[-1]))
+        with contextlib.suppress(OSError, HashMismatchError, av.FFmpegError):  # the loader, measured before, named them
+            payload = reader.read(place.shard, row, sorted(set(frames.tolist())))[1]
+            _decode_and_drop(payload, row.ext, int(frames[-1]))
         clips += 1
     return clips / (time.perf_counter() - started)
 

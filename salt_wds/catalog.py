@@ -129,7 +129,9 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
     classes: dict[str, int] = {}
     for folder in folders:
         dataset = read_dataset(folder)
-        parts.append(Part(dataset.name, str(folder.resolve()), dataset.plan_hash, len(files), dataset.foreign))
+        twins = sum(part.name.partition("#")[0] == dataset.name for part in parts)
+        name = f"{dataset.name}#{twins + 1}" if twins else dataset.name  # two of one name are told apart in the ledger
+        parts.append(Part(name, str(folder.resolve()), dataset.plan_hash, len(files), dataset.foreign))
         index = _read_split(folder, dataset, split)
         shards = dataset.splits[split].shards
         files += [info.file for info in shards]

@@ -40,7 +40,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     shards: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
     """Folder of the packed or indexed data set: the one that holds dataset.json. Or a list of several."""
-    weights: tuple[PositiveFloat, ...] = ()
+    weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = ()
     """Of several data sets: how often each is drawn from, relative to each other; [] means by their samples."""
     split: str = "train"
     """Split to train on, as named in dataset.json."""
@@ -61,7 +61,7 @@ class DataConfig(Section):
     everything anew in every worker, and its SIGCHLD would raise in the middle of a step when a worker dies."""
     num_frames: PositiveInt = 16
     """Frames of a clip; a multiple of the tubelet (2)."""
-    frame_stride: PositiveInt = 2
+    frame_stride: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Source frames from one clip frame to the next: 2 for Something-Something-v2 (12 fps), 4 for 25-30 fps video."""
     temporal_jitter: bool = False
     """Draw each frame at random from the `frame_stride` frames that begin where it would stand."""

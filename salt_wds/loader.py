@@ -36,6 +36,7 @@ from shard_tools.ledger import Failure
 
 log = logging.getLogger(__name__)
 
+_TRIES = 3  # of a suspect sample whose process was killed from outside
 _RECOVERY_WINDOW = 100  # batches within which data.max_recoveries counts
 
 
@@ -49,8 +50,8 @@ class Loader:
         views: of an evaluation: every sample of the split in order, `views.count` clips each, and then the end. The
             last batch is full, too: rows to leave out have `substituted` set.
         stages: functions of your own that each sample passes after decoding, before batching; importable by name,
-            since workers run them. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json`, `colour`,
-            `mask`; an exception costs the sample, as any other failure.
+            since workers run them. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json`, `colour`;
+            an exception costs the sample, as any other failure.
 
     Raises:
         CommandError: not a data set, or no room in shared memory.
@@ -63,6 +64,8 @@ class Loader:
         stages: Sequence[Callable[[Sample], Sample]] = (),
     ) -> None:  # fmt: skip
         data = config.data
+        if not 0 <= rank < world_size or start < 0:
+            raise CommandError(f"Loader: rank {rank} of {world_size}, start {start}: ranks count from 0, batches, too")
         if data.batch_size % world_size:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
         num_masked(config.grid, config.mask)  # a grid that no mask fits is refused here, not once a sample
@@ -72,7 +75,8 @@ class Loader:
         self.batch_bytes = slot_bytes(local_batch, clip_shape, config.grid)
         self.budget = fit_budget(self.batch_bytes, data)
         workers = max(data.num_workers, 1)
-        quarantined, unreadable = earlier_verdicts(ledger_path)
+        earlier = earlier_failures(ledger_path)
+        begun = views is None and start > 0  # a run that goes on takes the turns it took
         self.spec = PipelineSpec(
             catalog=self.catalog,
             data=data,
@@ -84,8 +88,8 @@ class Loader:
             in_flight=SharedArray((workers, len(IN_FLIGHT_COLUMNS)), np.int64),
             slots=SharedArray((workers, self.budget.slots, self.batch_bytes), np.uint8),
             views=views,
-            quarantine=quarantined | frozenset(quarantine),
-            replayed=frozenset(verdict for verdict in unreadable if verdict[0] >= start * data.batch_size),
+            quarantine=_quarantined(earlier) | frozenset(quarantine),
+            replayed=_unreadable(earlier, start * data.batch_size) if begun else {},
             user_stages=tuple(stages),
         )
         self.next_batch = start
@@ -93,6 +97,7 @@ class Loader:
         self.num_positions = None if views is None else self.catalog.num_samples * views.count
         self.policy = FailurePolicy(data, self.catalog.folders)
         self._ledger_path = ledger_path
+        self._recorded = {_event(failure) for failure in earlier}
         self._recoveries: deque[int] = deque(maxlen=data.max_recoveries + 1)
 
     def describe(self) -> list[str]:
@@ -127,12 +132,22 @@ class Loader:
                     workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
                     continue
                 assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
-                ledger.append(self._ledger_path, batch["failures"])
-                self.policy.observe(batch)
+                try:
+                    self.policy.observe(batch)
+                except LoaderStopped:  # nothing took the place of these: the run ends, and may go on after a repair
+                    self._record([replace(failure, action=None) for failure in batch["failures"]])
+                    raise
+                self._record(batch["failures"])
                 self.next_batch += 1
                 yield self._own(batch)
         finally:
             workers.stop()
+
+    def _record(self, failures: Sequence[Failure]) -> None:
+        """Append to the ledger what it does not have yet: a resumed run meets failures again."""
+        new = [failure for failure in failures if _event(failure) not in self._recorded]
+        self._recorded.update(map(_event, new))
+        ledger.append(self._ledger_path, new)
 
     def _at_end(self) -> bool:
         """Whether an evaluation has seen everything; training has no end."""
@@ -193,19 +208,23 @@ class Loader:
         pid, _, position, attempt, status = self.spec.in_flight.array[worker].tolist()
         if STAGES[status] == "idle":
             return self._lost_record(stage, worker, pid, f"{reason}, between samples")
-        order = make_order(self.spec)
+        order = make_order(self.catalog, self.spec.data, self.spec.seed, self.spec.views)
         place = order.locate(position) if attempt == 0 else order.substitute(position, attempt)
         row, shard = self.catalog.row(*place), self.catalog.files[place.shard]
         dataset = self.catalog.part(place.shard).name
-        verdict = try_sample(self.spec, position, attempt)
+        name = identity(dataset, shard, row.key)
+        if name in self.spec.quarantine:
+            verdict, outcome = None, "its sample is in quarantine since"
+        else:
+            verdict = self._try(position, attempt)
+            outcome = f"tried alone: {verdict or 'no harm, delivered by a fresh worker'}"
         if verdict is not None:
-            known = self.spec.quarantine | {identity(dataset, shard, row.key)}
-            self.spec = replace(self.spec, quarantine=known)
+            self.spec = replace(self.spec, quarantine=self.spec.quarantine | {name})
         return self._lost_record(
             stage,
             worker,
             pid,
-            f"{reason}, at stage {STAGES[status]}; tried alone: {verdict or 'no harm, delivered by a fresh worker'}",
+            f"{reason}, at stage {STAGES[status]}; {outcome}",
             dataset=dataset,
             shard=shard,
             key=row.key,
@@ -215,6 +234,14 @@ class Loader:
             attempt=attempt,
             action="quarantined" if verdict is not None else None,
         )
+
+    def _try(self, position: int, attempt: int) -> str | None:
+        """What a sample does to a process of its own. SIGKILL comes from outside, unless it comes every time."""
+        for _ in range(_TRIES):
+            verdict = try_sample(self.spec, position, attempt)
+            if verdict != "killed by SIGKILL":
+                return verdict
+        return f"{verdict} {_TRIES} times"
 
     def _lost_record(self, stage: str, worker: int, pid: int, message: str, **fields: Any) -> Failure:
         return Failure(
@@ -229,14 +256,34 @@ class Loader:
         )
 
 
-def earlier_verdicts(ledger_path: Path) -> tuple[frozenset[str], frozenset[tuple[int, int]]]:
-    """Verdicts that luck had a part in, of all ranks: samples in quarantine, and (position, attempt) that could not
-    be read. With them a resumed run takes the same turns."""
+def earlier_failures(ledger_path: Path) -> list[Failure]:
+    """What the ledgers of all ranks have of an earlier part of the run."""
     paths = {ledger_path, *ledger_path.parent.glob("rank*.jsonl")}
-    failures = [failure for path in paths if path.exists() for failure in ledger.read(path)[0]]
-    quarantined = [f for f in failures if f.action == "quarantined" and f.stage in ("crash", "hang")]
-    unreadable = [f for f in failures if f.action == "substituted" and f.stage == "read" and f.position is not None]
+    return [failure for path in sorted(paths) if path.exists() for failure in ledger.read(path)[0]]
+
+
+def _quarantined(failures: Iterable[Failure]) -> frozenset[str]:
+    """Samples (`identity`) that killed or hung a worker, and again when tried alone."""
+    named = (f for f in failures if f.action == "quarantined" and f.stage in ("crash", "hang"))
+    return frozenset(identity(f.dataset or "", f.shard or "", f.key or "") for f in named)
+
+
+def _unreadable(failures: Iterable[Failure], first: int) -> dict[tuple[int, int], str]:
+    """Samples that could not be read at positions from `first` on, by (position, attempt). Luck had a part in that."""
+    found = (f for f in failures if f.action == "substituted" and f.stage == "read" and (f.position or 0) >= first)
+    return {(f.position or 0, f.attempt or 0): identity(f.dataset or "", f.shard or "", f.key or "") for f in found}
+
+
+def _event(failure: Failure) -> tuple[object, ...]:
+    """What makes two records the same failure, met again; a lost worker is never the same twice."""
+    if failure.stage in ("crash", "hang"):
+        return (failure.time, failure.pid, failure.worker)
     return (
-        frozenset(identity(f.dataset or "", f.shard or "", f.key or "") for f in quarantined),
-        frozenset((f.position, f.attempt or 0) for f in unreadable),
+        failure.stage,
+        failure.dataset,
+        failure.shard,
+        failure.key,
+        failure.position,
+        failure.attempt,
+        failure.action,
     )

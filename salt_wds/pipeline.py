@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ Sample = dict[str, Any]
 
 STAGES = ("idle", "read", "decode", "augment")  # what the in-flight table says a worker is at
 IN_FLIGHT_COLUMNS = ("pid", "batch", "position", "attempt", "stage")
+TRIED = -1  # what `try_one` leaves for a batch number: it came to its end
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PipelineSpec:
     `in_flight` is (workers, 5) int64, see IN_FLIGHT_COLUMNS; `slots` is (workers, slots of a worker, bytes of a batch)
     uint8: a worker writes its batches into its own slots in turn, and only their number travels. `views` is of an
     evaluation, None in training. `quarantine` are samples as `identity` names them; `replayed` are (position, attempt)
-    that could not be read in an earlier part of the run.
+    of samples that could not be read in an earlier part of the run, with their names.
     """
 
     catalog: Catalog
@@ -59,7 +60,7 @@ class PipelineSpec:
     slots: SharedArray
     views: Views | None = None
     quarantine: frozenset[str] = frozenset()
-    replayed: frozenset[tuple[int, int]] = frozenset()
+    replayed: Mapping[tuple[int, int], str] = field(default_factory=dict)
     user_stages: tuple[Callable[[Sample], Sample], ...] = ()
 
     @property
@@ -85,15 +86,15 @@ def slot_bytes(local_batch: int, clip_shape: tuple[int, int], grid: tuple[int, i
     return local_batch * (math.prod(clip_shape) + 2 * math.prod(grid))
 
 
-def make_order(spec: PipelineSpec) -> Order | Mixture | InOrder:
-    """The order of the spec's data: of training, or of an evaluation."""
-    parts = spec.catalog.part_samples
-    if spec.views is not None:
-        return InOrder([samples for part in parts for samples in part], spec.views.count, spec.seed)
-    orders = [Order(samples, spec.data.window, spec.seed) for samples in parts]
+def make_order(catalog: Catalog, data: DataConfig, seed: int, views: Views | None = None) -> Order | Mixture | InOrder:
+    """The order of training, or with `views` of an evaluation."""
+    parts = catalog.part_samples
+    if views is not None:
+        return InOrder([samples for part in parts for samples in part], views.count, seed)
+    orders = [Order(samples, data.window, seed) for samples in parts]
     if len(orders) == 1:
         return orders[0]
-    return Mixture(orders, spec.data.weights or [order.samples_per_epoch for order in orders], spec.seed)
+    return Mixture(orders, data.weights or [order.samples_per_epoch for order in orders], seed)
 
 
 def identity(dataset: str, shard: str, key: str) -> str:
@@ -121,8 +122,8 @@ class ReplayedError(Exception):
     """The sample could not be read when the run came by here before; it fails again, so that the order stays."""
 
 
-class DroppedError(Exception):
-    """A user's stage gave nothing back."""
+class StageError(Exception):
+    """A user's stage gave back something else than a sample."""
 
 
 @dataclass
@@ -188,7 +189,7 @@ class SamplePipeline:
         self.recorder = Recorder(spec, self.worker)
         self.seconds: Counter[str] = Counter()  # by stage
         self._spec = spec
-        self._order = make_order(spec)
+        self._order = make_order(spec.catalog, spec.data, spec.seed, spec.views)
         self._decoders = {ext: get_decoder(spec.data.decoder, ext) for ext in spec.catalog.extensions}
         self._reader = Reader(spec.catalog, spec.data.read_retries)
         self._status = spec.in_flight.array[self.worker]
@@ -235,7 +236,7 @@ class SamplePipeline:
             lambda: iter(requests),
             wds.map(self._guard("read", self._read), handler=handler),
             wds.map(self._guard("decode", self._decode), handler=handler),
-            *(wds.map(self._guard("augment", stage), handler=handler) for stage in self._spec.user_stages),
+            *(wds.map(self._guard("augment", _checked(stage)), handler=handler) for stage in self._spec.user_stages),
         )
 
     def at_batch(self, number: int) -> None:
@@ -260,14 +261,11 @@ class SamplePipeline:
             self._status[4] = STAGES.index(name)
             started = time.perf_counter()
             try:
-                result = function(sample)
-                if result is None:
-                    raise DroppedError("the stage returned None: it dropped the sample")
-                return result
-            except (HashMismatchError, OSError) as error:  # frames are read while they are decoded
-                raise SampleError(name if isinstance(error, av.FFmpegError) else "read", sample) from error
+                return function(sample)
             except Exception as error:
-                raise SampleError(name, sample) from error
+                reading = isinstance(error, (HashMismatchError, OSError)) and not isinstance(error, av.FFmpegError)
+                # frames are read while they are decoded
+                raise SampleError("read" if name == "decode" and reading else name, sample) from error
             finally:
                 self.seconds[name] += time.perf_counter() - started
 
@@ -278,7 +276,7 @@ class SamplePipeline:
         name = identity(self._spec.catalog.part(sample["shard"]).name, sample["__url__"], sample["__key__"])
         if name in self._spec.quarantine:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
-        if (sample["position"], sample["attempt"]) in self._spec.replayed:
+        if self._spec.replayed.get((sample["position"], sample["attempt"])) == name:
             raise ReplayedError("it could not be read when the run came by here before, see the ledger")
         sample["json"], sample["payload"] = self._reader.read(sample["shard"], sample["row"], sample["numbers"])
         self._note_retried(sample)
@@ -311,6 +309,24 @@ class SamplePipeline:
         return sample
 
 
+def _checked(stage: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:
+    """A user's stage, whose result must be a sample; a clip that it made anew is copied to where it belongs."""
+
+    def checked(sample: Sample) -> Sample:
+        clip = sample["clip"]
+        result = stage(sample)
+        if not isinstance(result, dict):
+            raise StageError(f"the stage returned {type(result).__name__}, not the sample")
+        if result["clip"] is not clip:
+            if np.shape(result["clip"]) != clip.shape:
+                raise StageError(f"the stage's clip has shape {np.shape(result['clip'])}, not {clip.shape}")
+            clip[:] = result["clip"]
+            result["clip"] = clip
+        return result
+
+    return checked
+
+
 class _Timed:
     """An iterator, and the seconds that its items took to come."""
 
@@ -338,3 +354,4 @@ def try_one(spec: PipelineSpec, position: int, attempt: int) -> None:
     request["clip"] = np.empty(spec.clip_shape, np.uint8)
     for _ in pipeline.samples([request]):
         pass
+    spec.in_flight.array[0, IN_FLIGHT_COLUMNS.index("batch")] = TRIED

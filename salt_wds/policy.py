@@ -103,4 +103,7 @@ class FailurePolicy:
     def _advice(self, failures: Sequence[Failure] = ()) -> str:
         names = ", ".join(f"{f.shard} {f.key}" for f in failures[-5:])
         counts = ", ".join(f"{count} {stage}" for stage, count in self.by_kind.most_common())
-        return f"{names + '; ' if names else ''}in all {counts}; check: python -m shard_tools.verify {self._folders}"
+        check = f"check: python -m shard_tools.verify {self._folders}"
+        if set(self.by_kind) == {"augment"}:
+            check = "check the stage of your own that the loader was given"
+        return f"{names + '; ' if names else ''}in all {counts}; {check}"

@@ -26,7 +26,7 @@ class Views:
     crops: int = 1
 
     def __post_init__(self) -> None:
-        if self.segments < 1 or self.crops < 1:
+        if not all(isinstance(number, int) and number >= 1 for number in (self.segments, self.crops)):
             raise ValueError(f"{self.segments} segments x {self.crops} crops: at least one of each")
 
     @property

@@ -22,10 +22,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from salt_wds.batches import Batch, build_pipeline
-from salt_wds.pipeline import IN_FLIGHT_COLUMNS, PipelineSpec, try_one
+from salt_wds.pipeline import IN_FLIGHT_COLUMNS, TRIED, PipelineSpec, try_one
 from salt_wds.shared import SharedArray
 from shard_tools.command import end_with_parent
 
+_START_S = 60.0  # for a process to start, however short data.timeout_s
 _POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once
 
 
@@ -65,7 +66,7 @@ class Workers:
         if data.num_workers:
             # With our copy of the pipe's writing end gone, its end is seen when the last worker is.
             self._iterator._worker_result_queue._writer.close()
-            self._watch = _Watch(self._iterator._workers, data.timeout_s)
+            self._watch = _Watch(self._iterator._workers, spec.in_flight.array[:, 0], data.timeout_s)
 
     def next(self) -> Batch:
         """The next batch.
@@ -102,9 +103,11 @@ class _Watch(threading.Thread):
     for ever, whatever its timeout. When all workers are gone the pipe ends, and that wait with it.
     """
 
-    def __init__(self, processes: Sequence[multiprocessing.process.BaseProcess], timeout_s: float) -> None:
+    def __init__(
+        self, processes: Sequence[multiprocessing.process.BaseProcess], pids: np.ndarray, timeout_s: float
+    ) -> None:
         super().__init__(name="watch-workers", daemon=True)
-        self._processes, self._timeout_s = processes, timeout_s
+        self._processes, self._pids, self._timeout_s = processes, pids, timeout_s  # pid 0: it has not begun
         self._wake, self._signal = multiprocessing.Pipe(duplex=False)
         self._waiting: tuple[int, float] | None = None  # for which worker, since when
         self._lost: WorkerLostError | None = None
@@ -124,12 +127,17 @@ class _Watch(threading.Thread):
                 time.sleep(0.1)  # several may be dying together
                 self._lost = WorkerLostError("crash", self._dead())
                 break
-            if self._waiting is not None and time.monotonic() - self._waiting[1] > self._timeout_s:
-                worker = self._waiting[0]
-                self._lost = WorkerLostError("hang", {worker: f"gave no batch for {self._timeout_s:g} s"})
+            waiting = self._waiting
+            if waiting is not None and time.monotonic() - waiting[1] > self._patience(waiting[0]):
+                did = "gave no batch" if self._pids[waiting[0]] else "did not begin"
+                reason = f"{did} for {self._patience(waiting[0]):g} s"
+                self._lost = WorkerLostError("hang", {waiting[0]: reason})
                 break
         for process in self._processes:
             process.kill()
+
+    def _patience(self, worker: int) -> float:
+        return self._timeout_s if self._pids[worker] else max(self._timeout_s, _START_S)
 
     def verdict(self) -> WorkerLostError | None:
         """What was found, after it has had the time to look; None if all workers are well."""
@@ -154,13 +162,15 @@ def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:
     spec = replace(spec, in_flight=SharedArray((1, len(IN_FLIGHT_COLUMNS)), np.int64))
     process = context.Process(target=try_one, args=(spec, position, attempt))
     process.start()
-    process.join(spec.data.timeout_s)
+    process.join(max(spec.data.timeout_s, _START_S))
     if process.is_alive():
         process.kill()
         process.join()
-        return f"hung for {spec.data.timeout_s:g} s"
-    code = process.exitcode
+        return f"hung for {max(spec.data.timeout_s, _START_S):g} s"
+    code = process.exitcode or 0
     process.close()
+    if code == 0 and spec.in_flight.array[0, IN_FLIGHT_COLUMNS.index("batch")] != TRIED:
+        return "ended the process with exit code 0"
     return _exit_reason(code) if code else None
 
 
@@ -189,4 +199,7 @@ def _our_modules() -> list[str]:
 def _exit_reason(exitcode: int) -> str:
     if exitcode >= 0:
         return f"exited with code {exitcode}"
-    return f"killed by {signal.Signals(-exitcode).name}"
+    try:
+        return f"killed by {signal.Signals(-exitcode).name}"
+    except ValueError:  # a real-time signal
+        return f"killed by signal {-exitcode}"

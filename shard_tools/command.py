@@ -26,6 +26,8 @@ _REMEDIES = {
     errno.EPERM: "give this user access to it, or name another folder",
     errno.EROFS: "the file system is read-only; name a folder on a writable one",
     errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "a part of the path is too long; check the path",
+    errno.ELOOP: "the path is a link to itself; check it",
     errno.ENOTDIR: "a file stands where a folder is needed; check the path",
     errno.EISDIR: "a folder stands where a file is needed; check the path",
     errno.EEXIST: "something else stands there already; name another path",

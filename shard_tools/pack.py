@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.executor == "ray":
         require_ray()
     out = args.out or args.root / "shards"
-    name = (args.name or args.root.resolve().name).encode(errors="replace").decode()
+    name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
     found = find_sources(args.root, args.layout, exclude=out)
     if args.limit:
         found = _limited(found, args.limit, args.seed)

@@ -1,6 +1,6 @@
 """Prove that a shard is what was packed, at the speed of reading it: what `verify` does before it looks any closer.
 
-The hashes of both files in dataset.json prove every byte. That tar, index and JSON also belong to each other is compared
+The hashes of both files in dataset.json and of every member in the index prove every byte. That tar, index and JSON also belong to each other is compared
 for all samples at once, in a few operations on arrays. A shard that is not proven is nothing more than that: what is
 wrong with it, and where, is for shard_check to say.
 """
@@ -56,25 +56,38 @@ def _is_laid_out(rows: pa.Table, size: int) -> bool:
 def _read(path: Path, info: ShardInfo, rows: pa.Table) -> list[bytes] | None:
     """Read and hash the tar; what stands between payloads: padding, header of a JSON, JSON, padding, header of a payload.
 
-    Last comes what stands behind the last payload. None if the tar is not what was packed.
+    Last comes what stands behind the last payload. None if tar or payloads do not have their hashes.
     """
     starts = rows["payload_offset"].to_numpy()
-    begins = np.concatenate(([0], starts + rows["payload_size"].to_numpy())).tolist()
-    spans = list(zip(begins, [*starts.tolist(), info.bytes], strict=True))
-    hasher, heads = xxhash.xxh3_64(), []
+    ends = starts + rows["payload_size"].to_numpy()
+    bounds = [0, *np.stack([starts, ends], axis=1).ravel().tolist(), info.bytes]  # head, payload, head, ..., tail
+    hasher, heads, payloads = xxhash.xxh3_64(), [], []
+    part, piece_hasher, pieces = 0, None, []
     with path.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != info.bytes:
             return None
         for begin, chunk in _chunks(file):
             hasher.update(chunk)
-            end = begin + len(chunk)
-            while len(heads) < len(spans) and spans[len(heads)][0] < end:
-                at, stop = spans[len(heads)]
-                whole = begin <= at and stop <= end
-                heads.append(
-                    bytes(chunk[at - begin : stop - begin]) if whole else os.pread(file.fileno(), stop - at, at)
-                )
-    return heads if hasher.hexdigest() == info.xxh3 else None
+            at, end = begin, begin + len(chunk)
+            while part < len(bounds) - 1 and at < end:
+                stop = min(bounds[part + 1], end)
+                piece, whole, done = chunk[at - begin : stop - begin], at == bounds[part], stop == bounds[part + 1]
+                if part % 2:
+                    if whole and done:
+                        payloads.append(xxhash.xxh3_64_intdigest(piece))
+                    else:
+                        piece_hasher = xxhash.xxh3_64() if whole else piece_hasher
+                        piece_hasher.update(piece)
+                        if done:
+                            payloads.append(piece_hasher.intdigest())
+                else:
+                    pieces.append(bytes(piece))
+                    if done:
+                        heads.append(b"".join(pieces))
+                        pieces = []
+                at, part = stop, part + done
+    proven = hasher.hexdigest() == info.xxh3 and payloads == rows["xxh3_payload"].to_pylist()
+    return heads if proven and len(heads) == len(starts) + 1 else None
 
 
 def _chunks(file: io.RawIOBase) -> Iterator[tuple[int, memoryview]]:
@@ -85,15 +98,6 @@ def _chunks(file: io.RawIOBase) -> Iterator[tuple[int, memoryview]]:
         offset += size
 
 
-def _is_laid_out(rows: pa.Table, size: int) -> bool:
-    """Whether members follow each other without a gap, up to the end mark."""
-    sizes = np.stack([rows["json_size"].to_numpy(), rows["payload_size"].to_numpy()], axis=1).ravel()
-    offsets = np.stack([rows["json_offset"].to_numpy(), rows["payload_offset"].to_numpy()], axis=1).ravel()
-    ends = offsets + sizes + -sizes % BLOCK
-    mark = ends[-1] + 2 * BLOCK
-    return bool((sizes >= 0).all() and (offsets[1:] == ends[:-1] + BLOCK).all() and size == mark + -mark % RECORD)
-
-
 def _has_headers(rows: pa.Table, heads: list[bytes]) -> bool:
     """Whether headers and padding are exactly those of the index's members, and keys are good and each there once."""
     keys, exts = rows["key"].combine_chunks(), rows["ext"].combine_chunks()
@@ -101,7 +105,7 @@ def _has_headers(rows: pa.Table, heads: list[bytes]) -> bool:
         keys
     ):
         return False
-    if not pc.all(pc.match_substring_regex(exts, "^[A-Za-z0-9]{1,9}$")).as_py():
+    if not pc.all(pc.match_substring_regex(exts, "^[A-Za-z0-9]{1,9}$")).as_py() or "json" in exts.unique().to_pylist():
         return False
     firsts = tar_headers(pc.binary_join_element_wise(keys, "json", ".").to_pylist(), rows["json_size"].to_numpy())
     seconds = tar_headers(pc.binary_join_element_wise(keys, exts, ".").to_pylist(), rows["payload_size"].to_numpy())
@@ -109,10 +113,12 @@ def _has_headers(rows: pa.Table, heads: list[bytes]) -> bool:
     found = [head[padding : padding + BLOCK] for head, padding in zip(heads[:-1], paddings, strict=False)]
     if b"".join(found) != firsts.tobytes() or b"".join([head[-BLOCK:] for head in heads[:-1]]) != seconds.tobytes():
         return False
-    sizes = rows["json_size"].to_pylist()
+    sizes, hashes = rows["json_size"].to_pylist(), rows["xxh3_json"].to_pylist()
     return not heads[-1].strip(b"\0") and all(
-        head.startswith(_ZEROS[:padding]) and head[padding + BLOCK + size : -BLOCK] == _ZEROS[: -size % BLOCK]
-        for head, padding, size in zip(heads, paddings, sizes, strict=False)
+        head.startswith(_ZEROS[:padding])
+        and head[padding + BLOCK + size : -BLOCK] == _ZEROS[: -size % BLOCK]
+        and xxhash.xxh3_64_intdigest(head[padding + BLOCK : padding + BLOCK + size]) == json_hash
+        for head, padding, size, json_hash in zip(heads, paddings, sizes, hashes, strict=False)
     )
 
 

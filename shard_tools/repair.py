@@ -14,6 +14,7 @@ Of tars that another tool wrote only the index can be made again.
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import shutil
@@ -201,9 +202,24 @@ def _find_damage(job: RepairJob, workers: int) -> tuple[list[tuple[Task, list[Pr
 # --- one shard ----------------------------------------------------------------------------------------------------
 
 
+def _hidden(path: Path) -> OSError | None:
+    """The error, if a file may be whole and only cannot be reached: no permission, a file server that is away."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.read(1)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    except OSError as error:
+        return None if error.errno == errno.EIO else error  # a bad sector: the rest of the file can be saved
+    return None
+
+
 def repair_shard(job: RepairJob, task: Task) -> Outcome:
     """Make one shard again in the scratch folder, and put it in place where it is what dataset.json says."""
     split, info = task
+    for path in (job.folder / info.file, job.folder / index_name(info.file)):
+        if (hidden := _hidden(path)) is not None:  # nothing says that it is damaged
+            return Outcome("left", f"not repaired: {path.name} cannot be read ({hidden.strerror}); give access to it")
     shard = DamagedShard(job.folder, job.root, job.dataset, split, info)
     if shard.tar_intact and shard.index_intact:
         return Outcome(

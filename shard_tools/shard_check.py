@@ -18,10 +18,11 @@ import pydantic
 import xxhash
 
 from shard_tools.command import one_line
-from shard_tools.container import open_video
+from shard_tools.container import frame_decoder, open_video
 from shard_tools.format import (
     DATASET_FILE,
     FRAME_TIERS,
+    TIERS,
     Dataset,
     SampleInfo,
     ShardInfo,
@@ -86,6 +87,10 @@ def check_dataset(folder: Path, dataset: Dataset) -> Iterator[Problem]:
         remedy = f"restore it, or index again: python -m shard_tools.index {folder}" if dataset.foreign else PACK_AGAIN
         return Problem(None, None, "dataset_mismatch", None, detail, remedy)
 
+    if dataset.frames not in TIERS:
+        yield mismatch(f"the tier {dataset.frames!r} is none of {', '.join(TIERS)}")
+    if len(set(dataset.classes)) != len(dataset.classes):
+        yield mismatch("a class name is there twice")
     if (folder / DATASET_FILE).read_bytes() != dataset.to_json():
         yield mismatch("dataset.json was edited: it does not match its own hash, or is spelled otherwise")
     listed = set()
@@ -147,7 +152,10 @@ def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | 
         payload = file.read(row["payload_size"])
     try:
         ready = row["ext"] in FRAME_TIERS
-        detail = _frames_wrong(sample, row["ext"], payload) if ready else video_wrong(payload, sample.video.num_frames)
+        if ready:
+            detail = _frames_wrong(sample, row["ext"], payload)
+        else:
+            detail = video_wrong(payload, sample.video.num_frames) or _packets_wrong(sample, payload)
     except av.FFmpegError as error:
         detail = f"cannot be decoded to its end: {error.strerror or error}"
     return undecodable(shard, row, detail) if detail else None
@@ -166,6 +174,16 @@ def video_wrong(payload: bytes, expected: int) -> str | None:
         stream.thread_type = "NONE"  # shards are the unit of parallel work
         found = sum(1 for _ in container.decode(stream))
     return None if found == expected else f"{found} frames can be decoded, {expected} are promised"
+
+
+def _packets_wrong(sample: SampleInfo, payload: bytes) -> str | None:
+    """What is wrong with the packets in KEY.json, from which training decodes; None if nothing is."""
+    if sample.packets is None:
+        return None
+    decoder = frame_decoder(sample.video.codec)
+    found = sum(len(decoder.decode(av.Packet(payload[at : at + size]))) for at, size in sample.packets)
+    expected = sample.video.num_frames
+    return None if found == expected else f"its packets give {found} frames, {expected} are promised"
 
 
 def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:

@@ -112,6 +112,7 @@ def _find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
     found.classes = _ssv2_classes(label_files, rows)
     labels = {name: number for number, name in enumerate(found.classes)}
     seen: dict[str, str] = {}
+    expected = _expected_folder(root)
     for split, entries in rows.items():
         for row in entries:
             identity = str(row.id)
@@ -126,7 +127,7 @@ def _find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
             if name is not None and name not in labels:
                 found.pass_over("class not in labels.json, packed without a label", f"{identity}: {name}")
             # An entry without a file keeps the path where it should be: packing then names it as missing.
-            path = videos.pop(identity, None) or _expected_path(root, identity)
+            path = videos.pop(identity, None) or f"{expected}{identity}.webm"
             found.sources.append(
                 Source(
                     key=make_key(identity),
@@ -162,9 +163,10 @@ def _ssv2_videos(root: Path, found: SourceSet) -> dict[str, str]:
     return videos
 
 
-def _expected_path(root: Path, identity: str) -> str:
+def _expected_folder(root: Path) -> str:
+    """Where a video that is not there should be: the first of the folders, with a slash."""
     folder = _ssv2_video_folders(root)[0]
-    return ("" if folder == root else folder.name + "/") + f"{identity}.webm"
+    return "" if folder == root else folder.name + "/"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -135,8 +134,9 @@ def verify(
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
         if depth == "whole" and not dataset.foreign and dataset.xxh3 == dataset.self_hash():
             left = []
-            for task, keys in _prove(folder, dataset, tasks, workers):
-                if keys is None:
+            proof = functools.partial(proven_keys, folder, dataset.classes)
+            for task, keys in run_local(proof, tasks, workers):
+                if keys is None or isinstance(keys, WorkerDiedError):
                     left.append(task)
                     continue
                 bar.update(task[1].bytes)
@@ -153,16 +153,6 @@ def verify(
                 continue
             yield from report.problems
             yield from _duplicates(report.keys, info.file, holders)
-
-
-def _prove(folder: Path, dataset: Dataset, tasks: list[Task], workers: int) -> Iterator[tuple[Task, list[str] | None]]:
-    """Each task with the keys of its shard if that is proven whole. In threads: reading and hashing need no Python."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        proof = functools.partial(proven_keys, folder, dataset.classes)
-        yield from zip(tasks, pool.map(proof, tasks), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _duplicates(keys: list[str], shard: str, holders: dict[str, str]) -> Iterator[Problem]:

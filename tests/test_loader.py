@@ -53,6 +53,30 @@ def darken(sample):
     return sample
 
 
+def lose_a_file(sample):
+    raise FileNotFoundError("of the stage")
+
+
+def brighten(sample):
+    return sample | {"clip": sample["clip"] // 2}
+
+
+def give_a_number(sample):
+    return 5
+
+
+def leave_on_key(sample, key):
+    if sample["__key__"] == key:
+        os._exit(0)
+    return sample
+
+
+def real_time_signal_on_key(sample, key):
+    if sample["__key__"] == key:
+        os.kill(os.getpid(), 40)
+    return sample
+
+
 def drop_everything(sample):
     return None
 
@@ -193,7 +217,7 @@ def test_a_data_set_that_fails_everywhere_stops_with_the_command_that_checks_it(
         for row in range(info.samples):
             damage(shard, row)
     config = make_config(folder, max_consecutive_failures=5)
-    with pytest.raises(LoaderStopped, match=r"6 samples in a row failed .* python -m shard_tools.verify"):
+    with pytest.raises(LoaderStopped, match=r"samples in a row failed .* python -m shard_tools.verify"):
         next(iter(Loader(config, tmp_path / "l.jsonl")))
     failures, _ = ledger.read(tmp_path / "l.jsonl")
     assert len(failures) >= 6  # they reached the ledger although no batch came
@@ -217,8 +241,41 @@ def test_a_stage_that_raises_or_drops_costs_the_sample(make_config, tmp_path):
     assert [(f.stage, f.key, f.error, f.message) for f in batch["failures"]] == [
         ("augment", key, "ArithmeticError", "injected")
     ]
-    with pytest.raises(LoaderStopped, match="DroppedError"):
+    with pytest.raises(LoaderStopped, match="StageError"):
         next(iter(Loader(config, tmp_path / "c.jsonl", stages=[drop_everything])))
+
+
+def test_a_stage_may_make_the_clip_anew(make_config, tmp_path):
+    config = make_config(num_workers=0)
+    plain = next(iter(Loader(config, tmp_path / "l.jsonl")))["clips"]
+    assert (next(iter(Loader(config, tmp_path / "l.jsonl", stages=[brighten])))["clips"] == plain // 2).all()
+
+
+@pytest.mark.parametrize(("stage", "error"), [(lose_a_file, "FileNotFoundError"), (give_a_number, "StageError")])
+def test_what_a_stage_does_wrong_is_its_own_failure(make_config, tmp_path, stage, error):
+    config = make_config(num_workers=0, max_failure_rate=1.0, max_consecutive_failures=3)
+    with pytest.raises(LoaderStopped, match="check the stage of your own"):
+        next(iter(Loader(config, tmp_path / "c.jsonl", stages=[stage])))
+    failures, _ = ledger.read(tmp_path / "c.jsonl")
+    assert {(failure.stage, failure.error) for failure in failures} == {("augment", error)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "word"), [(leave_on_key, "exit code 0"), (real_time_signal_on_key, "killed by signal 40")]
+)
+def test_odd_ways_to_end_a_worker_are_quarantined_too(make_config, tmp_path, stage, word):
+    key = take(make_config(num_workers=0), tmp_path / "a.jsonl", 1)[0][1][2]
+    content = take(make_config(), tmp_path / "b.jsonl", 4, stages=[partial(stage, key=key)])
+    assert key not in [k for _, keys, *_ in content for k in keys]
+    verdicts = [f for f in ledger.read(tmp_path / "b.jsonl")[0] if f.action == "quarantined" and f.stage == "crash"]
+    assert [verdict.key for verdict in verdicts] == [key]
+    assert word in verdicts[0].message
+
+
+@pytest.mark.parametrize("options", [{"rank": 2, "world_size": 2}, {"rank": -1}, {"world_size": 0}, {"start": -1}])
+def test_ranks_that_do_not_exist_are_refused(make_config, tmp_path, options):
+    with pytest.raises(CommandError, match="ranks count from 0"):
+        Loader(make_config(num_workers=0), tmp_path / "l.jsonl", **options)
 
 
 # --- several data sets, evaluation --------------------------------------------------------------------------------
@@ -230,7 +287,10 @@ def test_several_data_sets_are_mixed_by_their_weights(make_config, dataset, dama
     config = make_config(names, batch_size=1, num_workers=0, weights="[1.0, 3.0]")
     loader = Loader(config, tmp_path / "l.jsonl")
     assert [part.folder for part in loader.catalog.parts] == [str(dataset), str(folder)]
-    order, samples = make_order(loader.spec), read_dataset(dataset).splits["train"].samples
+    order, samples = (
+        make_order(loader.catalog, loader.spec.data, loader.spec.seed),
+        read_dataset(dataset).splits["train"].samples,
+    )
     places = [order.locate(position) for position in range(4096)]
     second = sum(loader.catalog.part(place.shard).folder == str(folder) for place in places)
     assert second == 3072
@@ -315,12 +375,32 @@ def test_an_error_that_stays_is_substituted_and_so_again_after_a_resume(make_con
     undisturbed = take(config, tmp_path / "a.jsonl", 4)
     with monkeypatch.context() as patch:
         failing_reads(patch, 3)
-        first = take(config, tmp_path / "b.jsonl", 4)
-    assert first != undisturbed
-    (failure,), _ = ledger.read(tmp_path / "b.jsonl")
-    assert (failure.error, failure.action, failure.key) == ("OSError", "substituted", undisturbed[0][1][0])
-    assert take(config, tmp_path / "b.jsonl", 4) == first  # the drive is well now; the run takes the same turn
-    assert take(config, tmp_path / "c.jsonl", 4) == undisturbed
+        first = take(config, tmp_path / "b.jsonl", 3, start=1)
+    assert first != undisturbed[1:]
+    records, _ = ledger.read(tmp_path / "b.jsonl")
+    assert [(f.error, f.action, f.key) for f in records] == [("OSError", "substituted", undisturbed[1][1][0])]
+    assert take(config, tmp_path / "b.jsonl", 3, start=1) == first  # the drive is well now; the run takes the same turn
+    assert ledger.read(tmp_path / "b.jsonl")[0] == records  # nothing is recorded twice
+    assert take(config, tmp_path / "b.jsonl", 4) == undisturbed  # a run from the start is another run
+    other = make_config(num_workers=0).model_copy(update={"train": config.train.model_copy(update={"seed": 9})})
+    assert take(other, tmp_path / "b.jsonl", 2, start=1) == take(other, tmp_path / "c.jsonl", 2, start=1)
+
+
+def test_a_run_that_an_outage_stopped_goes_on_when_it_is_over(make_config, dataset, tmp_path):
+    folder = tmp_path / "away"
+    shutil.copytree(dataset, folder)
+    config = make_config(folder, num_workers=0, max_consecutive_failures=5, read_retries=0)
+    undisturbed = take(config, tmp_path / "a.jsonl", 3)
+    kept = {path: path.read_bytes() for path in folder.glob("train*.tar")}
+    loader = Loader(config, tmp_path / "b.jsonl", start=1)
+    for path in kept:
+        path.write_bytes(b"")
+    with pytest.raises(LoaderStopped):
+        next(iter(loader))
+    assert {failure.action for failure in ledger.read(tmp_path / "b.jsonl")[0]} == {None}
+    for path, data in kept.items():
+        path.write_bytes(data)
+    assert take(config, tmp_path / "b.jsonl", 2, start=1) == undisturbed[1:]
 
 
 def test_a_missing_file_is_not_waited_for(make_config, tmp_path, monkeypatch):
@@ -431,7 +511,7 @@ def test_shared_memory_is_as_forecast_and_given_back(make_config, tmp_path):
 def test_order_and_loader_agree(make_config, tmp_path):
     loader = Loader(make_config(num_workers=0), tmp_path / "l.jsonl", start=3)
     batch = next(iter(loader))
-    order = make_order(loader.spec)
+    order = make_order(loader.catalog, loader.spec.data, loader.spec.seed)
     assert batch["keys"] == [loader.catalog.row(*order.locate(p)).key for p in range(24, 32)]
 
 

@@ -119,7 +119,7 @@ def test_a_sample_says_what_the_contract_asks_for(videos: Path, dataset: Path) -
         record = json.load(tar.extractfile(tar.next()))
     row, source = rows[record["key"]], (videos / record["source"]["path"]).read_bytes()
     classes = read_dataset(dataset).classes
-    names = ["key", "split", "label", "label_text", "template", "placeholders", "source", "video"]
+    names = ["key", "split", "label", "label_text", "template", "placeholders", "source", "video", "packets"]
     assert list(record) == names
     assert record["split"] == "train"
     assert (record["label_text"], record["template"]) == (row["label"], row["template"])

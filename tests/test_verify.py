@@ -733,7 +733,7 @@ def test_a_shard_that_disappears_before_it_is_read_is_missing(copy: Copy) -> Non
     assert (problem.shard, problem.kind) == (copy.shard, "missing_shard")
 
     def disappearing(function: Callable, tasks: list, workers: int) -> object:
-        shutil.rmtree(copy.folder)
+        shutil.rmtree(copy.folder, ignore_errors=True)
         return serially(function, tasks, workers)
 
     with mock.patch.object(verify, "run_local", disappearing), mock.patch.object(verify, "proven_keys", unsure):

@@ -98,7 +98,7 @@ class Lane:
         started = time.perf_counter()
         record, payload = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
-        info = VideoInfo(row.num_frames, row.width, row.height, colour(record), record.get("packets"))
+        info = VideoInfo(row.num_frames, row.width, row.height, colour(record))
         crop = random_crop(row.width, row.height, SCALE, RATIO, flip=False, rng=rng)
         write_clip(self.decoder(payload, info, numbers).pictures, frames, crop, SIZE, self.out)
         self.position += 1

@@ -20,6 +20,7 @@ import numpy as np
 from shard_tools.command import CommandError
 from shard_tools.container import Planes, colour_of, decode_frames, frame_decoder, open_video, planes_of
 from shard_tools.format import COLOURS, FRAME_TIERS
+from shard_tools.webm import vp9_packets
 
 DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # what the way back from decord's RGB uses
 
@@ -43,14 +44,13 @@ class Crop:
 class VideoInfo:
     """What decoding needs to know in advance: frames, size in pixels.
 
-    `colour` is an index into format.COLOURS; None: the video file says it. `packets` as in format.SampleInfo, or None.
+    `colour` is an index into format.COLOURS; None: the video file says it.
     """
 
     num_frames: int
     width: int
     height: int
     colour: int | None = None
-    packets: Sequence[Sequence[int]] | None = None
 
 
 class Decoded(NamedTuple):
@@ -93,7 +93,7 @@ def get_decoder(name: str, ext: str) -> Decoder:
 class PyavDecoder:
     """Decodes with FFmpeg through PyAV; no more frames than needed, no colour conversion.
 
-    Where the index knows the packets of a VP9 file, its container is not opened: that takes as long as four frames.
+    The container of an ordinary VP9 file is not opened: that would take as long as four frames (webm.py).
 
     Raises (when called, or while the pictures are taken):
         DecodeError: the video ends before its last wanted frame.
@@ -104,14 +104,15 @@ class PyavDecoder:
         self._vp9 = _KeptDecoder("vp9")
 
     def __call__(self, payload: bytes, info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-        if info.packets is not None and info.colour is not None:
-            return Decoded(info.colour, self._from_packets(payload, info, info.colour, info.packets, numbers))
+        packets = vp9_packets(payload) if info.colour is not None else None
+        if packets is not None and info.colour is not None and len(packets) == info.num_frames:
+            return Decoded(info.colour, self._from_packets(payload, info, info.colour, packets, numbers))
         container = open_video(payload)
         colour = colour_of(container.streams.video[0].codec_context)
         return Decoded(COLOURS.index(colour), _from_container(container, info, colour[1], numbers))
 
     def _from_packets(
-        self, payload: bytes, info: VideoInfo, colour: int, packets: Sequence[Sequence[int]], numbers: Sequence[int]
+        self, payload: bytes, info: VideoInfo, colour: int, packets: Sequence[tuple[int, int]], numbers: Sequence[int]
     ) -> Iterator[Planes]:
         view, wanted = memoryview(payload), frozenset(numbers)
         with self._vp9 as decoder:

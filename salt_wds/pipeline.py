@@ -290,11 +290,10 @@ class SamplePipeline:
     def _decode(self, sample: Sample) -> Sample:
         """Decode, crop and resize into the sample's clip."""
         row, record = sample["row"], sample["json"]
-        colour = packets = None
+        colour = None
         if not self._spec.catalog.part(sample["shard"]).foreign:  # the JSON of other tools may hold anything
             colour = COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
-            packets = record.get("packets")
-        info = VideoInfo(row.num_frames, row.width, row.height, colour, packets)
+        info = VideoInfo(row.num_frames, row.width, row.height, colour)
         payload = sample.pop("payload")
         reading = None if isinstance(payload, bytes) else _Timed(payload)
         decoded = self._decoders[row.ext](reading or payload, info, sample["numbers"])

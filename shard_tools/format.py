@@ -118,12 +118,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """The content of KEY.json.
-
-    `packets` is of VP9 in tier source: offset and size of each frame's compressed bytes in the file, so that they are
-    decoded without FFmpeg's demuxer, which takes as long as four frames. The last two are of frame tiers: where each frame lies,
-    and its XXH3-64 as 16 digits.
-    """
+    """The content of KEY.json. The last two are of frame tiers: where each frame lies, and its XXH3-64 as 16 digits."""
 
     key: str
     split: str
@@ -133,14 +128,13 @@ class SampleInfo:
     placeholders: tuple[str, ...]
     source: SourceFile
     video: Video
-    packets: tuple[tuple[int, int], ...] | None = None
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
-        """Canonical bytes: the same sample gives the same bytes. The last three fields are left out where there are none."""
+        """Canonical bytes: the same sample gives the same bytes. Frame fields are left out where there are none."""
         record = vars(self) | {"source": vars(self.source), "video": vars(self.video)}  # asdict copies all, slowly
-        for name in ("packets", "frame_offsets", "frame_xxh3"):
+        for name in ("frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()

@@ -6,8 +6,6 @@ video, or end before their container says they should.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import av
 
 from shard_tools.container import colour_of, open_video
@@ -20,26 +18,11 @@ _BOXES = frozenset(
 )
 
 
-Packets = tuple[tuple[int, int], ...]  # offset and size in the file of each frame's compressed bytes
-
-
 class BadVideoError(Exception):
     """A video that cannot be used; the message says why."""
 
 
-class Examined(NamedTuple):
-    """What a decoder needs to know; `packets` only of VP9 in WebM or Matroska, whose frames can be decoded from them alone."""
-
-    video: Video
-    packets: Packets | None
-
-
 def probe(payload: bytes) -> Video:
-    """`examine` without packets."""
-    return examine(payload).video
-
-
-def examine(payload: bytes) -> Examined:
     """What a decoder needs to know of the video in `payload` (the bytes of a whole file).
 
     Raises:
@@ -60,15 +43,11 @@ def examine(payload: bytes) -> Examined:
                 raise BadVideoError("its codec is not known here")
             if container.format.name.startswith("mov"):
                 _refuse_turned(payload)
-            packets = None
-            if context.name == "vp9" and container.format.name.startswith("matroska"):
-                num_frames, packets = _find_packets(payload, container, stream)
-            else:
-                num_frames = _count_frames(container, stream)
+            num_frames = _count_frames(container, stream)
             if not num_frames or not context.width or not context.height:
                 raise BadVideoError("no video frames in the file")
             matrix, colour_range = colour_of(context)
-            video = Video(
+            return Video(
                 codec=context.name,
                 width=context.width,
                 height=context.height,
@@ -77,7 +56,6 @@ def examine(payload: bytes) -> Examined:
                 matrix=matrix,
                 range=colour_range,
             )
-            return Examined(video, packets)
     except av.FFmpegError as error:
         raise BadVideoError(f"not a readable video: {error.strerror or error}") from error
 
@@ -89,26 +67,6 @@ def _refuse_turned(payload: bytes) -> None:
             if frame.rotation % 360:
                 raise BadVideoError(f"its pictures are to be turned by {frame.rotation} degrees; re-encode it upright")
             return
-
-
-def _find_packets(
-    payload: bytes, container: av.container.InputContainer, stream: av.video.stream.VideoStream
-) -> tuple[int, Packets | None]:
-    """Frames, one a packet, and where their bytes lie; None for that where a packet is not in the file as it is.
-
-    It is not where the container compresses its packets, or has some that are decoded and not shown.
-    """
-    found: list[tuple[int, int]] = []
-    shown, end, whole = 0, 0, True
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue
-        shown += not packet.is_discard
-        data = bytes(packet)
-        start = payload.find(data, end) if whole and not packet.is_discard else -1
-        whole, end = start >= 0, start + len(data)
-        found.append((start, len(data)))
-    return shown, tuple(found) if whole else None
 
 
 def _count_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:

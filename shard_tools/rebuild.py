@@ -28,7 +28,7 @@ from shard_tools.format import (
     parse_index,
     read_index,
 )
-from shard_tools.frames import BadVideoError, examine
+from shard_tools.frames import BadVideoError, probe
 from shard_tools.remains import TarRemains, file_hash, fits
 from shard_tools.sources import Source, find_sources
 from shard_tools.tiers import BEST_QUALITY, SOURCE, WORST_QUALITY, Encoding, make_payload
@@ -230,9 +230,9 @@ class DamagedShard:
             yield b"", ext, data  # nothing is asked of the video: the bytes are proof enough
             return
         try:
-            video, packets = examine(data)
+            video = probe(data)
             for encoding in self.settings(video, row):
-                payload = make_payload(data, ext, video, encoding, packets)
+                payload = make_payload(data, ext, video, encoding)
                 if row is not None and xxhash.xxh3_64_intdigest(payload.data) == row["xxh3_payload"]:
                     self.encodings = [encoding]
                 head = b"" if source is None else payload.sample_info(source, data).to_json()

@@ -31,6 +31,7 @@ from shard_tools.format import (
     parse_index,
 )
 from shard_tools.ustar import BLOCK, Member, ShardDamage, parse_header, read_members
+from shard_tools.webm import vp9_packets
 
 KINDS = (
     "missing_shard", "extra_shard", "unreadable", "truncated", "bad_header", "payload_mismatch", "json_mismatch",
@@ -155,7 +156,8 @@ def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | 
         if ready:
             detail = _frames_wrong(sample, row["ext"], payload)
         else:
-            detail = video_wrong(payload, sample.video.num_frames) or _packets_wrong(sample, payload)
+            detail = video_wrong(payload, sample.video.num_frames)
+            detail = detail or _packets_wrong(payload, sample.video.num_frames)
     except av.FFmpegError as error:
         detail = f"cannot be decoded to its end: {error.strerror or error}"
     return undecodable(shard, row, detail) if detail else None
@@ -176,14 +178,14 @@ def video_wrong(payload: bytes, expected: int) -> str | None:
     return None if found == expected else f"{found} frames can be decoded, {expected} are promised"
 
 
-def _packets_wrong(sample: SampleInfo, payload: bytes) -> str | None:
-    """What is wrong with the packets in KEY.json, from which training decodes; None if nothing is."""
-    if sample.packets is None:
+def _packets_wrong(payload: bytes, expected: int) -> str | None:
+    """What is wrong with a video's packets, from which training decodes; None if nothing is."""
+    packets = vp9_packets(payload)
+    if packets is None:
         return None
-    decoder = frame_decoder(sample.video.codec)
-    found = sum(len(decoder.decode(av.Packet(payload[at : at + size]))) for at, size in sample.packets)
-    expected = sample.video.num_frames
-    return None if found == expected else f"its packets give {found} frames, {expected} are promised"
+    decoder = frame_decoder("vp9")
+    found = sum(len(decoder.decode(av.Packet(payload[at : at + size]))) for at, size in packets)
+    return None if found == len(packets) == expected else f"its packets give {found} frames, {expected} are promised"
 
 
 def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:

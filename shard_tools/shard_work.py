@@ -19,7 +19,8 @@ from tqdm import tqdm
 from shard_tools import ledger, staging
 from shard_tools.command import CommandError
 from shard_tools.executors import WorkerDiedError, run_local
-from shard_tools.frames import BadVideoError, Examined, examine
+from shard_tools.format import Video
+from shard_tools.frames import BadVideoError, probe
 from shard_tools.ledger import Failure
 from shard_tools.plan import Plan, ShardTask
 from shard_tools.sources import Source
@@ -34,13 +35,13 @@ Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[A
 
 @dataclass(frozen=True)
 class PackJob:
-    """What every shard task needs to know. `examine` is a parameter for the sake of tests."""
+    """What every shard task needs to know. `probe` is a parameter for the sake of tests."""
 
     root: Path
     staging: Path
     dataset: str
     encoding: Encoding = SOURCE
-    examine: Callable[[bytes], Examined] = examine
+    probe: Callable[[bytes], Video] = probe
 
 
 def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset()) -> ShardResult:
@@ -74,8 +75,7 @@ def read_source(job: PackJob, source: Source) -> tuple[bytes, Payload]:
     if status.st_size > MAX_MEMBER_BYTES:
         raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
     data = path.read_bytes()
-    video, packets = job.examine(data)
-    payload = make_payload(data, path.suffix[1:].lower(), video, job.encoding, packets)
+    payload = make_payload(data, path.suffix[1:].lower(), job.probe(data), job.encoding)
     if len(payload.data) > MAX_MEMBER_BYTES:
         raise BadVideoError(
             f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"

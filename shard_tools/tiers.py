@@ -21,7 +21,7 @@ import xxhash
 
 from shard_tools.container import Planes, decode_frames, open_video, planes_of
 from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
-from shard_tools.frames import BadVideoError, Packets
+from shard_tools.frames import BadVideoError
 from shard_tools.sources import Source
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
@@ -33,14 +33,13 @@ EXPECTED_GROWTH = {"source": 1, "mjpeg": 8, "y4m": 85}
 class Payload:
     """What goes into the shard: extension without dot, bytes, the video as it then is, and where its frames lie.
 
-    `packets` as `frames.examine` says (source). `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
+    `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
     as 16 hex digits. None where the tier has none.
     """
 
     ext: str
     data: bytes
     video: Video
-    packets: Packets | None = None
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
@@ -55,7 +54,6 @@ class Payload:
             placeholders=source.placeholders,
             source=SourceFile(source.path, len(data), xxhash.xxh3_64_hexdigest(data)),
             video=self.video,
-            packets=self.packets,
             frame_offsets=self.frame_offsets,
             frame_xxh3=self.frame_xxh3,
         )
@@ -81,21 +79,20 @@ class Encoding:
 SOURCE = Encoding()
 
 
-def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding, packets: Packets | None = None) -> Payload:
+def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Payload:
     """The payload of a video file in a tier.
 
     Args:
         data: the file's bytes.
         ext: the file's extension, without dot.
-        video: what `frames.examine` says of it.
-        packets: likewise; tier source keeps them.
+        video: what `frames.probe` says of it.
 
     Raises:
         BadVideoError: the video cannot be decoded to its end, or not stored in this tier.
     """
     assert encoding.tier in TIERS, encoding.tier
     if encoding.tier == "source":
-        return Payload(ext, data, video, packets)
+        return Payload(ext, data, video)
     try:
         pictures = list(_pictures(data, video, encoding.short_side))
     except av.FFmpegError as error:

@@ -14,7 +14,8 @@ from salt_wds.order import sample_rng
 from salt_wds.pixels import yuv_to_rgb
 from salt_wds.views import choose_frames, random_crop
 from shard_tools.format import COLOURS
-from shard_tools.frames import examine, probe
+from shard_tools.frames import probe
+from shard_tools.webm import vp9_packets
 
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
 
@@ -141,9 +142,14 @@ def test_decord_chooses_the_same_pictures_as_pyav(real_clips):
 
 
 def with_packets(payload):
-    video, packets = examine(payload)
-    colour = COLOURS.index((video.matrix, video.range))
-    return VideoInfo(video.num_frames, video.width, video.height, colour, packets)
+    video = probe(payload)
+    assert len(vp9_packets(payload)) == video.num_frames
+    return VideoInfo(video.num_frames, video.width, video.height, COLOURS.index((video.matrix, video.range)))
+
+
+def demuxed(payload):
+    with av.open(io.BytesIO(payload)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
 
 
 def all_pictures(decoder, payload, info, numbers):
@@ -163,7 +169,7 @@ def test_packets_give_the_pictures_that_the_container_gives(real_clips):
     for path in sorted(real_clips.rglob("*.webm")):
         payload = path.read_bytes()
         info = with_packets(payload)
-        assert len(info.packets) == info.num_frames
+        assert [payload[at : at + size] for at, size in vp9_packets(payload)] == demuxed(payload)
         numbers = sorted(rng.choice(info.num_frames, 5, replace=False).tolist())
         assert_same(
             all_pictures(kept, payload, info, numbers), all_pictures(PyavDecoder(), payload, info_of(payload), numbers)
@@ -174,7 +180,7 @@ def test_packets_give_the_pictures_that_the_container_gives(real_clips):
 def test_packets_of_hidden_frames_and_full_chroma(options):
     payload = make_video(96, 64, 40, pix_fmt="yuv444p" if "profile" in options else "yuv420p", options=options)
     info = with_packets(payload)
-    assert info.packets is not None
+    assert [payload[at : at + size] for at, size in vp9_packets(payload)] == demuxed(payload)
     numbers = list(range(0, 40, 3))
     assert_same(
         all_pictures(PyavDecoder(), payload, info, numbers),
@@ -182,15 +188,38 @@ def test_packets_of_hidden_frames_and_full_chroma(options):
     )
 
 
-def test_other_codecs_and_containers_have_no_packets():
-    assert examine(make_video(64, 64, 4, "mpeg4", container="mp4")).packets is None
-    assert examine(make_video(64, 64, 4, "libvpx-vp9", container="mp4")).packets is None
+@pytest.mark.parametrize(
+    ("codec", "container"), [("mpeg4", "mp4"), ("libvpx-vp9", "mp4"), ("libvpx", "webm"), ("ffv1", "matroska")]
+)
+def test_other_codecs_and_containers_are_left_to_the_demuxer(codec, container):
+    assert vp9_packets(make_video(64, 64, 4, codec, container=container)) is None
+
+
+def test_unusual_files_are_left_to_the_demuxer():
+    payload = make_video(64, 64, 8)
+    cluster = payload.index(b"\x1f\x43\xb6\x75")
+    live = payload[: cluster + 4] + b"\x01" + b"\xff" * 7 + payload[cluster + 12 :]
+    for strange in (
+        b"",
+        payload[:40],
+        payload[:-10],
+        payload.replace(b"V_VP9", b"V_VP8"),
+        live,
+        bytes(300),
+        b"\xff" * 300,
+    ):
+        assert vp9_packets(strange) is None
+    rng = np.random.default_rng(0)
+    for _ in range(500):  # whatever is damaged: an answer, and never bytes outside
+        damaged = bytearray(payload)
+        damaged[rng.integers(len(payload))] ^= 1 << rng.integers(8)
+        assert all(at > 0 and at + size <= len(payload) for at, size in vp9_packets(bytes(damaged)) or ())
 
 
 def test_a_kept_decoder_forgets_a_damaged_clip_and_one_that_was_left_early():
     good, other = make_video(64, 64, 12), make_video(96, 48, 12)
     info = with_packets(good)
-    start, size = info.packets[3]
+    start, size = vp9_packets(good)[3]
     damaged = good[:start] + bytes(size) + good[start + size :]
     kept, reference = PyavDecoder(), all_pictures(PyavDecoder(), good, info, [2, 9])
     with pytest.raises((av.FFmpegError, DecodeError)):

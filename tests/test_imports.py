@@ -50,7 +50,7 @@ def test_shard_tools_never_loads_torch(repository):
 
 
 def test_salt_wds_takes_only_the_contract_from_shard_tools(repository):
-    allowed = {"format", "ledger", "command", "container"}
+    allowed = {"format", "ledger", "command", "container", "webm"}
     for path in modules(repository, "salt_wds"):
         for name in imports(path):
             if name.startswith("shard_tools."):

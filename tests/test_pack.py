@@ -119,7 +119,7 @@ def test_a_sample_says_what_the_contract_asks_for(videos: Path, dataset: Path) -
         record = json.load(tar.extractfile(tar.next()))
     row, source = rows[record["key"]], (videos / record["source"]["path"]).read_bytes()
     classes = read_dataset(dataset).classes
-    names = ["key", "split", "label", "label_text", "template", "placeholders", "source", "video", "packets"]
+    names = ["key", "split", "label", "label_text", "template", "placeholders", "source", "video"]
     assert list(record) == names
     assert record["split"] == "train"
     assert (record["label_text"], record["template"]) == (row["label"], row["template"])
@@ -268,11 +268,11 @@ def test_only_bad_videos_are_one_error_line_and_leave_nothing(
     assert pack_here(root) == 0
 
 
-def deadly_probe(payload: bytes) -> frames.Examined:
+def deadly_probe(payload: bytes) -> Video:
     """A decoding library that takes the whole process with it on some files."""
     if payload.startswith(b"deadly"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return frames.examine(payload)
+    return frames.probe(payload)
 
 
 def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_videos: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_video
         path.write_bytes(b"deadly" + bytes(1000))
     sizes = {source.key: (some_videos / source.path).stat().st_size for source in found.sources}
     plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=512 << 10)
-    job = pack.PackJob(some_videos, tmp_path, "x", examine=deadly_probe)
+    job = pack.PackJob(some_videos, tmp_path, "x", probe=deadly_probe)
     results = pack.write_shards(job, plan, sizes, workers=1)
     failures = [failure for result in results.values() for failure in result.failures]
     assert {failure.key for failure in failures} == {path.stem for path in deadly}
@@ -291,10 +291,10 @@ def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_video
     assert sum(result.info.samples for result in results.values() if result.info) == 10 - len(deadly)
 
 
-def fatal_probe(payload: bytes) -> frames.Examined:
+def fatal_probe(payload: bytes) -> Video:
     if payload == b"fatal":
         raise MemoryError
-    return frames.examine(payload)
+    return frames.probe(payload)
 
 
 def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_videos: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_vi
     plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=None)
     (some_videos / plan.tasks[0].sources[7].path).write_bytes(b"fatal")
     with pytest.raises(MemoryError):
-        pack.write_shards(pack.PackJob(some_videos, tmp_path, "x", examine=fatal_probe), plan, sizes, workers=1)
+        pack.write_shards(pack.PackJob(some_videos, tmp_path, "x", probe=fatal_probe), plan, sizes, workers=1)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".train", "train"))]
 
 

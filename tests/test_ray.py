@@ -22,6 +22,7 @@ from conftest import REPOSITORY, RunModule, alive, contents, wait_until
 from shard_tools import frames, pack, ray_executor, staging
 from shard_tools.command import CommandError
 from shard_tools.executors import WorkerDiedError, run_local
+from shard_tools.format import Video
 from shard_tools.plan import make_plan
 from shard_tools.ray_executor import ray_cluster, run_ray
 from shard_tools.sources import find_sources
@@ -124,11 +125,11 @@ def test_few_tasks_are_in_flight(cluster: int, monkeypatch: pytest.MonkeyPatch) 
     assert max(sizes) == 2 * cluster
 
 
-def deadly_probe(payload: bytes) -> frames.Examined:
+def deadly_probe(payload: bytes) -> Video:
     """A decoding library that takes the whole process with it on some files."""
     if payload.startswith(b"deadly"):
         os.abort()
-    return frames.examine(payload)
+    return frames.probe(payload)
 
 
 def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(
@@ -144,7 +145,7 @@ def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(
 
     def packed(name: str, execute: object) -> dict[str, staging.ShardResult]:
         (tmp_path / name / ".packing").mkdir(parents=True)
-        job = pack.PackJob(root, tmp_path / name / ".packing", "x", examine=deadly_probe)
+        job = pack.PackJob(root, tmp_path / name / ".packing", "x", probe=deadly_probe)
         return pack.write_shards(job, plan, sizes, 2, execute)
 
     results = packed("ray", run_ray)

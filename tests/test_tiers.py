@@ -35,8 +35,8 @@ def planes_of(data, format_name=None):
 
 
 def record_of(payload):
-    info = SampleInfo("k", "train", None, None, None, (), SourceFile("k", 1, "0"), payload.video, payload.packets,
-                      payload.frame_offsets, payload.frame_xxh3)  # fmt: skip
+    info = SampleInfo("k", "train", None, None, None, (), SourceFile("k", 1, "0"), payload.video, payload.frame_offsets,
+                      payload.frame_xxh3)  # fmt: skip
     import json
 
     return json.loads(info.to_json())

@@ -375,15 +375,15 @@ def test_an_error_that_stays_is_substituted_and_so_again_after_a_resume(make_con
     undisturbed = take(config, tmp_path / "a.jsonl", 4)
     with monkeypatch.context() as patch:
         failing_reads(patch, 3)
-        first = take(config, tmp_path / "b.jsonl", 3, start=1)
-    assert first != undisturbed[1:]
+        first = take(config, tmp_path / "b.jsonl", 2, start=2)
+    assert first != undisturbed[2:]
     records, _ = ledger.read(tmp_path / "b.jsonl")
-    assert [(f.error, f.action, f.key) for f in records] == [("OSError", "substituted", undisturbed[1][1][0])]
-    assert take(config, tmp_path / "b.jsonl", 3, start=1) == first  # the drive is well now; the run takes the same turn
+    assert [(f.error, f.action, f.key) for f in records] == [("OSError", "substituted", undisturbed[2][1][0])]
+    assert take(config, tmp_path / "b.jsonl", 2, start=2) == first  # the drive is well now; the run takes the same turn
     assert ledger.read(tmp_path / "b.jsonl")[0] == records  # nothing is recorded twice
     assert take(config, tmp_path / "b.jsonl", 4) == undisturbed  # a run from the start is another run
     other = make_config(num_workers=0).model_copy(update={"train": config.train.model_copy(update={"seed": 9})})
-    assert take(other, tmp_path / "b.jsonl", 2, start=1) == take(other, tmp_path / "c.jsonl", 2, start=1)
+    assert take(other, tmp_path / "b.jsonl", 2, start=2) == take(other, tmp_path / "c.jsonl", 2, start=2)
 
 
 def test_a_run_that_an_outage_stopped_goes_on_when_it_is_over(make_config, dataset, tmp_path):

@@ -80,7 +80,7 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
         left = 1 - math.sqrt(done / config.wsd_decay_steps)
     else:
         left = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (end - config.warmup_steps)))
-    return config.min_lr + (config.lr - config.min_lr) * left
+    return min(max(config.lr * left + config.min_lr * (1 - left), config.min_lr), config.lr)  # rounding may overshoot
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -229,6 +229,17 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "rng."))}
 
 
+def load_student(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The state dict of the student in a checkpoint; with `ema` the running mean of its parameters.
+
+    Raises:
+        CommandError: the checkpoint has no such mean.
+    """
+    if ema and not (path / _EMA).exists():
+        raise CommandError(f"{path}: has no {_EMA}; the run keeps a mean only with optim.ema")
+    return load_file(path / (_EMA if ema else _MODEL))
+
+
 def load_ema(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint's ema.safetensors, shared over ranks as `own`.
 

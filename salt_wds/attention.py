@@ -52,7 +52,7 @@ def pinned(name: str | None) -> contextlib.AbstractContextManager[object]:
 
 
 def choose_attention(
-    setting: str, teacher: Stack, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
+    setting: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
     """What `train.attention` means on this device. "auto" times on a GPU, and leaves the choice to torch on a CPU.
 
@@ -60,7 +60,7 @@ def choose_attention(
     of its key here.
 
     Args:
-        teacher: blocks that run forward only.
+        teacher: blocks that run forward only, if there are any.
         student: blocks that run forward and backward: the encoder's, and the predictor's if there is one.
         clips: B of one forward pass.
 
@@ -75,8 +75,9 @@ def choose_attention(
     if not able:
         if setting == "auto":
             return UNPINNED
+        widest = max(filter(None, (teacher, *student)), key=lambda stack: stack.width // stack.heads)
         raise CommandError(
-            f'train.attention = "{setting}": it cannot compute {dtype} heads of {teacher.width // teacher.heads} on this '
+            f'train.attention = "{setting}": it cannot compute {dtype} heads of {widest.width // widest.heads} on this '
             f'{device.type} ({times[setting]}); use "auto"'
         )
     best = [min(able, key=lambda name: able[name][part]) for part in (0, 1)]
@@ -87,18 +88,18 @@ def choose_attention(
     ]
     return Attention(
         *best,
-        f"attention {best[0]} in the teacher, {best[1]} in the student; a step's blocks of teacher + student take "
-        + ", ".join(words),
+        f"attention {f'{best[0]} in the teacher, ' if teacher else ''}{best[1]} in the student; a step's blocks of "
+        "teacher + student take " + ", ".join(words),
     )
 
 
 def _times(
-    name: str, teacher: Stack, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
+    name: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float] | str:
     """Milliseconds a step of teacher (forward) and student (forward and backward); or why it cannot."""
     try:
         return (
-            _milliseconds(name, teacher, clips, dtype, device, backward=False),
+            _milliseconds(name, teacher, clips, dtype, device, backward=False) if teacher else 0.0,
             sum(_milliseconds(name, stack, clips, dtype, device, backward=True) for stack in student),
         )
     except RuntimeError as error:  # torch raises nothing more special where a kernel does not take these inputs

@@ -190,23 +190,46 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         CommandError: there are checkpoints, and all are damaged.
     """
     for path in _all(folder):
-        try:
-            state = json.loads((path / _STATE).read_bytes())
-            claimed = state.pop("xxh3")
-            names = {_MODEL, _TRAINER, *state["files"]}
-            damaged = [name for name in sorted(names) if _fingerprint(path / name) != state["files"][name]]
-            damaged += [_STATE] if claimed != _state_hash(state) or state["step"] != _step(path) else []
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            damaged = [f"{_STATE}: {type(error).__name__}: {error}"]
-        if not damaged:
+        state, damage = _checked(path, _step(path))
+        if state is not None:
             return path, state
-        log.warning("%s: damaged (%s), taking the one before", path, ", ".join(damaged))
+        log.warning("%s: damaged (%s), taking the one before", path, damage)
     if _all(folder):
         raise CommandError(
             f"{folder}: all {len(_all(folder))} checkpoints are damaged, see above; restore one, move them away to start "
             "at step 1, or choose another train.run_dir"
         )
     return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder is that of one checkpoint, whole or not, whatever its name."""
+    return (path / _STATE).is_file() and (path / _MODEL).is_file()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint, whatever its name.
+
+    Raises:
+        CommandError: it is damaged.
+    """
+    state, damage = _checked(path, None)
+    if state is None:
+        raise CommandError(f"{path}: damaged ({damage}); copy the folder again, or take another checkpoint")
+    return state
+
+
+def _checked(path: Path, step: int | None) -> tuple[dict[str, Any] | None, str]:
+    """The state of a checkpoint (of this `step`) if every file is as it was written; otherwise None, and what is wrong."""
+    try:
+        state = json.loads((path / _STATE).read_bytes())
+        claimed = state.pop("xxh3")
+        names = {_MODEL, _TRAINER, *state["files"]}
+        damaged = [name for name in sorted(names) if _fingerprint(path / name) != state["files"][name]]
+        damaged += [_STATE] if claimed != _state_hash(state) or step not in (None, state["step"]) else []
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return None, f"{_STATE}: {type(error).__name__}: {error}"
+    return (None, ", ".join(damaged)) if damaged else (state, "")
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -112,7 +112,8 @@ class DataConfig(Section):
 
 class TeacherConfig(Section):
     weights: Text = "OpenGVLab/VideoMAEv2-Base"
-    """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; or "random"."""
+    """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; folder of an earlier
+    run (its newest checkpoint) or of one of its checkpoints; or "random"."""
     random_width: PositiveInt = 768
     """Token width of a teacher of random weights (weights = "random"); otherwise the weights' own."""
     random_depth: PositiveInt = 12
@@ -269,8 +270,9 @@ class TrainConfig(Section):
 
 
 class Config(Section):
-    objective: Literal["latents"] = "latents"
-    """latents: regress the frozen teacher's tokens (SALT stage 2)."""
+    objective: Literal["latents", "pixels"] = "latents"
+    """latents: regress the frozen teacher's tokens (SALT stage 2); pixels: regress the clip's own patches (SALT stage 1,
+    V-Pixel), which makes a teacher. [teacher] has no effect then, and loss.target_norm = "layer" normalises patches."""
     data: DataConfig
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()

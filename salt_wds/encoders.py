@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from salt_wds import checkpoint
 from salt_wds.config import Config, load_config
+from salt_wds.earlier_run import checkpoint_in, student_in
+from salt_wds.models import build_teacher
 from salt_wds.pixels import to_normalised_rgb
 from salt_wds.student import Student, build_student
-from salt_wds.teacher import load_teacher
 from shard_tools.command import CommandError
 
 
@@ -70,19 +70,11 @@ def student_of(run_dir: Path, device: torch.device, *, ema: bool = False) -> Fro
         CommandError: not a run, or no whole checkpoint (with that mean).
     """
     config = read_run(run_dir)
-    found = checkpoint.newest(run_dir / "checkpoints")
+    found = checkpoint_in(run_dir)
     if found is None:
         raise CommandError(f"{run_dir}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     path, state = found
-    tensors = checkpoint.load_student(path, ema=ema)
-    head = "predictor.head.weight" if config.student.mode == "visible" else "head.weight"
-    student = build_student(
-        config.student.model_copy(update={"pretrained": False}),
-        grid=config.grid,
-        target_width=len(tensors[head]),
-        checkpointing="off",
-    )
-    student.load_state_dict(tensors)
+    student = student_in(path, config, ema=ema)
     return _frozen("student (mean)" if ema else "student", student, config, device, state["step"])
 
 
@@ -103,16 +95,7 @@ def teacher_of(config: Config, device: torch.device) -> FrozenEncoder:
     """
     if config.objective != "latents":
         raise CommandError(f'a run with objective = "{config.objective}" has no teacher')
-    teacher = load_teacher(
-        config.teacher.weights,
-        size=config.data.size,
-        num_frames=config.data.num_frames,
-        random_width=config.teacher.random_width,
-        random_depth=config.teacher.random_depth,
-        random_heads=config.teacher.random_heads,
-    ).to(device)
-    if config.train.precision == "bf16":
-        teacher = teacher.to(torch.bfloat16)  # as in training
+    teacher = build_teacher(config).to(device)
     return FrozenEncoder("teacher", teacher, teacher, teacher.width, config, device)
 
 

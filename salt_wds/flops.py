@@ -58,16 +58,20 @@ class Stack:
 class Workload:
     """The matrix products of one clip's step; K masked tokens, V = N - K visible."""
 
-    teacher: Stack
+    teacher: Stack | None
+    """None where targets are pixels, which cost no product."""
     encoder: Stack
     predictor: Stack | None
     masked: int
+    target_width: int
 
     @property
     def student(self) -> tuple[Stack, ...]:
         return (self.encoder,) if self.predictor is None else (self.encoder, self.predictor)
 
     def teacher_flops(self) -> int:
+        if self.teacher is None:
+            return 0
         return 2 * self.teacher.tokens * _PATCH_VALUES * self.teacher.width + self.teacher.flops()
 
     def student_flops(self) -> int:
@@ -75,7 +79,7 @@ class Workload:
         encoder, predictor = self.encoder, self.predictor
         embedding = 2 * encoder.tokens * _PATCH_VALUES * encoder.width
         last = encoder if predictor is None else predictor
-        rest = encoder.flops() + 2 * self.masked * last.width * self.teacher.width  # the head sees masked tokens only
+        rest = encoder.flops() + 2 * self.masked * last.width * self.target_width  # the head sees masked tokens only
         if predictor is not None:
             rest += 2 * encoder.tokens * encoder.width * predictor.width + predictor.flops()
         return 2 * embedding + 3 * rest
@@ -90,12 +94,12 @@ def workload(config: Config, teacher: nn.Module, student: nn.Module) -> Workload
     masked = num_masked(config.grid, config.mask)
     visible = config.student.mode == "visible"
     encoder, predictor = student.encoder, student.predictor
-    heads = teacher.encoder.config.num_attention_heads
     return Workload(
-        _stack(teacher.encoder.layer, teacher.width, heads, config.num_tokens),
+        _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens) if len(teacher.blocks) else None,
         _stack(encoder.blocks, encoder.width, None, config.num_tokens - masked if visible else config.num_tokens),
         _stack(predictor.blocks, config.student.predictor_width, None, config.num_tokens) if predictor else None,
         masked,
+        teacher.width,
     )
 
 
@@ -139,9 +143,10 @@ class Utilisation:
             if self.peak
             else "no MFU on a CPU"
         )
+        parts = f"teacher {teacher / 1e9:.1f} forward, student" if self.workload.teacher else "no teacher, student"
         return (
-            f"flops     {(teacher + student) / 1e9:.1f} GFLOP a clip: teacher {teacher / 1e9:.1f} forward, student "
-            f"{student / 1e9:.1f} forward and backward; {peak}"
+            f"flops     {(teacher + student) / 1e9:.1f} GFLOP a clip: {parts} {student / 1e9:.1f} forward and backward; "
+            f"{peak}"
         )
 
 

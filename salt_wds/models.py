@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from salt_wds.config import Config
+from salt_wds.earlier_run import load_run_teacher
+from salt_wds.patches import PixelTargets
 from salt_wds.student import build_student
 from salt_wds.teacher import load_teacher
 from shard_tools.command import CommandError
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,6 +37,7 @@ class Models:
     """The two networks, on the device."""
 
     teacher: nn.Module
+    """Of one interface, a `Teacher` (published weights), a `RunTeacher` (an earlier run's) or `PixelTargets` (none)."""
     student: nn.Module
 
 
@@ -40,17 +47,30 @@ def build_models(config: Config, device: torch.device) -> Models:
     Raises:
         CommandError: weights missing or of another layout, or sizes that do not fit each other.
     """
-    data, teacher_config = config.data, config.teacher
-    teacher = load_teacher(
-        teacher_config.weights,
-        size=data.size,
-        num_frames=data.num_frames,
-        random_width=teacher_config.random_width,
-        random_depth=teacher_config.random_depth,
-        random_heads=teacher_config.random_heads,
-    )
-    if config.train.precision == "bf16":
-        teacher = teacher.to(torch.bfloat16)  # it is never updated, so it needs no fp32 master copy
+    teacher = PixelTargets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
     # Checkpointing is set with the step, which may have to measure it first (tuning).
     student = build_student(config.student, grid=config.grid, target_width=teacher.width, checkpointing="off")
     return Models(teacher.to(device), student.to(device).train())
+
+
+def build_teacher(config: Config) -> nn.Module:
+    """The frozen teacher of a run on latents, on the CPU, in the precision it trains with.
+
+    Raises:
+        CommandError: weights missing or of another layout, or sizes that do not fit each other.
+    """
+    found = load_run_teacher(Path(config.teacher.weights).expanduser(), config)
+    if found is not None:
+        teacher, origin = found
+        log.info("teacher: %s", origin)
+    else:
+        teacher = load_teacher(
+            config.teacher.weights,
+            size=config.data.size,
+            num_frames=config.data.num_frames,
+            random_width=config.teacher.random_width,
+            random_depth=config.teacher.random_depth,
+            random_heads=config.teacher.random_heads,
+        )
+    # It is never updated, so it needs no fp32 master copy.
+    return teacher.to(torch.bfloat16) if config.train.precision == "bf16" else teacher

@@ -99,7 +99,6 @@ def describe(
     device, data = world.device, config.data
     t, h, w = config.grid
     gpu = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
-    teacher_count = sum(p.numel() for p in models.teacher.parameters())
     student_count = sum(p.numel() for p in models.student.parameters())
     return [
         f"run       {config.train.run_dir}, steps {start + 1} to {config.train.steps}, seed {config.train.seed}",
@@ -111,7 +110,15 @@ def describe(
         f"{data.batch_size // world.size // count_parts(config, world.size)} at a time",
         f"clips     {config.data.num_frames} frames of {config.data.size} at stride {config.data.frame_stride}: "
         f"{t} x {h} x {w} = {config.num_tokens} tokens, {config.mask.kind} masks of {config.mask.ratio:.0%}",
-        f"teacher   {config.teacher.weights}, {teacher_count / 1e6:.1f} M parameters, frozen",
+        _describe_targets(config, models),
         f"student   {config.student.arch}, mode {config.student.mode}, {student_count / 1e6:.1f} M parameters",
         *(f"optimiser AdamW fused, lr {config.optim.lr:g}, group {line}" for line in describe_groups(optimizer)),
     ]
+
+
+def _describe_targets(config: Config, models: Models) -> str:
+    if config.objective == "pixels":
+        norm = "each normalised" if config.loss.target_norm == "layer" else "not normalised"
+        return f"targets   pixels of masked patches, {models.teacher.width} values each, {norm}; no teacher (stage 1)"
+    count = sum(p.numel() for p in models.teacher.parameters())
+    return f"teacher   {config.teacher.weights}, {count / 1e6:.1f} M parameters, frozen"

@@ -1,6 +1,6 @@
 """The forward and backward pass of one batch, compiled as far as the machine allows.
 
-    uint8 YUV clips -> RGB -> teacher (no gradient)           -> targets at masked places
+    uint8 YUV clips -> RGB -> teacher (no gradient), or pixels -> targets at masked places
     uint8 YUV clips -> RGB -> student, masked loss -> gradients
 
 Two compiled parts, because one with both would hand the teacher to the partitioner of the backward pass, too. Each
@@ -37,7 +37,7 @@ class Forward:
     """
 
     targets: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(clips, colour, mask) -> the teacher's tokens at masked places (B, K, D), as the teacher gives them."""
+    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked places (B, K, D), as the teacher gives them."""
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
     """(clips, colour, mask, targets) -> loss and stats of the student."""
 
@@ -50,12 +50,14 @@ def make_forward(
     `r2_position`, and `position_sums` for its `advance`."""
     num_visible = config.num_tokens - num_masked(config.grid, config.mask)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    # bf16 would round pixels to about the steps of the 8-bit video, and normalising a plain patch would blow that up.
+    target_dtype = torch.float32 if config.objective == "pixels" else dtype
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def targets(clips: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
-        video = to_normalised_rgb(clips, colour, config.data.size, dtype)  # (B, 3, T, S, S)
+        video = to_normalised_rgb(clips, colour, config.data.size, target_dtype)  # (B, 3, T, S, S)
         with autocast():
             return gather_tokens(teacher(video), mask[:, num_visible:].long())
 

@@ -114,6 +114,14 @@ class Teacher(nn.Module):
         tokens = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         return self.encoder(tokens + self.positions).last_hidden_state
 
+    @property
+    def blocks(self) -> nn.Module:
+        return self.encoder.layer
+
+    @property
+    def heads(self) -> int:
+        return self.encoder.config.num_attention_heads
+
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode, also as part of a model that is set to training."""
         return super().train(False)
@@ -183,7 +191,9 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
     if path.is_dir():
         file = next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
         if file is None:
-            raise CommandError(f"{path}: expected {' or '.join(_WEIGHT_FILES)} in this folder (teacher.weights)")
+            raise CommandError(
+                f"{path}: expected {' or '.join(_WEIGHT_FILES)} in this folder, or a run with checkpoints (teacher.weights)"
+            )
     elif path.is_file():
         file = path
     elif _HUB_NAME.fullmatch(weights) and path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
@@ -191,7 +201,7 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
     else:
         raise CommandError(
             f"teacher.weights = {weights!r}: no such file or folder; give a folder with config.json and "
-            "model.safetensors, a .safetensors or .pth file, a hub name (OWNER/NAME), or random"
+            "model.safetensors, a .safetensors or .pth file, the folder of a run, a hub name (OWNER/NAME), or random"
         )
     config_file = file.parent / "config.json"
     return file, config_file if config_file.is_file() else None

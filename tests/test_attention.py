@@ -116,6 +116,14 @@ def test_the_fastest_of_each_network_wins(monkeypatch):
     assert found.line.endswith("flash 1.0 + 9.0 ms, cudnn 2.0 + 5.0 ms, efficient cannot (no kernel)")
 
 
+def test_without_a_teacher_only_the_student_is_timed_and_told(small):
+    found = choose_attention("flash", None, [STACK], 2, torch.float32, CPU)
+    assert found.student == "flash"
+    assert found.line.startswith("attention flash in the student; ")
+    config, models = small("train.attention=math", "objective=pixels")
+    assert tuned_step(config, models, CPU, 2).lines[0].startswith("attention math in the student; ")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_are_timed_on_a_gpu():
     stack = Stack(1568, 768, 2, 12, 12 * 768 * 768)

@@ -71,7 +71,7 @@ def test_resolved_configuration_reads_back_equal(write):
         ("optim.min_lr=1", "optim.min_lr: must not exceed lr"),
         ("mask.ratio=1.0", "mask.ratio: Input should be less than 1"),
         ("train.compile=fast", "train.compile: Input should be 'max-autotune'"),
-        ("objective=pixel", "objective: Input should be 'latents'"),
+        ("objective=pixel", "objective: Input should be 'latents' or 'pixels'"),
         ("data.crop_scale=[0.9, 0.5]", "data.crop_scale: must be [least, most]"),
     ],
 )

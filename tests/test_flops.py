@@ -46,6 +46,7 @@ def counted(config, models: Models, targets: torch.Tensor | None = None) -> int:
         {"student__mode": "dense"},
         {"mask__ratio": 0.5, "mask__kind": "random", "student__depth": 2},
         {"student__heads": 4, "student__predictor_depth": 5, "data__num_frames": 4},
+        {"objective": "pixels"},
     ],
     ids=str,
 )
@@ -68,15 +69,15 @@ def test_base_is_what_the_design_says():
     """ViT-B at 1568 tokens: 361 GFLOP a forward pass; about 930 a clip in visible mode and 1450 in dense mode."""
     vit_b, predictor = 4 * 768**2 + 8 * 768**2, 12 * 384**2
     teacher = Stack(1568, 768, 12, 12, vit_b)
-    visible = Workload(teacher, Stack(392, 768, 12, 12, vit_b), Stack(1568, 384, 12, 6, predictor), 1176)
-    dense = Workload(teacher, teacher, None, 1176)
+    visible = Workload(teacher, Stack(392, 768, 12, 12, vit_b), Stack(1568, 384, 12, 6, predictor), 1176, 768)
+    dense = Workload(teacher, teacher, None, 1176, 768)
     assert teacher.flops() / 1e9 == pytest.approx(361, rel=0.02)
     assert visible.flops() / 1e9 == pytest.approx(930, rel=0.02)
     assert dense.flops() / 1e9 == pytest.approx(1450, rel=0.02)
 
 
 def test_mfu_by_hand():
-    work = Workload(Stack(10, 8, 0, 1, 0), Stack(10, 8, 0, 1, 0), None, 5)
+    work = Workload(Stack(10, 8, 0, 1, 0), Stack(10, 8, 0, 1, 0), None, 5, 8)
     a_clip = 3 * (2 * 10 * 1536 * 8) + 3 * (
         2 * 5 * 8 * 8
     )  # teacher and student embed, the student backwards, too; head

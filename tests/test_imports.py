@@ -21,6 +21,7 @@ LEAVES = {
     "shared",
     "profiling",
     "ema",
+    "patches",
 }
 
 

@@ -27,10 +27,12 @@ from salt_wds.batches import Batch
 from salt_wds.config import Config, load_config
 from salt_wds.distributed import RankLost, StopSignals, World, clip_gradients, join, leave, shard_model
 from salt_wds.ema import Ema
+from salt_wds.history import record_end, record_start
 from salt_wds.loader import Loader
 from salt_wds.metrics import Clock, Meter, RunLog, peak_memory_gb, read_metrics, summary
 from salt_wds.models import Models, build_models, pick_device
 from salt_wds.optim import build_optimizer, learning_rate, set_learning_rate
+from salt_wds.pictures import write_first_batch
 from salt_wds.policy import LoaderStopped
 from salt_wds.profiling import StepProfiler
 from salt_wds.progress import InputBound, Progress
@@ -120,8 +122,12 @@ def _train(config: Config, world: World, resume: bool, dry_run: bool) -> int:
     )  # fmt: skip
     if world.first:
         print("\n".join(tuned.lines), flush=True)
+        record_start(run_dir, start, world, loader, [*lines, *tuned.lines])
     forward_backward = Accumulation(tuned.step, network, parts)
-    return _Trainer(config, world, loader, models.student, optimizer, forward_backward, tuned, readings, state).run()
+    code = _Trainer(config, world, loader, models.student, optimizer, forward_backward, tuned, readings, state).run()
+    if world.first:
+        record_end(run_dir, code)
+    return code
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,9 @@ class _Trainer:
         return held_out
 
     def trace(self, batch: Batch) -> None:
-        """The keys of the global batch, if they are asked for."""
+        """The first batch as a picture, while the device is at work on it; the keys of each, if they are asked for."""
+        if self.step == 1 and self.world.first:
+            write_first_batch(self.run_dir, self.config, batch, self.loader.catalog.classes)
         if self.config.train.trace_samples:
             keys = [key for keys in self.world.gather(batch["keys"]) for key in keys]
             if self.log is not None:

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ import numpy as np
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from salt_wds.catalog import Catalog, open_catalog
-from salt_wds.decode import Decoder, VideoInfo, get_decoder, write_clip
-from salt_wds.order import Order, sample_rng
+from salt_wds.catalog import Catalog, Row, open_catalog
+from salt_wds.clip_writer import ClipWriter, Crop
+from salt_wds.decode import Decoder, VideoInfo, get_decoder
+from salt_wds.order import Order, Place, sample_rng
 from salt_wds.reader import Reader
 from salt_wds.views import choose_frames, random_crop
 from shard_tools.container import decode_frames, open_video
@@ -42,7 +43,7 @@ from shard_tools.tiers import to_jpeg_colour
 FRAMES, STRIDE, SIZE, SCALE, RATIO = 16, 2, 224, (0.5, 1.0), (3 / 4, 4 / 3)
 LEAST = {"mjpeg": 3.0, "y4m": 12.0}
 LEAST_DB = 40.0
-_WINDOW, _SEED = 16, 0
+_WINDOW, _SEED, _BATCH = 16, 0, 64
 
 
 def main() -> int:
@@ -82,7 +83,9 @@ class Lane:
     order: Order
     reader: Reader
     decoder: Decoder
+    writer: ClipWriter
     out: np.ndarray  # (T, S*S*3/2) uint8
+    requests: list[tuple[Place, Row, np.ndarray, Crop]] = field(default_factory=list)
     position: int = 0
     wall: float = 0.0
     cpu: float = 0.0
@@ -90,18 +93,24 @@ class Lane:
 
     def clip(self) -> None:
         """The next clip, as salt_wds.pipeline makes it."""
-        rng = sample_rng(_SEED, self.position)
-        place = self.order.locate(self.position)
-        row = self.catalog.row(*place)
-        frames = choose_frames(row.num_frames, FRAMES, STRIDE, rng)
-        numbers = np.unique(frames).tolist()
+        if not self.requests:
+            self.requests = [self.request(self.position + number) for number in range(_BATCH)]
+        place, row, frames, crop = self.requests.pop(0)
+        numbers = sorted(set(frames.tolist()))
         started = time.perf_counter()
         record, payload = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
         info = VideoInfo(row.num_frames, row.width, row.height, colour(record))
-        crop = random_crop(row.width, row.height, SCALE, RATIO, flip=False, rng=rng)
-        write_clip(self.decoder(payload, info, numbers).pictures, frames, crop, SIZE, self.out)
+        self.writer.write(self.decoder(payload, info, numbers).pictures, frames, crop, self.out)
         self.position += 1
+
+    def request(self, position: int) -> tuple[Place, Row, np.ndarray, Crop]:
+        """What is wanted at a position; a worker asks so for all of a batch, to announce them to the kernel."""
+        rng = sample_rng(_SEED, position)
+        place = self.order.locate(position)
+        row = self.catalog.row(*place)
+        frames = choose_frames(row.num_frames, FRAMES, STRIDE, rng)
+        return place, row, frames, random_crop(row.width, row.height, SCALE, RATIO, flip=False, rng=rng)
 
     def work(self, seconds: float) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -119,10 +128,10 @@ def measure(work: Path, seconds: float, turn: float) -> dict[str, Any]:
         order = Order(catalog.part_samples[0], _WINDOW, _SEED)
         out = np.empty((FRAMES, SIZE * SIZE * 3 // 2), np.uint8)
         [ext] = catalog.extensions
-        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder("pyav", ext), out)
+        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder("pyav", ext), ClipWriter(SIZE), out)
         for _ in range(3):  # first calls set up what later ones find ready
             lanes[tier].clip()
-        lanes[tier].reading, lanes[tier].position = 0.0, 0
+        lanes[tier].reading, lanes[tier].position, lanes[tier].requests = 0.0, 0, []
     while any(lane.wall < seconds for lane in lanes.values()):
         for lane in lanes.values():
             lane.work(turn)

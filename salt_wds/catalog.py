@@ -37,7 +37,7 @@ class Row:
     height: int
 
 
-_NUMBERS = np.dtype(
+_NUMBERS = np.dtype(  # as in Row, and after them the extension's number
     [
         ("label", "i4"),  # -1: none
         ("json_offset", "i8"),
@@ -112,9 +112,8 @@ class Catalog:
 
     def row(self, shard: int, row: int) -> Row:
         """The index row of a sample."""
-        fields = self.table.array[self.first[shard] + row]
-        values = {name: fields[name].item() for name in _NUMBERS.names if name != "ext"}
-        return Row(key=fields["key"].decode(), ext=self.extensions[fields["ext"]], **values)
+        *numbers, ext, key = self.table.array[self.first[shard] + row].item()
+        return Row(key.decode(), self.extensions[ext], *numbers)
 
 
 def open_catalog(folders: Sequence[Path], split: str) -> Catalog:

@@ -1,14 +1,9 @@
-"""Payload bytes -> the YUV clip a batch holds: decode the wanted frames, crop and resize them plane by plane.
-
-A clip is (T, S*S*3//2) uint8: for each frame the planes Y (S x S), U and V (S/2 x S/2) one after the other, 1.5 bytes
-a pixel. Nothing is converted to RGB or float here: the device does that far faster, and batches stay small.
-"""
+"""Payload bytes -> pictures: decode the wanted frames of a sample, to YUV planes."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,17 +25,6 @@ class DecodeError(Exception):
 
 
 @dataclass(frozen=True)
-class Crop:
-    """The part of a frame that becomes the clip, in pixels of the source, even so that chroma stays aligned."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    flip: bool
-
-
-@dataclass(frozen=True)
 class VideoInfo:
     """What decoding needs to know in advance: frames, size in pixels.
 
@@ -56,7 +40,7 @@ class VideoInfo:
 class Decoded(NamedTuple):
     """Colour of the pictures (index into format.COLOURS), and one picture for each wanted frame as they are decoded.
 
-    A picture may be a view that is valid until the next one is asked for.
+    A picture is valid until clip_writer.AT_ONCE - 1 more were taken.
     """
 
     colour: int
@@ -178,7 +162,7 @@ def _rgb_to_planes(picture: np.ndarray) -> Planes:
     """(H, W, 3) RGB to Y, U, V; an odd side is continued by one pixel for the sake of chroma."""
     height, width = picture.shape[:2]
     even = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-    return _i420_planes(cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420).reshape(-1), even.shape[1], even.shape[0])
+    return _i420_planes(cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420), even.shape[1], even.shape[0])
 
 
 # --- frame tiers: only the wanted frames were read ----------------------------------------------------------------
@@ -211,59 +195,15 @@ class MjpegDecoder:
 def decode_y4m(payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
     """Views into the bytes of raw frames: nothing to decode."""
     assert info.colour is not None
-    frames = (np.frombuffer(frame, np.uint8) for frame in payload)
-    return Decoded(info.colour, (_i420_planes(frame, info.width, info.height) for frame in frames))
+    return Decoded(info.colour, (_i420_planes(frame, info.width, info.height) for frame in payload))
 
 
-def _i420_planes(data: np.ndarray, width: int, height: int) -> Planes:
+def _i420_planes(frame: bytes | memoryview, width: int, height: int) -> Planes:
     """The three planes in the bytes of a frame."""
     rows, columns = (height + 1) // 2, (width + 1) // 2
     luma, chroma = width * height, rows * columns
-    u, v = data[luma : luma + chroma], data[luma + chroma : luma + 2 * chroma]
-    return data[:luma].reshape(height, width), u.reshape(rows, columns), v.reshape(rows, columns)
-
-
-# --- the clip -----------------------------------------------------------------------------------------------------
-
-
-def write_clip(pictures: Iterator[Planes], frames: np.ndarray, crop: Crop, size: int, out: np.ndarray) -> float:
-    """Crop and resize each picture into its place in `out`, (T, S*S*3//2) uint8; the seconds that took, decoding apart.
-
-    Args:
-        pictures: one for each different number in `frames`.
-        frames: (T,) frame numbers, ascending; a repeated one has the same picture.
-    """
-    begins = np.flatnonzero(np.diff(frames, prepend=-1)).tolist()  # places where another frame begins
-    planes_out = _plane_views(out, size)
-    parts = (
-        (slice(crop.y, crop.y + crop.height), slice(crop.x, crop.x + crop.width)),
-        *2 * ((_half(crop.y, crop.height), _half(crop.x, crop.width)),),
+    return (
+        np.frombuffer(frame, np.uint8, luma).reshape(height, width),
+        np.frombuffer(frame, np.uint8, chroma, luma).reshape(rows, columns),
+        np.frombuffer(frame, np.uint8, chroma, luma + chroma).reshape(rows, columns),
     )
-    shrinks = crop.height > 2 * size or crop.width > 2 * size
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR  # bilinear aliases where it shrinks to less than half
-    seconds = 0.0
-    for begin, end in zip(begins, [*begins[1:], len(frames)], strict=True):
-        picture = next(pictures, None)
-        if picture is None:
-            raise DecodeError(f"no picture for frame {frames[begin]}")
-        started = time.perf_counter()
-        for plane, part, target in zip(picture, parts, planes_out, strict=True):
-            cv2.resize(plane[part], target.shape[2:0:-1], dst=target[begin], interpolation=method)
-            if crop.flip:
-                target[begin] = target[begin, :, ::-1].copy()
-        out[begin + 1 : end] = out[begin]
-        seconds += time.perf_counter() - started
-    return seconds
-
-
-def _half(start: int, length: int) -> slice:
-    return slice(start // 2, start // 2 + (length + 1) // 2)
-
-
-def _plane_views(out: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Y (T, S, S), U and V (T, S/2, S/2) of a clip, as views."""
-    half = size // 2
-    y, u, v = np.split(out, [size * size, size * size + half * half], axis=1)
-    views = y.reshape(-1, size, size), u.reshape(-1, half, half), v.reshape(-1, half, half)
-    assert all(np.may_share_memory(view, out) for view in views)  # a copy would be written in vain
-    return views

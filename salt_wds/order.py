@@ -7,6 +7,7 @@ workers or prefetching, so neither does the content of a batch, and any position
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -40,11 +41,12 @@ class Order:
         self._window = window
         self._seed = seed
         self.num_shards = len(self._samples)
+        self._ends = np.cumsum(self._samples)
         self.samples_per_epoch = int(self._samples.sum())
         if self.samples_per_epoch == 0:
             raise ValueError("a split without samples has no order")
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._permutation = lru_cache(maxsize=4)(self._make_permutation)
+        self._in_window = lru_cache(maxsize=4)(self._make_window)
 
     def epoch(self, position: int) -> int:
         """The epoch a position belongs to, from 0."""
@@ -53,22 +55,15 @@ class Order:
     def locate(self, position: int) -> Place:
         """The sample at a position (from 0, endless)."""
         epoch, offset = divmod(position, self.samples_per_epoch)
-        shards, window_starts = self._epoch(epoch)
-        window = int(np.searchsorted(window_starts, offset, side="right")) - 1
-        members = shards[window * self._window : (window + 1) * self._window]
-        permutation = self._permutation(epoch, window, int(self._samples[members].sum()))
-        return self._in_shards(members, int(permutation[offset - window_starts[window]]))
+        starts = self._epoch(epoch)[1]
+        window = bisect.bisect(starts, offset) - 1
+        shards, ends, permutation = self._in_window(epoch, window)
+        return _among(shards, ends, int(permutation[offset - starts[window]]))
 
     def substitute(self, position: int, attempt: int) -> Place:
         """The sample that takes the place of a failed one: any sample, drawn by (seed, position, attempt)."""
         rng = np.random.default_rng([self._seed, _SUBSTITUTE, position, attempt])
-        return self._in_shards(np.arange(len(self._samples)), int(rng.integers(self.samples_per_epoch)))
-
-    def _in_shards(self, shards: np.ndarray, number: int) -> Place:
-        """The `number`-th sample of the given shards laid end to end."""
-        ends = np.cumsum(self._samples[shards])
-        at = int(np.searchsorted(ends, number, side="right"))
-        return Place(int(shards[at]), number - int(ends[at] - self._samples[shards[at]]))
+        return _among(range(self.num_shards), self._ends, int(rng.integers(self.samples_per_epoch)))
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of shards, and the offset in the epoch at which each window starts."""
@@ -77,8 +72,18 @@ class Order:
         starts = np.concatenate(([0], np.cumsum(self._samples[shards])[:-1]))
         return shards, starts[:: self._window]
 
-    def _make_permutation(self, epoch: int, window: int, size: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, _WINDOW, epoch, window]).permutation(size)
+    def _make_window(self, epoch: int, window: int) -> tuple[Sequence[int], Sequence[int], np.ndarray]:
+        """The shards of a window, where each ends when they are laid end to end, and the permutation of their samples."""
+        shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
+        ends = np.cumsum(self._samples[shards])
+        permutation = np.random.default_rng([self._seed, _WINDOW, epoch, window]).permutation(int(ends[-1]))
+        return shards.tolist(), ends.tolist(), permutation
+
+
+def _among(shards: Sequence[int], ends: Sequence[int], number: int) -> Place:
+    """The `number`-th sample of shards that are laid end to end, and end there."""
+    at = bisect.bisect(ends, number)
+    return Place(shards[at], number - int(ends[at - 1] if at else 0))
 
 
 class Mixture:
@@ -161,8 +166,7 @@ class InOrder:
         return self._place(int(rng.integers(self._ends[-1])))
 
     def _place(self, number: int) -> Place:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return Place(shard, number - int(self._ends[shard - 1] if shard else 0))
+        return _among(range(len(self._ends)), self._ends, number)
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:

@@ -21,8 +21,9 @@ import torch
 import webdataset as wds
 
 from salt_wds.catalog import Catalog, Row
+from salt_wds.clip_writer import ClipWriter
 from salt_wds.config import DataConfig, MaskConfig
-from salt_wds.decode import VideoInfo, get_decoder, write_clip
+from salt_wds.decode import VideoInfo, get_decoder
 from salt_wds.order import InOrder, Mixture, Order, sample_rng
 from salt_wds.reader import HashMismatchError, Reader
 from salt_wds.shared import SharedArray
@@ -191,6 +192,7 @@ class SamplePipeline:
         self._spec = spec
         self._order = make_order(spec.catalog, spec.data, spec.seed, spec.views)
         self._decoders = {ext: get_decoder(spec.data.decoder, ext) for ext in spec.catalog.extensions}
+        self._clip_writer = ClipWriter(spec.data.size)
         self._reader = Reader(spec.catalog, spec.data.read_retries)
         self._status = spec.in_flight.array[self.worker]
         self._status[0] = os.getpid()
@@ -221,7 +223,7 @@ class SamplePipeline:
             "row": row,
             "rng": rng,
             "frames": frames,
-            "numbers": np.unique(frames).tolist(),
+            "numbers": sorted(set(frames.tolist())),
             "crop": crop,
         }
 
@@ -297,7 +299,7 @@ class SamplePipeline:
         payload = sample.pop("payload")
         reading = None if isinstance(payload, bytes) else _Timed(payload)
         decoded = self._decoders[row.ext](reading or payload, info, sample["numbers"])
-        cropping = write_clip(decoded.pictures, sample["frames"], sample["crop"], self._spec.data.size, sample["clip"])
+        cropping = self._clip_writer.write(decoded.pictures, sample["frames"], sample["crop"], sample["clip"])
         self.seconds["crop"] += cropping
         self.seconds["decode"] -= cropping
         if reading is not None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from salt_wds.catalog import Catalog, Row
+from salt_wds.clip_writer import AT_ONCE
 from shard_tools.format import FRAME_TIERS, Y4M_FRAME_MARK, frame_span, y4m_frame_bytes
 
 # What a drive or a file server may get over; a missing file or a permission stays as it is.
@@ -49,7 +50,8 @@ class Reader:
         self.bytes_read = 0
         self._byte = bytearray(1)
         self._retried: Exception | None = None
-        self._buffer = bytearray()  # of a frame: fresh memory for each costs more than reading it
+        # Of frames, in turn: fresh memory for each costs more than reading it.
+        self._buffers = [bytearray() for _ in range(AT_ONCE)]
 
     def announce(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
         """Tell the kernel which bytes are wanted soon, so that the drive's queue is full while we decode."""
@@ -66,7 +68,7 @@ class Reader:
         """The content of a sample's JSON (empty without one), and the payload, their bytes checked.
 
         The payload is the whole file. Of the frame tiers it is the bytes of each wanted frame, read when it is asked for
-        and valid until the next is: so they are still in the processor's cache when they are used.
+        and valid until AT_ONCE - 1 more were: so they are still in the processor's cache when they are used.
 
         Args:
             numbers: the wanted frames, ascending, each once; only frame tiers make use of them.
@@ -130,25 +132,30 @@ class Reader:
 
     def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[memoryview]:
         for number in numbers:
-            start, end = frame_span(record, number, row.payload_size)
-            expected = int(record["frame_xxh3"][number], 16)
-            yield self._repeated(shard, functools.partial(self._frame, shard, row, number, start, end, expected))
+            yield self._repeated(shard, functools.partial(self._frame, shard, row, record, number))
 
-    def _frame(self, shard: int, row: Row, number: int, start: int, end: int, expected: int) -> memoryview:
-        if end - start > len(self._buffer):
-            self._buffer = bytearray(end - start)
-        picture = memoryview(self._buffer)[: end - start]
+    def _frame(self, shard: int, row: Row, record: dict[str, Any], number: int) -> memoryview:
+        start, end = frame_span(record, number, row.payload_size)
+        buffer = self._buffers.pop(0)
+        if end - start > len(buffer):
+            buffer = bytearray(end - start)
+        self._buffers.append(buffer)
+        picture = memoryview(buffer)[: end - start]
         got = os.preadv(self._file(shard), [picture], row.payload_offset + start)
         self.bytes_read += got
-        self._check(shard, row, f"{row.ext} frame {number}", picture[:got], expected)
+        if got != end - start or xxhash.xxh3_64_hexdigest(picture) != record["frame_xxh3"][number]:
+            raise self._mismatch(shard, row, f"{row.ext} frame {number}")
         return picture
 
     def _check(self, shard: int, row: Row, what: str, data: bytes | memoryview, expected: int) -> None:
         if xxhash.xxh3_64_intdigest(data) != expected:
-            raise HashMismatchError(
-                f"{row.key}.{what}: its bytes are not those that were packed; "
-                f"check: python -m shard_tools.verify {self._catalog.part(shard).folder}"
-            )
+            raise self._mismatch(shard, row, what)
+
+    def _mismatch(self, shard: int, row: Row, what: str) -> HashMismatchError:
+        return HashMismatchError(
+            f"{row.key}.{what}: its bytes are not those that were packed; "
+            f"check: python -m shard_tools.verify {self._catalog.part(shard).folder}"
+        )
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         data = os.pread(self._file(shard), size, offset)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from salt_wds.clip_writer import Crop
 from salt_wds.config import DataConfig
-from salt_wds.decode import Crop
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def random_crop(
     """
     mirrored = flip and bool(rng.integers(2))
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** rng.random()
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

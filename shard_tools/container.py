@@ -10,6 +10,8 @@ import numpy as np
 
 # Left to itself FFmpeg also takes still pictures for videos, and playlists, which open other files.
 _OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv"}
+# The inverse DCT of Xvid is as exact as FFmpeg's own (IEEE 1180; one level apart in one of a hundred pixels), and faster.
+_DECODER_OPTIONS = {"mjpeg": {"idct": "xvid"}}
 _BT709 = 1  # AVCOL_SPC_BT709
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
@@ -45,6 +47,7 @@ def decode_frames(container: av.container.InputContainer) -> Iterator[av.VideoFr
 def frame_decoder(codec: str) -> av.VideoCodecContext:
     """A decoder for frames that are found without a container, in one thread."""
     decoder = av.CodecContext.create(codec, "r")
+    decoder.options = _DECODER_OPTIONS.get(codec, {})
     decoder.thread_type = "NONE"
     decoder.thread_count = 1
     return decoder
@@ -58,8 +61,11 @@ def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) 
     if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
         format_name = "yuvj420p" if colour_range == "full" else "yuv420p"
         frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA")
-    chroma = (height + 1) // 2, (width + 1) // 2
-    return tuple(  # type: ignore[return-value]
-        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns]
-        for plane, (rows, columns) in zip(frame.planes, ((height, width), chroma, chroma), strict=True)
-    )
+    y, u, v = frame.planes
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    return _samples(y, height, width), _samples(u, rows, columns), _samples(v, rows, columns)
+
+
+def _samples(plane: av.video.plane.VideoPlane, rows: int, columns: int) -> np.ndarray:
+    """A plane without the padding of its rows: a view."""
+    return np.ndarray((rows, columns), np.uint8, plane, strides=(plane.line_size, 1))

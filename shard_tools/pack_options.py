@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shard_tools.format import TIERS
 from shard_tools.plan import MIB, auto_shard_bytes
-from shard_tools.tiers import BEST_QUALITY, WORST_QUALITY
+from shard_tools.tiers import BEST_QUALITY, LEAST_PSNR_DB, WORST_QUALITY
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": MIB, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -40,8 +40,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quality",
         type=_quality,
-        default=BEST_QUALITY,
-        help=f"of mjpeg: FFmpeg's qscale, {BEST_QUALITY} (best, the default) to {WORST_QUALITY}",
+        default=None,
+        help=f"of mjpeg: FFmpeg's qscale, {BEST_QUALITY} (best) to {WORST_QUALITY}, or auto (the default): for each video the "
+        f"coarsest that keeps every frame within {LEAST_PSNR_DB:g} dB of what was decoded",
     )
     parser.add_argument(
         "--short-side",
@@ -127,9 +128,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _quality(text: str) -> int:
+def _quality(text: str) -> int | None:
+    if text == "auto":
+        return None
     if not text.isdecimal() or not BEST_QUALITY <= int(text) <= WORST_QUALITY:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {BEST_QUALITY} to {WORST_QUALITY}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {BEST_QUALITY} to {WORST_QUALITY}, nor auto")
     return int(text)
 
 

@@ -254,7 +254,7 @@ class DamagedShard:
         if (row["width"], row["height"]) != (video.width, video.height):
             shorter = min(row["width"], row["height"])
             sides = [shorter, shorter - 1, shorter + 1]  # sides are rounded to even numbers
-        qualities = range(BEST_QUALITY, WORST_QUALITY + 1) if tier == "mjpeg" else (BEST_QUALITY,)
+        qualities = (None, *range(BEST_QUALITY, WORST_QUALITY + 1)) if tier == "mjpeg" else (None,)
         return [Encoding(tier, quality, side) for quality in qualities for side in sides]
 
 

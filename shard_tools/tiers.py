@@ -19,14 +19,19 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.container import Planes, decode_frames, open_video, planes_of
+from shard_tools.container import Planes, decode_frames, frame_decoder, open_video, planes_of
 from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.frames import BadVideoError
 from shard_tools.sources import Source
 
-BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale; 2 gives 45-48 dB luma PSNR on clips of 240 lines
+BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
+# Left to choose, the coarsest quality is taken that keeps every plane of every frame this close to what was decoded: a
+# decoder's time goes with the coefficients it finds. 41 dB leaves 1 dB to what is promised, for other decoders' rounding.
+LEAST_PSNR_DB = 41.0
+_COARSEST = 8  # that is chosen
+_LOOK_EVERY = 8  # frames; a quality that fails these is not tried on all
 # Bytes of a tier over bytes of the source, for clips as in Something-Something-v2: what planning shards takes for sizes.
-EXPECTED_GROWTH = {"source": 1, "mjpeg": 8, "y4m": 85}
+EXPECTED_GROWTH = {"source": 1, "mjpeg": 5.5, "y4m": 85}
 
 
 @dataclass(frozen=True)
@@ -63,16 +68,16 @@ class Payload:
 class Encoding:
     """A tier and its settings.
 
-    `quality` is of mjpeg, FFmpeg's qscale from 2 (best) to 31. With `short_side` frames are shrunk (never enlarged)
+    `quality` is of mjpeg, FFmpeg's qscale from 2 (best) to 31, or None: chosen for each video (LEAST_PSNR_DB). With `short_side` frames are shrunk (never enlarged)
     until the shorter side has so many pixels; not in tier "source".
     """
 
     tier: str = "source"
-    quality: int = BEST_QUALITY
+    quality: int | None = None
     short_side: int | None = None
 
     def __str__(self) -> str:
-        quality = f" quality {self.quality}" if self.tier == "mjpeg" else ""
+        quality = f" quality {self.quality or 'auto'}" if self.tier == "mjpeg" else ""
         return self.tier + quality + (f" short side {self.short_side}" if self.short_side else "")
 
 
@@ -127,23 +132,9 @@ def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, 
 # --- MJPEG --------------------------------------------------------------------------------------------------------
 
 
-def _to_mjpeg(pictures: list[Planes], video: Video, quality: int) -> Payload:
-    encoder = av.CodecContext.create("mjpeg", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = video.width, video.height, "yuvj420p"
-    encoder.time_base = 1 / _rate(video.fps)
-    encoder.qmin = encoder.qmax = quality
-    encoder.options = {"huffman": "optimal"}
-    encoder.thread_count = 1
-    jpegs: list[bytes] = []
-    for number, planes in enumerate(pictures):
-        frame = av.VideoFrame(video.width, video.height, "yuvj420p")
-        for plane, samples in zip(frame.planes, to_jpeg_colour(planes, video), strict=True):
-            rows, columns = samples.shape
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns] = samples
-        frame.pts = number
-        jpegs += [bytes(packet) for packet in encoder.encode(frame)]
-    jpegs += [bytes(packet) for packet in encoder.encode(None)]
-    assert len(jpegs) == len(pictures), (len(jpegs), len(pictures))
+def _to_mjpeg(pictures: list[Planes], video: Video, quality: int | None) -> Payload:
+    pictures = [to_jpeg_colour(planes, video) for planes in pictures]
+    jpegs = _jpegs(pictures, video, quality) if quality is not None else _coarsest_jpegs(pictures, video)
     offsets = np.concatenate(([0], np.cumsum([len(jpeg) for jpeg in jpegs])[:-1]))
     return Payload(
         "mjpeg",
@@ -152,6 +143,52 @@ def _to_mjpeg(pictures: list[Planes], video: Video, quality: int) -> Payload:
         frame_offsets=tuple(int(offset) for offset in offsets),
         frame_xxh3=tuple(xxhash.xxh3_64_hexdigest(jpeg) for jpeg in jpegs),
     )
+
+
+def _coarsest_jpegs(pictures: list[Planes], video: Video) -> list[bytes]:
+    """The pictures at the coarsest quality that is close enough; at the best one where none is."""
+    some = pictures[::_LOOK_EVERY]
+    for quality in range(_COARSEST, BEST_QUALITY, -1):
+        if _close(some, _jpegs(some, video, quality)):
+            jpegs = _jpegs(pictures, video, quality)
+            if _close(pictures, jpegs):
+                return jpegs
+    return _jpegs(pictures, video, BEST_QUALITY)
+
+
+def _close(pictures: list[Planes], jpegs: list[bytes]) -> bool:
+    """Whether every plane of the decoded JPEGs is within LEAST_PSNR_DB of the picture's."""
+    most = 255**2 / 10 ** (LEAST_PSNR_DB / 10)  # mean squared deviation
+    decoder = frame_decoder("mjpeg")
+    for picture, jpeg in zip(pictures, jpegs, strict=True):
+        (frame,) = decoder.decode(av.Packet(jpeg))
+        height, width = picture[0].shape
+        for plane, decoded in zip(picture, planes_of(frame, width, height, "full"), strict=True):
+            if cv2.norm(plane, decoded, cv2.NORM_L2SQR) > most * plane.size:
+                return False
+    return True
+
+
+def _jpegs(pictures: list[Planes], video: Video, quality: int) -> list[bytes]:
+    """Each picture, in JPEG's colour, as a JPEG."""
+    height, width = pictures[0][0].shape
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+    encoder.time_base = 1 / _rate(video.fps)
+    encoder.qmin = encoder.qmax = quality
+    encoder.options = {"huffman": "optimal"}
+    encoder.thread_count = 1
+    jpegs: list[bytes] = []
+    for number, planes in enumerate(pictures):
+        frame = av.VideoFrame(width, height, "yuvj420p")
+        for plane, samples in zip(frame.planes, planes, strict=True):
+            rows, columns = samples.shape
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns] = samples
+        frame.pts = number
+        jpegs += [bytes(packet) for packet in encoder.encode(frame)]
+    jpegs += [bytes(packet) for packet in encoder.encode(None)]
+    assert len(jpegs) == len(pictures), (len(jpegs), len(pictures))
+    return jpegs
 
 
 def to_jpeg_colour(planes: Planes, video: Video) -> Planes:

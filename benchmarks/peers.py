@@ -63,7 +63,7 @@ def ours(tier: str) -> Contender:
     def batches(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             ledger = Path(folder) / "failures.jsonl"
-            for batch in Loader(our_config(inputs / tier, workers), ledger):
+            for batch in Loader(our_config(inputs / tier, workers), ledger, lend=True):
                 assert not batch["failures"], batch["failures"]
                 yield batch["clips"]
 

@@ -96,9 +96,7 @@ class BatchMaker:
         while True:
             for sample in pipeline.samples(_with_clips(todo, clips, first)):
                 failed_before = len(failures)
-                place = sample["position"] - first
-                rows[place] = sample
-                masks[place] = make_mask(spec.grid, spec.mask, sample["rng"])
+                rows[sample["position"] - first] = sample
             if not (missing := [request for request in requests if rows[request["position"] - first] is None]):
                 break
             if len(failures) - failed_before > spec.data.max_consecutive_failures:
@@ -107,6 +105,8 @@ class BatchMaker:
         pipeline.idle()
         self._made += 1
         done = [row for row in rows if row is not None]
+        for mask, row in zip(masks, done, strict=True):
+            mask[:] = make_mask(spec.grid, spec.mask, row["rng"])
         seconds, size = pipeline.take_costs()
         return {
             "number": number,

@@ -58,7 +58,7 @@ def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
 def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
     """Run the loader for `seconds`, after its prefetched batches have been taken."""
     with tempfile.TemporaryDirectory() as folder:
-        loader = Loader(config, Path(folder) / "failures.jsonl")
+        loader = Loader(config, Path(folder) / "failures.jsonl", lend=True)  # as train
         started = time.perf_counter()
         iterator = iter(loader)
         next(iterator)

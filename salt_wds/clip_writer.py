@@ -39,7 +39,7 @@ class ClipWriter:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._merged, self._resized, self._flipped = _Scratch(), _Scratch(), _Scratch()
+        self._merged, self._resized, self._flipped, self._unused = (_Scratch() for _ in range(4))
         # Intel's kernels, which OpenCV leaves out because its own round differently: twice as fast on four channels, and
         # within 0.52 of the exact value where its own are within 0.8. No effect on builds without them.
         cv2.ipp.setUseIPP_NotExact(True)
@@ -85,13 +85,14 @@ class ClipWriter:
     ) -> None:  # fmt: skip
         """The `part` (x, y, width, height) of each plane into its target."""
         x, y, width, height = part
-        count, side = len(planes), len(targets[0])
-        merged, resized = self._merged.of(height, width, count), self._resized.of(side, side, count)
-        cv2.merge([plane[y : y + height, x : x + width] for plane in planes], merged)
+        side, left = len(targets[0]), AT_ONCE - len(planes)
+        merged, resized = self._merged.of(height, width, AT_ONCE), self._resized.of(side, side, AT_ONCE)
+        # Always as many: other numbers of channels are rounded otherwise.
+        cv2.merge([plane[y : y + height, x : x + width] for plane in (*planes, *left * planes[-1:])], merged)
         cv2.resize(merged, (side, side), dst=resized, interpolation=method)
         if flip:
-            resized = cv2.flip(resized, 1, self._flipped.of(side, side, count))
-        cv2.split(resized, targets)
+            resized = cv2.flip(resized, 1, self._flipped.of(side, side, AT_ONCE))
+        cv2.split(resized, [*targets, *left * [self._unused.of(side, side)]])
 
 
 class _Scratch:

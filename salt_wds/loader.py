@@ -52,6 +52,8 @@ class Loader:
         stages: functions of your own that each sample passes after decoding, before batching; importable by name,
             since workers run them. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json`, `colour`;
             an exception costs the sample, as any other failure.
+        lend: without a GPU, hand out clips and masks where the worker wrote them, good until the next batch is asked for,
+            instead of copies that are the caller's own.
 
     Raises:
         CommandError: not a data set, or no room in shared memory.
@@ -61,7 +63,7 @@ class Loader:
     def __init__(
         self, config: Config, ledger_path: Path, *, rank: int = 0, world_size: int = 1, start: int = 0,
         quarantine: Iterable[str] = (), views: Views | None = None,
-        stages: Sequence[Callable[[Sample], Sample]] = (),
+        stages: Sequence[Callable[[Sample], Sample]] = (), lend: bool = False,
     ) -> None:  # fmt: skip
         data = config.data
         if not 0 <= rank < world_size or start < 0:
@@ -96,7 +98,7 @@ class Loader:
         self.taking_s, self.taken_clips = 0.0, 0  # what copying batches out of their slots costs this process
         self.num_positions = None if views is None else self.catalog.num_samples * views.count
         self.policy = FailurePolicy(data, self.catalog.folders)
-        self._ledger_path = ledger_path
+        self._ledger_path, self._lend = ledger_path, lend
         self._recorded = {_event(failure) for failure in earlier}
         self._recoveries: deque[int] = deque(maxlen=data.max_recoveries + 1)
 
@@ -139,7 +141,7 @@ class Loader:
                     raise
                 self._record(batch["failures"])
                 self.next_batch += 1
-                yield self._own(batch)
+                yield self._handed_out(batch)
         finally:
             workers.stop()
 
@@ -162,8 +164,8 @@ class Loader:
             self._recover(lost)
             return None
 
-    def _own(self, batch: Batch) -> Batch:
-        """The batch as tensors of its own, page-locked where a GPU takes them: its slot is free for the worker again.
+    def _handed_out(self, batch: Batch) -> Batch:
+        """The batch as tensors, page-locked where a GPU takes them; their slot is the worker's again, unless it is lent.
 
         Shapes: clips (B, T, S*S*3//2) uint8; mask (B, N) int16, visible then masked tokens; colour and label (B,) int64;
         substituted (B,) bool.
@@ -173,8 +175,11 @@ class Loader:
         if self.num_positions is not None:
             batch["substituted"] |= np.array(batch["positions"]) >= self.num_positions
         for name in ("clips", "mask", "colour", "label", "substituted"):
-            array = batch[name]  # copied by numpy: torch would wake its threads, on cores that the workers have
-            batch[name] = torch.from_numpy(array).pin_memory() if self._pin_memory else torch.from_numpy(array.copy())
+            array = batch[name]
+            if self._pin_memory:
+                batch[name] = torch.from_numpy(array).pin_memory()
+            else:  # copied by numpy: torch would wake its threads, on cores that the workers have
+                batch[name] = torch.from_numpy(array if self._lend else array.copy())
         self.taking_s += time.perf_counter() - started
         self.taken_clips += len(batch["keys"])
         return batch

@@ -91,7 +91,9 @@ def _train(config: Config, world: World, resume: bool, dry_run: bool) -> int:
     start = state["step"] if state else 0
     quarantine = state["quarantine"] if state else ()
     ledger = run_dir / "failures" / f"rank{world.rank}.jsonl"
-    loader = Loader(config, ledger, rank=world.rank, world_size=world.size, start=start, quarantine=quarantine)
+    loader = Loader(
+        config, ledger, rank=world.rank, world_size=world.size, start=start, quarantine=quarantine, lend=True
+    )
     parts = count_parts(config, world.size)
     torch.manual_seed(config.train.seed)
     models = build_models(config, device)

@@ -6,7 +6,6 @@ and along the longer side. Both give the same two things, frame numbers and a cr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np

@@ -132,7 +132,9 @@ def _quality(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or not BEST_QUALITY <= int(text) <= WORST_QUALITY:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {BEST_QUALITY} to {WORST_QUALITY}, nor auto")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {BEST_QUALITY} to {WORST_QUALITY}, nor auto"
+        )
     return int(text)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from video_maker import make_video
 
-from salt_wds.decode import Crop, DecodeError, PyavDecoder, VideoInfo, get_decoder, write_clip
+from salt_wds.clip_writer import ClipWriter, Crop
+from salt_wds.decode import DecodeError, PyavDecoder, VideoInfo, get_decoder
 from salt_wds.order import sample_rng
 from salt_wds.pixels import yuv_to_rgb
 from salt_wds.views import choose_frames, random_crop
@@ -28,7 +29,7 @@ def info_of(payload):
 def decode(payload, frames, crop, size, decoder=None):
     out = np.zeros((len(frames), size * size * 3 // 2), np.uint8)
     decoded = (decoder or PyavDecoder())(payload, info_of(payload), np.unique(frames).tolist())
-    assert write_clip(decoded.pictures, np.asarray(frames), crop, size, out) > 0
+    assert ClipWriter(size).write(decoded.pictures, np.asarray(frames), crop, out) > 0
     return out, decoded.colour
 
 

@@ -13,9 +13,9 @@ from shard_tools.frames import BadVideoError, probe
 from shard_tools.tiers import Encoding, make_payload, to_jpeg_colour
 
 
-def make_video(width, height, frames, pix_fmt="yuv420p", codec="ffv1", container="matroska"):
+def make_video(width, height, frames, pix_fmt="yuv420p", codec="ffv1", container="matroska", **more):
     """Lossless, unless told otherwise."""
-    return video_maker.make_video(width, height, frames, codec, pix_fmt, container)
+    return video_maker.make_video(width, height, frames, codec, pix_fmt, container, **more)
 
 
 def planes_of(data, format_name=None):
@@ -78,6 +78,32 @@ def test_mjpeg_of_real_clips_keeps_luma_to_40_db(clips):
             worst = min(worst, psnr(kept[0], to_jpeg_colour(tuple(decoded), video)[0]))
     print(f"worst luma PSNR {worst:.1f} dB")
     assert worst >= 40
+
+
+def chosen_quality(data):
+    """The qscale that was chosen for a video: the one that gives the same bytes."""
+    video = probe(data)
+    chosen = make_payload(data, "mkv", video, Encoding("mjpeg")).data
+    [quality] = [q for q in range(2, 32) if make_payload(data, "mkv", video, Encoding("mjpeg", q)).data == chosen]
+    return quality
+
+
+def test_the_quality_of_jpegs_is_the_coarsest_that_is_close_enough(clips):
+    data = clips[0]
+    video, pictures = probe(data), planes_of(data)
+    quality = chosen_quality(data)
+    worst = {}
+    for q in (quality, quality + 1):
+        kept = planes_of(make_payload(data, "webm", video, Encoding("mjpeg", q)).data, "mjpeg")
+        wanted = [to_jpeg_colour(tuple(picture), video) for picture in pictures]
+        worst[q] = min(psnr(a, b) for x, y in zip(kept, wanted, strict=True) for a, b in zip(x, y, strict=True))
+    assert worst[quality] >= 40.9
+    assert worst[quality + 1] < 41.1
+
+
+def test_noise_gets_the_best_quality_and_smooth_pictures_the_coarsest():
+    assert chosen_quality(make_video(64, 64, 4, noise=True)) == 2
+    assert 5 <= chosen_quality(make_video(64, 64, 4)) <= 8
 
 
 @pytest.mark.parametrize("tier", ["mjpeg", "y4m"])
@@ -203,7 +229,8 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
     """Same frames, same crop: y4m to the level, mjpeg closely."""
     import torch
 
-    from salt_wds.decode import VideoInfo, get_decoder, write_clip
+    from salt_wds.clip_writer import ClipWriter
+    from salt_wds.decode import VideoInfo, get_decoder
     from salt_wds.order import sample_rng
     from salt_wds.pixels import yuv_to_rgb
     from salt_wds.views import choose_frames, random_crop
@@ -229,7 +256,7 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
             content = [payload.data[a:b] for a, b in spans] or payload.data
             out = np.zeros((16, 112 * 112 * 3 // 2), np.uint8)
             decoded = get_decoder("pyav", payload.ext)(content, info, np.unique(frames).tolist())
-            write_clip(decoded.pictures, frames, crop, 112, out)
+            ClipWriter(112).write(decoded.pictures, frames, crop, out)
             clips[tier] = out, 255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([decoded.colour]), 112)
         assert (clips["y4m"][0] == clips["source"][0]).all()
         assert (clips["mjpeg"][1] - clips["source"][1]).abs().mean() < 2.5

@@ -7,8 +7,9 @@ Several data sets make one catalog, their shards one after the other.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,25 @@ class Catalog:
         """The index row of a sample."""
         *numbers, ext, key = self.table.array[self.first[shard] + row].item()
         return Row(key.decode(), self.extensions[ext], *numbers)
+
+    def only(self, keep: np.ndarray) -> Catalog:
+        """The samples for which `keep` (samples,) bool is true, in their order; shards may be left without any."""
+        counts = [int(keep[start:end].sum()) for start, end in itertools.pairwise(self.first)]
+        return self._with(
+            self.table.array[keep], tuple(np.concatenate(([0], np.cumsum(counts))).tolist()), self.classes
+        )
+
+    def relabelled(self, classes: Sequence[str]) -> Catalog:
+        """The same samples with labels as numbers of `classes`, which has the names of all classes here."""
+        rows = self.table.array.copy()
+        numbers = np.array([*map(classes.index, self.classes), -1], np.int32)  # the last is for -1: none
+        rows["label"] = numbers[rows["label"]]
+        return self._with(rows, self.first, tuple(classes))
+
+    def _with(self, rows: np.ndarray, first: tuple[int, ...], classes: tuple[str, ...]) -> Catalog:
+        table = SharedArray(rows.shape, rows.dtype)
+        table.array[:] = rows
+        return replace(self, first=first, classes=classes, table=table)
 
 
 def open_catalog(folders: Sequence[Path], split: str) -> Catalog:

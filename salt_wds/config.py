@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,6 +35,9 @@ def _require(condition: bool, key: str, message: str) -> None:
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Section)
 
 
 class DataConfig(Section):
@@ -311,7 +314,12 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply `section.key=value` overrides, check everything.
+    """The configuration of a run, see `read_config`."""
+    return read_config(Config, path, overrides)
+
+
+def read_config(root: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
+    """Read a TOML file, apply `section.key=value` overrides, check everything against the class `root`.
 
     Values of overrides are TOML (`3`, `true`, `[0.5, 1.0]`); what is not TOML is taken as a string.
 
@@ -327,9 +335,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(table, override)
     try:
-        return Config.model_validate_json(json.dumps(table, default=str))  # as JSON: strict, yet arrays fill tuples
+        return root.model_validate_json(json.dumps(table, default=str))  # as JSON: strict, yet arrays fill tuples
     except ValidationError as error:
-        problems = "; ".join(_problem(e) for e in error.errors())
+        problems = "; ".join(_problem(root, e) for e in error.errors())
         raise CommandError(f"{path}: {problems}") from None
 
 
@@ -351,15 +359,15 @@ def _apply(table: dict[str, Any], override: str) -> None:
     table[parts[-1]] = value
 
 
-def _problem(error: Any) -> str:
+def _problem(root: type[Section], error: Any) -> str:
     """One pydantic error as `dotted.key: what is wrong, what to do`."""
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
-        valid = _valid_keys()
+        valid = _valid_keys(root)
         nearest = difflib.get_close_matches(dotted, valid, n=1, cutoff=0.7)
         nearest = nearest or [key for key in valid if key.split(".")[-1] == location[-1]][:1]
-        hint = f"the nearest valid key is {nearest[0]}" if nearest else f"sections are {', '.join(_sections())}"
+        hint = f"the nearest valid key is {nearest[0]}" if nearest else f"sections are {', '.join(_sections(root))}"
         return f"{dotted}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{dotted}: missing; set it in the file or with --set {dotted}=..."
@@ -369,11 +377,12 @@ def _problem(error: Any) -> str:
     return f"{dotted}: {message}, found {error['input']!r}"
 
 
-def _sections() -> dict[str, type[Section]]:
-    fields = Config.model_fields.items()
+def _sections(root: type[Section]) -> dict[str, type[Section]]:
+    fields = root.model_fields.items()
     return {n: f.annotation for n, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
 
 
-def _valid_keys() -> list[str]:
-    keys = [name for name in Config.model_fields if name not in _sections()]
-    return keys + [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
+def _valid_keys(root: type[Section]) -> list[str]:
+    sections = _sections(root)
+    keys = [name for name in root.model_fields if name not in sections]
+    return keys + [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]

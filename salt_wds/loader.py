@@ -49,6 +49,8 @@ class Loader:
         quarantine: samples (`identity`) not to touch, besides those the ledger has as quarantined.
         views: of an evaluation: every sample of the split in order, `views.count` clips each, and then the end. The
             last batch is full, too: rows to leave out have `substituted` set.
+        catalog: of the split, or a part of it (`Catalog.only`), where it is open already; data.shards and data.split
+            are not read then.
         stages: functions of your own that each sample passes after decoding, before batching; importable by name,
             since workers run them. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json`, `colour`;
             an exception costs the sample, as any other failure.
@@ -62,7 +64,7 @@ class Loader:
 
     def __init__(
         self, config: Config, ledger_path: Path, *, rank: int = 0, world_size: int = 1, start: int = 0,
-        quarantine: Iterable[str] = (), views: Views | None = None,
+        quarantine: Iterable[str] = (), views: Views | None = None, catalog: Catalog | None = None,
         stages: Sequence[Callable[[Sample], Sample]] = (), lend: bool = False,
     ) -> None:  # fmt: skip
         data = config.data
@@ -71,7 +73,7 @@ class Loader:
         if data.batch_size % world_size:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
         num_masked(config.grid, config.mask)  # a grid that no mask fits is refused here, not once a sample
-        self.catalog: Catalog = open_catalog(data.folders, data.split)
+        self.catalog = open_catalog(data.folders, data.split) if catalog is None else catalog
         local_batch = data.batch_size // world_size
         clip_shape = data.num_frames, data.size**2 * 3 // 2
         self.batch_bytes = slot_bytes(local_batch, clip_shape, config.grid)

@@ -22,6 +22,8 @@ LEAVES = {
     "profiling",
     "ema",
     "patches",
+    "attentive",
+    "neighbours",
 }
 
 

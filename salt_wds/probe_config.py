@@ -1,0 +1,138 @@
+"""The configuration of a probe: which clips, which probes, how neighbours vote. As strict as that of a run.
+
+What a clip is (frames, stride, size, precision, decoder) comes from the configuration of the run that is probed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from salt_wds.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+    _require,
+)
+
+Folders = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class ProbeDataConfig(Section):
+    shards: Folders
+    """Folder of the labelled data set that probes learn from, or a list of several."""
+    split: Text = "train"
+    """Split that probes learn from."""
+    eval_shards: Folders | None = None
+    """Folder (or list) of the data set that probes are measured on. Unset: data.shards."""
+    eval_split: Text = "validation"
+    """Split that probes are measured on."""
+    train_clips: PositiveInt | None = None
+    """Learn from so many clips only, chosen by their keys. Unset: from all."""
+    eval_clips: PositiveInt | None = None
+    """Measure on so many clips only, chosen by their keys. Unset: on all."""
+    batch_size: PositiveInt = 64
+    """Clips in one step of the probes."""
+    num_workers: NonNegativeInt = 8
+    """DataLoader worker processes."""
+    prefetch_factor: PositiveInt = 2
+    """Batches each worker prepares ahead."""
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
+    """Area of the random resized crop that probes learn from, as a share of the frame: least and most."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
+    """Width : height of that crop: least and most."""
+    flip: bool = False
+    """Mirror half of the clips that probes learn from."""
+    train_views: PositiveInt = 1
+    """Random views (clip start, crop) of a clip whose features are kept, where features are kept: epochs use them in turn.
+    Where they are not, every epoch has views of its own."""
+    memory_gb: NonNegativeFloat = 4.0
+    """Keep the features that probes learn from in memory if those of all encoders fit into this; else the clips pass
+    through the encoders in every epoch. With --cache they are kept on the disk, whatever their size."""
+    segments: PositiveInt = 1
+    """Evaluation: clips spread evenly over the time of a video."""
+    crops: PositiveInt = 1
+    """Evaluation: squares spread evenly along the longer side. Probabilities are averaged over segments x crops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("crop_scale", "crop_ratio"):
+            _require(getattr(self, name)[0] <= getattr(self, name)[1], name, "must be [least, most]")
+        _require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+        for name, folders in (("shards", self.folders), ("eval_shards", self.eval_folders)):
+            _require(len(set(folders)) == len(folders), name, "names a data set twice")
+        return self
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that probes learn from."""
+        return _paths(self.shards)
+
+    @property
+    def eval_folders(self) -> tuple[Path, ...]:
+        """The folders that probes are measured on."""
+        return self.folders if self.eval_shards is None else _paths(self.eval_shards)
+
+
+class HeadsConfig(Section):
+    heads: PositiveInt = 12
+    """Heads of the attention that pools the tokens; divides the width of every encoder."""
+    epochs: PositiveInt = 20
+    """Passes over the clips that probes learn from."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Linear warm-up of the learning rates; after it, half a cosine down to 0."""
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (5e-3, 1e-3, 3e-4, 1e-4)
+    """Learning rates of AdamW. Each with each weight decay is one probe; all learn at once, from the same features."""
+    weight_decays: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01, 0.1, 0.4)
+    """Weight decays of AdamW."""
+    selection_share: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Share of the clips to learn from that is held back, by the hash of their keys, to choose one probe by. The evaluation
+    split has no part in the choice."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the probes' initial weights, of the order of clips, and of the random encoder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be less than the {self.epochs} epochs")
+        for name in ("lrs", "weight_decays"):
+            _require(len(set(getattr(self, name))) == len(getattr(self, name)), name, "names a value twice")
+        _require(
+            self.selection_share > 0 or len(self.grid) == 1,
+            "selection_share",
+            f"must be above 0 to choose among {len(self.grid)} probes",
+        )
+        return self
+
+    @property
+    def grid(self) -> tuple[tuple[float, float], ...]:
+        """(learning rate, weight decay) of every probe."""
+        return tuple((lr, decay) for lr in self.lrs for decay in self.weight_decays)
+
+
+class NeighboursConfig(Section):
+    k: NonNegativeInt = 20
+    """Nearest neighbours that vote; 0: none of this."""
+    temperature: PositiveFloat = 0.07
+    """A neighbour's vote weighs exp(cosine similarity / temperature)."""
+
+
+class TimeArrowConfig(Section):
+    epochs: NonNegativeInt = 0
+    """Passes over the clips for the probe that tells clips from reversed ones; 0: none. On videos of which half are the
+    other half reversed (synth's) it can only be at chance."""
+
+
+class ProbeConfig(Section):
+    data: ProbeDataConfig
+    probe: HeadsConfig = HeadsConfig()
+    knn: NeighboursConfig = NeighboursConfig()
+    time_arrow: TimeArrowConfig = TimeArrowConfig()
+
+
+def _paths(folders: str | tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(Path(folder) for folder in ((folders,) if isinstance(folders, str) else folders))

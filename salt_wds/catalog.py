@@ -88,8 +88,7 @@ class Catalog:
     @property
     def plan_hash(self) -> str:
         """Of the data set, or of all of them in their order."""
-        hashes = [part.plan_hash for part in self.parts]
-        return hashes[0] if len(hashes) == 1 else xxhash.xxh3_64_hexdigest("".join(hashes).encode())
+        return joint_plan_hash([part.plan_hash for part in self.parts])
 
     @property
     def folders(self) -> str:
@@ -134,6 +133,11 @@ class Catalog:
         table = SharedArray(rows.shape, rows.dtype)
         table.array[:] = rows
         return replace(self, first=first, classes=classes, table=table)
+
+
+def joint_plan_hash(hashes: Sequence[str]) -> str:
+    """The plan hash of several data sets in their order; of a single one its own."""
+    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_64_hexdigest("".join(hashes).encode())
 
 
 def open_catalog(folders: Sequence[Path], split: str) -> Catalog:

@@ -90,7 +90,7 @@ def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any]) -> 
     try:
         temporary.mkdir()
         for name, content in tensors.files.items():
-            save_file(content, temporary / name)
+            save_tensors(content, temporary / name)
         files = {name: _fingerprint(temporary / name) for name in tensors.files}
         record = {"step": step, **state, "files": files}
         (temporary / _STATE).write_text(json.dumps({**record, "xxh3": _state_hash(record)}, indent=1))
@@ -100,15 +100,25 @@ def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any]) -> 
         if final.exists():  # an earlier try at this step; the new one is equal or better
             shutil.rmtree(final)
         temporary.rename(final)
-    except SafetensorError as error:  # errors of the operating system arrive in this disguise
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(final)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder)
     return final
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, its tensors marked as torch's.
+
+    Raises:
+        OSError: the disk is full or the folder not writable.
+    """
+    try:
+        save_file(dict(tensors), path, {"format": "pt"})
+    except SafetensorError as error:  # errors of the operating system arrive in this disguise
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def set_aside(folder: Path, step: int) -> None:

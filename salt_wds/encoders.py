@@ -27,7 +27,8 @@ class FrozenEncoder:
     """`encoder(clips, colour)` -> tokens.
 
     `name` is "student", "student (mean)", "teacher" or "random"; `step` is that of the checkpoint, None without one;
-    `config` is of the run it belongs to, and says which clips it wants (config.data: num_frames, frame_stride, size).
+    `config` is of the run it belongs to, and says which clips it wants (config.data: num_frames, frame_stride, size);
+    `plan_hash` is of the data the checkpoint was trained on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FrozenEncoder:
     config: Config
     device: torch.device
     step: int | None = None
+    plan_hash: str | None = None
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor, colour: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def student_of(run_dir: Path, device: torch.device, *, ema: bool = False) -> Fro
         raise CommandError(f"{run_dir}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     path, state = found
     student = student_in(path, config, ema=ema)
-    return _frozen("student (mean)" if ema else "student", student, config, device, state["step"])
+    return _frozen("student (mean)" if ema else "student", student, config, device, state["step"], state["plan_hash"])
 
 
 def random_of(config: Config, device: torch.device, seed: int = 0) -> FrozenEncoder:
@@ -84,7 +86,7 @@ def random_of(config: Config, device: torch.device, seed: int = 0) -> FrozenEnco
         torch.default_generator.manual_seed(seed)
         untrained = config.student.model_copy(update={"pretrained": False})
         student = build_student(untrained, grid=config.grid, target_width=1, checkpointing="off")
-    return _frozen("random", student, config, device, None)
+    return _frozen("random", student, config, device, None, None)
 
 
 def teacher_of(config: Config, device: torch.device) -> FrozenEncoder:
@@ -99,6 +101,8 @@ def teacher_of(config: Config, device: torch.device) -> FrozenEncoder:
     return FrozenEncoder("teacher", teacher, teacher, teacher.width, config, device)
 
 
-def _frozen(name: str, student: Student, config: Config, device: torch.device, step: int | None) -> FrozenEncoder:
+def _frozen(
+    name: str, student: Student, config: Config, device: torch.device, step: int | None, plan_hash: str | None
+) -> FrozenEncoder:
     student = student.to(device).eval().requires_grad_(False)
-    return FrozenEncoder(name, student, student.encode, student.width, config, device, step)
+    return FrozenEncoder(name, student, student.encode, student.width, config, device, step, plan_hash)

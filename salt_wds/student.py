@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -47,10 +47,7 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
         CommandError: `student.arch` is not a timm VisionTransformer with patch 16, sizes do not fit each other, or
             image weights were asked for and cannot be had.
     """
-    vit = _image_vit(config, grid)
-    if config.pretrained:
-        _load_image_weights(vit, config, grid)
-    encoder = Encoder(vit, grid)
+    encoder = build_encoder(config, grid)
     predictor = None
     if config.mode == "visible":
         if config.predictor_width % config.predictor_heads:
@@ -62,6 +59,14 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
     student = Student(encoder, predictor, target_width)
     student.set_checkpointing(checkpointing)
     return student
+
+
+def build_encoder(config: StudentConfig, grid: Grid) -> Encoder:
+    """The encoder alone, with weights as `build_student` gives them and its errors."""
+    vit = _image_vit(config, grid)
+    if config.pretrained:
+        _load_image_weights(vit, config, grid)
+    return Encoder(vit, grid)
 
 
 class Student(nn.Module):
@@ -231,27 +236,31 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
 # --- from the image model ---
 
 
+def image_vit_arguments(config: StudentConfig, grid: Grid) -> dict[str, Any]:
+    """What timm.create_model takes, besides the name, for one frame: no class token, no classifier, final norm kept."""
+    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    return {
+        "img_size": (grid[1] * PATCH, grid[2] * PATCH),
+        "num_classes": 0,
+        "class_token": False,
+        "reg_tokens": 0,
+        "global_pool": "avg",
+        "fc_norm": False,
+        **{name: value for name, value in sizes.items() if value is not None},
+    }
+
+
 def _image_vit(config: StudentConfig, grid: Grid) -> VisionTransformer:
-    """timm's model for one frame, without class token and classifier, with its final norm kept."""
+    """timm's model for one frame."""
     if not timm.is_model(config.arch):
         raise _wrong_arch(config.arch, "is not a model of timm")
-    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
     try:
-        vit = timm.create_model(
-            config.arch,
-            img_size=(grid[1] * PATCH, grid[2] * PATCH),
-            num_classes=0,
-            class_token=False,
-            reg_tokens=0,
-            global_pool="avg",
-            fc_norm=False,
-            **sizes,
-        )
+        vit = timm.create_model(config.arch, **image_vit_arguments(config, grid))
     except TypeError:  # other architectures do not know these arguments
         raise _wrong_arch(config.arch, "is not a VisionTransformer") from None
     except (AssertionError, RuntimeError, ValueError) as error:
         problem = str(error) or type(error).__name__
+        sizes = {name: getattr(config, name) for name in ("width", "depth", "heads") if getattr(config, name)}
         raise CommandError(f"student.arch = {config.arch!r} with {sizes or 'its own sizes'}: {problem}") from None
     if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed or vit.pos_embed is None:
         raise _wrong_arch(config.arch, "is not a plain VisionTransformer")

@@ -249,7 +249,7 @@ def test_image_weights_offline_is_one_clear_error(monkeypatch, tmp_path):
         ({"arch": "resnet18"}, "'resnet18' is not a VisionTransformer"),
         ({"arch": "vit_relpos_small_patch16_224"}, "is not a VisionTransformer; close names: vit_small_patch16_224"),
         ({"arch": "vit_tiny_r_s16_p8_224", "grid": (2, 14, 14)}, "is not a plain VisionTransformer"),
-        ({"heads": 5}, "student.arch = 'vit_base_patch16_224' with .*'num_heads': 5.*divisible"),
+        ({"heads": 5}, "student.arch = 'vit_base_patch16_224' with .*'heads': 5.*divisible"),
         ({"predictor_heads": 5}, "student.predictor_width = 32 must be a multiple of student.predictor_heads = 5"),
         ({"pretrained": True}, "unset student.width, student.depth and student.heads"),
     ],

@@ -40,14 +40,25 @@ class FrozenEncoder:
     step: int | None = None
     plan_hash: str | None = None
 
-    @torch.inference_mode()
     def __call__(self, clips: Tensor, colour: Tensor) -> Tensor:
         """Tokens (B, N, D) in fp32 of clips (B, T, P) uint8 and colour (B,) int64, as the loader gives them."""
-        bf16 = self.config.train.precision == "bf16"
+        return self.encode(self.video(clips, colour))
+
+    @torch.no_grad()
+    def video(self, clips: Tensor, colour: Tensor) -> Tensor:
+        """What `encode` takes, (B, 3, T, S, S): the same for all encoders of a run."""
         clips, colour = clips.to(self.device), colour.to(self.device)
-        video = to_normalised_rgb(clips, colour, self.config.data.size, torch.bfloat16 if bf16 else torch.float32)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        return to_normalised_rgb(clips, colour, self.config.data.size, torch.bfloat16 if self._bf16 else torch.float32)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Tokens (B, N, D) in fp32. Ordinary tensors, which other networks can learn from."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             return self.tokens_of(video).float()
+
+    @property
+    def _bf16(self) -> bool:
+        return self.config.train.precision == "bf16"
 
 
 def read_run(run_dir: Path) -> Config:

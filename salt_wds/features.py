@@ -69,14 +69,15 @@ def extract(
     """One after the other: each batch, once decoded, by each encoder. Samples that failed are left out.
 
     Args:
+        encoders: of one run, by name.
         config: of the run, with the data settings of the probe.
         ledger: where samples that fail are recorded.
 
     Raises:
         LoaderStopped: too many samples failed.
     """
-    loader = Loader(config, ledger, views=part.views, catalog=part.catalog)
-    end = part.positions(epochs)
+    loader = Loader(config, ledger, views=part.views, catalog=part.catalog, lend=True)
+    end, first = part.positions(epochs), next(iter(encoders.values()))
     with closing(iter(loader)) as batches:
         for batch in batches:
             positions = np.array(batch["positions"])
@@ -85,11 +86,12 @@ def extract(
             if part.arrow:
                 labels = torch.from_numpy(positions[rows] % 2)
                 clips = torch.where(labels[:, None, None] == 1, clips.flip(1), clips)
-            for name, encoder in encoders.items():
-                if len(rows):
+            if len(rows):
+                video = first.video(clips, batch["colour"][rows])
+                for name, encoder in encoders.items():
                     yield Features(
                         name,
-                        encoder(clips, batch["colour"][rows]),
+                        encoder.encode(video),
                         labels.to(encoder.device),
                         positions[rows],
                         [batch["keys"][row] for row in rows],

@@ -268,6 +268,11 @@ class TrainConfig(Section):
     """Steps from one measurement of the held-out loss (val_loss, val_r2) to the next; 0: never."""
     validate_batches: PositiveInt = 10
     """Batches of data.batch_size for it: the first ones of data.validation_split, the same every time."""
+    probe_every: NonNegativeInt = 0
+    """Steps from one nearest-neighbour probe of the student's encoder (knn_top1) to the next; 0: never. Needs labels."""
+    probe_clips: tuple[PositiveInt, PositiveInt] = (2048, 512)
+    """Clips for it: of data.split, whose labels vote, and of data.validation_split; chosen by their keys, the same every
+    time."""
     trace_samples: bool = False
     """Write the keys of every batch to samples.jsonl, {"step": .., "keys": [..]}."""
 

@@ -171,7 +171,8 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
                 if any(True for _ in block.parameters()):
                     fully_shard(block)
     fully_shard(student)
-    register_fsdp_forward_method(student, "features")  # called besides `forward`, it must gather parameters, too
+    for name in ("features", "encode"):  # called besides `forward`, they must gather parameters, too
+        register_fsdp_forward_method(student, name)
     return student
 
 

@@ -147,6 +147,7 @@ def summary(line: dict[str, Any], steps: int) -> str:
     mfu = f", MFU {line['mfu']:.0%}" if line["mfu"] is not None else ""
     skipped = f", skipped {line['skipped']}" if line["skipped"] else ""
     held_out = f"held-out {line['val_loss']:.4f} ({line['val_r2']:+.3f})  " if "val_loss" in line else ""
+    held_out += f"k-NN {line['knn_top1']:.1%}  " if "knn_top1" in line else ""
     return (
         f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}  R2 {line['r2']:+.3f}  "
         f"{held_out}lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}  {line['clips_per_sec']:.1f} clips/s  "

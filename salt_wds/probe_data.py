@@ -56,13 +56,13 @@ def open_probe_data(config: ProbeConfig) -> ProbeData:
             sample is in both, or there are too few clips to hold some back.
     """
     data = config.data
-    train, unlabelled_train = _open(data.folders, data.split, "data.split")
-    evaluation, unlabelled_evaluation = _open(data.eval_folders, data.eval_split, "data.eval_split")
+    train, unlabelled_train = open_split(data.folders, data.split, "data.split")
+    evaluation, unlabelled_evaluation = open_split(data.eval_folders, data.eval_split, "data.eval_split")
     refuse_leaks(train, evaluation)
     classes = tuple(dict.fromkeys(train.classes + evaluation.classes))
     train, evaluation = train.relabelled(classes), evaluation.relabelled(classes)
-    train, evaluation = _limited(train, data.train_clips), _limited(evaluation, data.eval_clips)
-    _check_classes(train, evaluation)
+    train, evaluation = limited(train, data.train_clips), limited(evaluation, data.eval_clips)
+    check_classes(train, evaluation)
     held_back = _held_back(train, config.probe.selection_share)
     return ProbeData(
         train=train,
@@ -122,8 +122,12 @@ def _samples(catalog: Catalog) -> Iterator[_Identity]:
             yield _Identity(name, part.folder, part.foreign, key.decode(), payload)
 
 
-def _open(folders: Sequence[Path], split: str, setting: str) -> tuple[Catalog, int]:
-    """The labelled samples of a split, and the number of the others."""
+def open_split(folders: Sequence[Path], split: str, setting: str) -> tuple[Catalog, int]:
+    """The labelled samples of a split, and the number of the others.
+
+    Raises:
+        CommandError: no data set, no such split (`setting` is the key that names it), or no labels.
+    """
     for folder in folders:
         splits = read_dataset(folder).splits
         if split not in splits:
@@ -137,7 +141,7 @@ def _open(folders: Sequence[Path], split: str, setting: str) -> tuple[Catalog, i
     return catalog.only(labelled), int((~labelled).sum())
 
 
-def _limited(catalog: Catalog, clips: int | None) -> Catalog:
+def limited(catalog: Catalog, clips: int | None) -> Catalog:
     """Those `clips` samples whose keys hash lowest."""
     if clips is None or clips >= catalog.num_samples:
         return catalog
@@ -163,7 +167,7 @@ def _key_hashes(catalog: Catalog, purpose: str) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(purpose.encode() + key) for key in keys], np.uint64)
 
 
-def _check_classes(train: Catalog, evaluation: Catalog) -> None:
+def check_classes(train: Catalog, evaluation: Catalog) -> None:
     """Refuse one class, or none in common; tell of classes that cannot be learned."""
     learned, measured = (np.unique(part.table.array["label"]) for part in (train, evaluation))
     if len(learned) < 2:

@@ -31,6 +31,7 @@ from salt_wds.history import record_end, record_start
 from salt_wds.loader import Loader
 from salt_wds.metrics import Clock, Meter, RunLog, peak_memory_gb, read_metrics, summary
 from salt_wds.models import Models, build_models, pick_device
+from salt_wds.neighbour_probe import NeighbourProbe
 from salt_wds.optim import build_optimizer, learning_rate, set_learning_rate
 from salt_wds.pictures import write_first_batch
 from salt_wds.policy import LoaderStopped
@@ -107,7 +108,7 @@ def _train(config: Config, world: World, resume: bool, dry_run: bool) -> int:
             readings.ema.load(checkpoint.load_ema(found[0], readings.ema.tensors()))
     if world.first:
         lines = describe(config, world, loader, models, optimizer, start)
-        lines += [readings.validation.describe()] if readings.validation is not None else []
+        lines += [reading.describe() for reading in (readings.validation, readings.neighbours) if reading is not None]
         print("\n".join(lines), flush=True)
     if dry_run:
         return OK
@@ -139,17 +140,21 @@ class _Readings:
     position_mean: PositionMean
     ema: Ema | None
     validation: Validation | None
+    neighbours: NeighbourProbe | None
 
 
 def _build_readings(config: Config, world: World, models: Models) -> _Readings:
-    validation = None
+    validation, neighbours, run_dir = None, None, Path(config.train.run_dir)
     if config.train.validate_every:
         forward = make_forward(config, models.teacher, models.student, world.device)
-        validation = Validation(config, Path(config.train.run_dir), forward, models.student, world)
+        validation = Validation(config, run_dir, forward, models.student, world)
+    if config.train.probe_every:
+        neighbours = NeighbourProbe(config, run_dir, models.student, world)
     return _Readings(
         PositionMean(config.num_tokens, models.teacher.width).to(world.device),
         Ema(models.student, config.optim.ema) if config.optim.ema else None,
         validation,
+        neighbours,
     )
 
 
@@ -265,12 +270,12 @@ class _Trainer:
         self.meter.add({"counted": counts, **{name: torch.where(counts > 0, v, 0) for name, v in values.items()}})
 
     def validate(self) -> dict[str, float]:
-        """The held-out loss, where this step is one to measure it at; its time does not count as training."""
-        every, validation = self.config.train.validate_every, self.readings.validation
-        if validation is None or self.step % every:
-            return {}
-        started = time.perf_counter()
-        held_out = validation.measure()
+        """What is measured on held-out clips at this step; its time does not count as training."""
+        train, readings, held_out, started = self.config.train, self.readings, {}, time.perf_counter()
+        if readings.validation is not None and self.step % train.validate_every == 0:
+            held_out |= readings.validation.measure()
+        if readings.neighbours is not None and self.step % train.probe_every == 0:
+            held_out |= readings.neighbours.measure()
         self.clock.exclude(time.perf_counter() - started)
         return held_out
 

@@ -78,7 +78,7 @@ class Validation:
         self._student.eval()
         try:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._world.together():
-                for batch in self._each():
+                for batch in in_step(self._loader, self._world, "held-out loss", self._batches):
                     if batch is None:
                         return {}
                     sums = [total + more for total, more in zip(sums, self._of_batch(batch), strict=True)]
@@ -92,25 +92,6 @@ class Validation:
             else {}
         )
 
-    def _each(self) -> Iterator[Batch | None]:
-        """The batches; None, on all ranks, where the loader of one has given up."""
-        self._loader.next_batch = 0
-        with closing(iter(self._loader)) as batches:
-            for _ in range(min(self._batches, self._available)):
-                batch, problem = None, None
-                try:
-                    batch = next(batches)
-                except LoaderStopped as stopped:
-                    problem = stopped
-                    log.error("no held-out loss: %s", problem)
-                (stopped_somewhere,) = self._world.largest(problem is not None)
-                yield None if stopped_somewhere else batch
-
-    @property
-    def _available(self) -> int:
-        """Batches the split has, with the last one filled up."""
-        return math.ceil(self._loader.num_positions / self._loader.spec.data.batch_size)
-
     def _of_batch(self, batch: Batch) -> list[float]:
         """The batch's loss and R2 times its clips that count; those clips."""
         kept = (~batch["substituted"]).nonzero().flatten()
@@ -118,6 +99,30 @@ class Validation:
         clips, colour, mask = (batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask"))
         loss, stats = self._forward.loss(clips, colour, mask, self._forward.targets(clips, colour, mask))
         return [loss.item() * len(kept), stats["r2"].item() * len(kept), len(kept)]
+
+
+def in_step(loader: Loader, world: World, what: str, most: int | None = None) -> Iterator[Batch | None]:
+    """This rank's part of the first `most` batches (all, if unset) of an evaluation, from the first one on.
+
+    None, on all ranks, where the loader of one has given up; that is logged, with `what` there will not be.
+    """
+    loader.next_batch = 0
+    batches_there = math.ceil(loader.num_positions / loader.spec.data.batch_size)  # with the last one filled up
+    with closing(iter(loader)) as batches:
+        for _ in range(batches_there if most is None else min(most, batches_there)):
+            batch, problem = None, None
+            try:
+                batch = next(batches)
+            except LoaderStopped as stopped:
+                problem = stopped
+                log.error("no %s: %s", what, problem)
+            (stopped_somewhere,) = world.largest(problem is not None)
+            yield None if stopped_somewhere else batch
+
+
+def held_out_loader(data: DataConfig) -> DataConfig:
+    """The loader's settings for a few batches now and then, beside the loader of the training."""
+    return data.model_copy(update={"weights": (), "num_workers": min(_WORKERS, data.num_workers), "prefetch_factor": 1})
 
 
 def _held_out(data: DataConfig) -> DataConfig:
@@ -129,11 +134,4 @@ def _held_out(data: DataConfig) -> DataConfig:
                 f"{folder}: no split {data.validation_split!r} for the held-out loss, it has {', '.join(splits)}; set "
                 "data.validation_split, or train.validate_every = 0"
             )
-    return data.model_copy(
-        update={
-            "split": data.validation_split,
-            "weights": (),
-            "num_workers": min(_WORKERS, data.num_workers),
-            "prefetch_factor": 1,
-        }
-    )
+    return held_out_loader(data).model_copy(update={"split": data.validation_split})

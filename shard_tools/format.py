@@ -32,9 +32,8 @@ import xxhash
 
 from shard_tools import __version__
 from shard_tools.command import CommandError, one_line
+from shard_tools.commit_mark import DATASET_FILE, FORMAT_VERSION, index_name, own_hash, spelled  # noqa: F401 - names that all know from here
 
-FORMAT_VERSION = 1
-DATASET_FILE = "dataset.json"
 FAILURES_FILE = "failures.jsonl"
 SPLITS = ("train", "validation", "test")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
@@ -72,11 +71,6 @@ class DatasetError(CommandError):
 def shard_name(split: str, number: int) -> str:
     """File name of a shard: `train-000012.tar`."""
     return f"{split}-{number:06d}.tar"
-
-
-def index_name(shard: str) -> str:
-    """File name of a shard's index: the same stem, `.parquet`."""
-    return Path(shard).stem + ".parquet"
 
 
 def make_key(text: str) -> str:
@@ -138,6 +132,32 @@ class SampleInfo:
             if record[name] is None:
                 del record[name]
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def in_index(self) -> dict[str, Any]:
+        """What the sample's index row repeats of it."""
+        video = self.video
+        return {
+            "key": self.key,
+            "label": self.label,
+            "num_frames": video.num_frames,
+            "width": video.width,
+            "height": video.height,
+        }
+
+
+_SAMPLE = pydantic.TypeAdapter(SampleInfo)
+
+
+def parse_sample(data: bytes) -> SampleInfo:
+    """The content of KEY.json, strictly.
+
+    Raises:
+        ValueError: not the JSON of a sample, or of a colour that is none of COLOURS.
+    """
+    sample = _SAMPLE.validate_json(data, strict=True)
+    if (sample.video.matrix, sample.video.range) not in COLOURS:
+        raise ValueError(f"colour {sample.video.matrix} {sample.video.range} is none of those stored")
+    return sample
 
 
 def y4m_frame_bytes(width: int, height: int) -> int:
@@ -255,14 +275,11 @@ class Dataset:
 
     def self_hash(self) -> str:
         """XXH3-64 over the canonical JSON of all fields but `xxh3`."""
-        record = self._record()
-        del record["xxh3"]
-        return xxhash.xxh3_64_hexdigest(json.dumps(record, sort_keys=True).encode())
+        return own_hash(self._record())
 
     def to_json(self) -> bytes:
         """Bytes of dataset.json, with the self-hash filled in. No time stamps: re-packing gives identical bytes."""
-        record = self._record() | {"xxh3": self.self_hash()}
-        return (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode()
+        return spelled(self._record() | {"xxh3": self.self_hash()})
 
     def _record(self) -> dict[str, Any]:
         record = dataclasses.asdict(self)

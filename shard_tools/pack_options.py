@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--frames",
         choices=TIERS,
         default="source",
-        help="storage tier. source: the files' own bytes; mjpeg: every frame a JPEG, about 8 x the bytes of "
+        help="storage tier. source: the files' own bytes; mjpeg: every frame a JPEG, about 5.5 x the bytes of "
         "Something-Something-v2; y4m: every frame raw, about 85 x. More bytes are less work for the loader's workers",
     )
     parser.add_argument(

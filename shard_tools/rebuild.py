@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import xxhash
 
 from shard_tools import ledger
@@ -21,11 +20,11 @@ from shard_tools.command import CommandError
 from shard_tools.format import (
     FAILURES_FILE,
     Dataset,
-    SampleInfo,
     ShardInfo,
     Video,
     index_name,
     parse_index,
+    parse_sample,
     read_index,
 )
 from shard_tools.frames import BadVideoError, probe
@@ -36,7 +35,6 @@ from shard_tools.ustar import read_members
 from shard_tools.writer import ShardWriter
 
 _BUFFER = 4 << 20
-_SAMPLE = pydantic.TypeAdapter(SampleInfo)
 _NO_ENTRY = "its KEY.json is damaged, and the source folder has no video or label of this key"
 _UNPROVEN = "its shard's index is gone too, and nothing else proves its bytes"
 
@@ -73,7 +71,7 @@ class DamagedShard:
             for key, sample in self.samples(proven_only):
                 try:
                     head, ext, payload = sample()
-                    writer.add(_SAMPLE.validate_json(head, strict=True), ext, payload)
+                    writer.add(parse_sample(head), ext, payload)
                 except _Lost as reason:
                     lost.append((key, str(reason)))
                 except ValueError:
@@ -110,7 +108,7 @@ class DamagedShard:
         return found
 
     def payload_again(self, head: bytes, row: Row) -> Members:
-        sample = _SAMPLE.validate_json(head, strict=True)
+        sample = parse_sample(head)
         data = self.read_source(sample.source.path)
         if (len(data), xxhash.xxh3_64_hexdigest(data)) != (sample.source.bytes, sample.source.xxh3):
             raise _Lost(f"its source {sample.source.path} has other bytes than when it was packed")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import pydantic
 import xxhash
 
 from shard_tools.command import one_line
@@ -29,6 +28,7 @@ from shard_tools.format import (
     frame_span,
     index_name,
     parse_index,
+    parse_sample,
 )
 from shard_tools.ustar import BLOCK, Member, ShardDamage, parse_header, read_members
 from shard_tools.webm import vp9_packets
@@ -42,7 +42,6 @@ PACK_AGAIN = "pack again from the sources: python -m shard_tools.pack ROOT --ove
 INDEX_AGAIN = "if this was wanted, index again: python -m shard_tools.index"
 _REMOVE = "move it out of the folder if it does not belong to the data set"
 _FETCH_AGAIN = "fetch the video again and pack again, or leave it: training passes over it, and names it"
-_SAMPLE = pydantic.TypeAdapter(SampleInfo)
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | 
     shard, row = task
     with (folder / shard).open("rb") as file:
         file.seek(row["json_offset"])
-        sample = _SAMPLE.validate_json(file.read(row["json_size"]), strict=True)
+        sample = parse_sample(file.read(row["json_size"]))
         file.seek(row["payload_offset"])
         payload = file.read(row["payload_size"])
     try:
@@ -357,13 +356,11 @@ class ShardCheck:
     def json_content(self, member: Member, row: dict[str, Any]) -> None:
         """Compare what KEY.json says with the index row and with dataset.json."""
         try:
-            sample = _SAMPLE.validate_json(member.data, strict=True)
+            sample = parse_sample(member.data)
         except ValueError:
             self.report("json_mismatch", member.key, member.offset, f"{member.name} is not the JSON of a sample")
             return
-        said = {"key": sample.key, "label": sample.label, "num_frames": sample.video.num_frames,
-                "width": sample.video.width, "height": sample.video.height}  # fmt: skip
-        wrong = [name for name, value in said.items() if row[name] != value]
+        wrong = [name for name, value in sample.in_index().items() if row[name] != value]
         if wrong:
             detail = f"the index row says other than {member.name}: {', '.join(wrong)}"
             self.report("index_mismatch", member.key, member.offset, detail)

@@ -1,38 +1,22 @@
-"""`python -m shard_tools.verify DIR`: every byte of every shard against header, index and hash, in one read.
+"""`python -m shard_tools.verify DIR`: every byte of every shard against the hashes of the data set, in one read.
 
 Readers such as tarfile end silently at a damaged header, and payload damage passes them unseen. Here each problem
-gets a line: shard, key, kind, offset, what is wrong, what to do.
+gets a line: shard, key, kind, offset, what is wrong, what to do. What is whole needs no more than its hashes (proof.py);
+the close look at what is not (inspection.py) takes longer to load than a few GB take to read.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+from shard_tools.command import OK, PROBLEMS, run
+from shard_tools.proof import NOTHING, Proof, prove, total_bytes
 
-from shard_tools import foreign_check, ledger, shard_check
-from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
-from shard_tools.executors import WorkerDiedError, run_local
-from shard_tools.format import Dataset, ShardInfo, read_dataset
-from shard_tools.proof import proven_keys
-from shard_tools.shard_check import (
-    PACK_AGAIN,
-    Problem,
-    ShardReport,
-    check_dataset,
-    deep_tasks,
-    repair_command,
-)
-
-Task = tuple[str, ShardInfo]  # split, shard
-Check = Callable[[Path, tuple[str, ...], Task], ShardReport]
 _VERDICTS = {
     "whole": "every byte is as it was {}",
     "quick": "sizes, headers and indexes are as they were {}; payloads were not read",
@@ -43,26 +27,51 @@ _VERDICTS = {
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     depth = "quick" if args.quick else "deep" if args.deep else "whole"
+    proof = NOTHING
+    if depth == "whole" and not args.from_failures:
+        proof = _prove(args.dir, args.workers)
+        if proof.whole:
+            _say(args, proof.samples, proof.shards, _VERDICTS[depth].format("packed"))
+            return OK
+    return _inspect(args, depth, proof)
+
+
+def _prove(folder: Path, workers: int) -> Proof:
+    if not sys.stderr.isatty():
+        return prove(folder, workers)
+    from tqdm import tqdm  # takes as long to load as a GB to read
+
+    with tqdm(total=total_bytes(folder), unit="B", unit_scale=True, desc="verify") as bar:
+        return prove(folder, workers, bar.update)
+
+
+def _inspect(args: argparse.Namespace, depth: str, proof: Proof) -> int:
+    """Look closely at what is not proven, and say every problem."""
+    from shard_tools.format import read_dataset  # these load pyarrow, pydantic and FFmpeg
+    from shard_tools.inspection import named_shards, problems_of
+
     dataset = read_dataset(args.dir)
-    only = _named_shards(args.from_failures, dataset, args.json) if args.from_failures else None
+    only = named_shards(args.from_failures, dataset, args.json) if args.from_failures else None
     count = 0
-    for problem in verify(args.dir, dataset, args.workers, depth, only):
+    for problem in problems_of(args.dir, dataset, args.workers, depth, only, proof.proven):
         count += 1
         print(json.dumps(dataclasses.asdict(problem)) if args.json else problem, flush=True)
     chosen = [i for split in dataset.splits.values() for i in split.shards if only is None or i.file in only]
     fine = _VERDICTS[depth].format("indexed" if dataset.foreign else "packed")
-    verdict = f"{count} problem{'s' * (count > 1)}" if count else fine
-    print(
-        f"{args.dir}: {sum(i.samples for i in chosen):,} samples in {len(chosen)} shards: {verdict}",
-        file=sys.stderr if args.json else sys.stdout,
-    )
+    _say(args, sum(i.samples for i in chosen), len(chosen), f"{count} problem{'s' * (count > 1)}" if count else fine)
     return PROBLEMS if count else OK
+
+
+def _say(args: argparse.Namespace, samples: int, shards: int, verdict: str) -> None:
+    out = sys.stderr if args.json else sys.stdout
+    print(f"{args.dir}: {samples:,} samples in {shards} shards: {verdict}", file=out)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m shard_tools.verify",
-        description="Check every byte of a packed data set: tar structure, hashes of every member, index, dataset.json.",
+        description="Check every byte of a packed data set: tars and indexes against the hashes in dataset.json, and that one "
+        "against its own; whatever does not fit is looked at header by header and member by member.",
         epilog="Exit codes: 0 whole; 1 problems, one line each; 2 not a data set; 130 interrupted.",
     )
     parser.add_argument("dir", type=Path, help="folder of the data set (holds dataset.json)")
@@ -87,95 +96,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if args.workers < 1:
         parser.error("--workers: at least 1")
     return args
-
-
-def _named_shards(run_folder: Path, dataset: Dataset, quiet: bool) -> set[str]:
-    """The shards of this data set that a run's failure records name; what else they name is said."""
-    if not run_folder.exists():
-        raise CommandError(f"{run_folder}: no such run or ledger file; runs are under runs/")
-    paths = ledger.find_ledgers(run_folder)
-    if not paths and not (run_folder / "metrics.jsonl").exists():
-        raise CommandError(f"{run_folder}: neither a run nor a ledger (no failures/*.jsonl, no metrics.jsonl)")
-    out = sys.stderr if quiet else sys.stdout
-    named: set[str] = set()
-    for path in paths:
-        records, damaged = ledger.read(path)
-        named |= {Path(record.shard).name for record in records if record.shard}
-        if damaged:
-            print(f"{path}: {damaged} lines are no failure records (cut short by a crash, or edited)", file=out)
-    known = {info.file for split in dataset.splits.values() for info in split.shards}
-    for name in sorted(named - known):
-        print(one_line(f"{name}: named by {run_folder}, not part of this data set"), file=out)
-    if not named & known:
-        print(f"{run_folder}: names no shard of this data set", file=out)
-    return named & known
-
-
-def verify(
-    folder: Path, dataset: Dataset, workers: int, depth: str = "whole", only: set[str] | None = None
-) -> Iterator[Problem]:
-    """All problems of a data set: the folder and dataset.json first, then shard by shard as they are read.
-
-    Args:
-        depth: "whole" reads every byte, "quick" no payloads, "deep" also decodes.
-        only: the shards to check; None for all.
-    """
-    yield from (p for p in check_dataset(folder, dataset) if only is None or p.shard is None or p.shard in only)
-    tasks = [
-        (split, info)
-        for split, content in dataset.splits.items()
-        for info in content.shards
-        if (folder / info.file).is_file() and (only is None or info.file in only)
-    ]
-    module = foreign_check if dataset.foreign else shard_check
-    checks: dict[str, Check] = {"whole": module.check_shard, "quick": module.check_quick, "deep": module.check_deep}
-    total = sum(info.bytes for _, info in tasks)
-    holders: dict[str, str] = {}  # key -> the shard it was found in
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-        if depth == "whole" and not dataset.foreign and dataset.xxh3 == dataset.self_hash():
-            left = []
-            proof = functools.partial(proven_keys, folder, dataset.classes)
-            for task, keys in run_local(proof, tasks, workers):
-                if keys is None or isinstance(keys, WorkerDiedError):
-                    left.append(task)
-                    continue
-                bar.update(task[1].bytes)
-                yield from _duplicates(keys, task[1].file, holders)
-            tasks = left
-        check = functools.partial(checks[depth], folder, dataset.classes)
-        for (split, info), report in run_local(check, tasks, workers):
-            bar.update(info.bytes)
-            if isinstance(report, WorkerDiedError):
-                problems = _deadly_samples(folder, dataset, (split, info)) if depth == "deep" else []
-                yield from problems or [
-                    Problem(info.file, None, "unreadable", None, str(report), repair_command(folder))
-                ]
-                continue
-            yield from report.problems
-            yield from _duplicates(report.keys, info.file, holders)
-
-
-def _duplicates(keys: list[str], shard: str, holders: dict[str, str]) -> Iterator[Problem]:
-    for key in keys:
-        first, second = sorted((holders.setdefault(key, shard), shard))
-        if first != second:
-            yield Problem(second, key, "duplicate_key", None, f"the key is also in {first}", PACK_AGAIN)
-
-
-def _deadly_samples(folder: Path, dataset: Dataset, task: Task) -> list[Problem]:
-    """Problems of a shard whose deep check killed the process: each sample decoded in a process that may die."""
-    module = foreign_check if dataset.foreign else shard_check
-    [(_, report)] = run_local(functools.partial(module.check_shard, folder, dataset.classes), [task], 1)
-    if isinstance(report, WorkerDiedError) or report.problems:
-        return [] if isinstance(report, WorkerDiedError) else report.problems
-    problems = []
-    decode = functools.partial(module.decode_problem, folder)
-    for (shard, row), found in run_local(decode, deep_tasks(folder, task[1]), 1):
-        if isinstance(found, WorkerDiedError):
-            problems.append(module.undecodable(shard, row, "decoding it kills the process"))
-        elif found is not None:
-            problems.append(found)
-    return problems
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ class ShardWriter:
         payload_offset = self._member(f"{info.key}.{ext}", payload)
         self._rows.append(
             {
-                "key": info.key,
-                "label": info.label,
+                **info.in_index(),
                 "json_offset": json_offset,
                 "json_size": len(head),
                 "payload_offset": payload_offset,
@@ -53,9 +52,6 @@ class ShardWriter:
                 "ext": ext,
                 "xxh3_json": xxhash.xxh3_64_intdigest(head),
                 "xxh3_payload": xxhash.xxh3_64_intdigest(payload),
-                "num_frames": info.video.num_frames,
-                "width": info.video.width,
-                "height": info.video.height,
             }
         )
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import contents, serially
 from video_maker import make_video
 
-from shard_tools import index, ledger, verify
+from shard_tools import index, inspection, ledger, verify
 from shard_tools.command import CommandError
 from shard_tools.foreign import Tape, read_samples, split_name, walk
 from shard_tools.format import FAILURES_FILE, index_name, read_dataset, read_index
@@ -143,7 +143,7 @@ def test_samples_are_those_of_plain_webdataset(writer: str, webm: bytes, mp4: by
         assert head == (sample["json"] if sample.get("json", b"").startswith(b"{") else b"")
     assert [row["label"] for row in rows if row["key"].endswith("a1")] == [2]
     assert {(row["num_frames"], row["width"], row["height"]) for row in rows} == {(6, 48, 32), (4, 40, 24)}
-    with mock.patch.object(verify, "run_local", serially):
+    with mock.patch.object(inspection, "run_local", serially):
         assert [verify.main([str(tmp_path / "tars"), *more]) for more in ([], ["--quick"], ["--deep"])] == [0, 0, 0]
 
 
@@ -317,7 +317,7 @@ def test_a_hostile_member_costs_its_sample_and_is_named(kind: str, webm: bytes, 
     assert message in failure.message
     assert failure.offset is not None
     assert [row["key"] for row in rows_of(tmp_path / "tars")["x.tar"]] == ["good0", "good1", "good2"]
-    with mock.patch.object(verify, "run_local", serially):
+    with mock.patch.object(inspection, "run_local", serially):
         assert verify.main([str(tmp_path / "tars")]) == 0
     new = contents(tmp_path).keys() - before.keys()
     assert new == {"tars/dataset.json", "tars/failures.jsonl", "tars/x.parquet"}
@@ -417,7 +417,7 @@ def test_verify_of_our_own_data_set_names_a_hostile_member(
     extra = HOSTILE[kind][0](webm, tmp_path / "outside") if kind in HOSTILE else BROKEN[kind][0](webm)
     path.write_bytes(data[:cut] + extra + data[cut:])
     before = contents(tmp_path)
-    with mock.patch.object(verify, "run_local", serially):
+    with mock.patch.object(inspection, "run_local", serially):
         assert verify.main([str(folder), "--json"]) == 1
     first = json.loads(capsys.readouterr().out.splitlines()[0])
     assert first["shard"] == "train-000001.tar"

@@ -18,7 +18,7 @@ import pytest
 from conftest import REPOSITORY, RunModule, contents, serially, wait_until
 from video_maker import make_video
 
-from shard_tools import bench, describe, index, ledger, repair, verify
+from shard_tools import bench, describe, index, inspection, ledger, repair, verify
 from shard_tools.command import CommandError
 from shard_tools.foreign_index import ScanJob
 from shard_tools.format import DATASET_FILE, FAILURES_FILE, Video, index_bytes, index_name, read_dataset, read_index
@@ -36,7 +36,7 @@ def webm() -> bytes:
 
 def command(module: object, *args: object) -> int:
     """Run a command in this process; its exit code."""
-    with mock.patch.object(module, "run_local", serially):
+    with mock.patch.object(inspection if module is verify else module, "run_local", serially):
         return module.main([str(arg) for arg in args])
 
 
@@ -414,8 +414,8 @@ def flip(path: Path, offset: int) -> None:
 
 
 def found(folder: Path, depth: str = "whole") -> set[tuple[str | None, str | None, str]]:
-    with mock.patch.object(verify, "run_local", serially):
-        problems = list(verify.verify(folder, read_dataset(folder), 1, depth))
+    with mock.patch.object(inspection, "run_local", serially):
+        problems = list(inspection.problems_of(folder, read_dataset(folder), 1, depth))
     for problem in problems:
         assert len(str(problem).splitlines()) == 1
         of_index = problem.kind in ("missing_index", "index_mismatch")
@@ -462,8 +462,8 @@ def test_verify_names_what_is_damaged_and_repair_leaves_it(
 def test_verify_names_missing_and_new_tars(indexed: Path) -> None:
     shutil.copy(indexed / "train-0.tar", indexed / "more.tar")
     (indexed / "train-0.tar").rename(indexed.parent / "away.tar")
-    with mock.patch.object(verify, "run_local", serially):
-        problems = list(verify.verify(indexed, read_dataset(indexed), 1))
+    with mock.patch.object(inspection, "run_local", serially):
+        problems = list(inspection.problems_of(indexed, read_dataset(indexed), 1))
     assert {(p.shard, p.kind) for p in problems} == {("train-0.tar", "missing_shard"), ("more.tar", "extra_shard")}
     assert all(f"python -m shard_tools.index {indexed}" in problem.remedy for problem in problems)
 
@@ -473,9 +473,9 @@ def test_verify_checks_what_a_run_names(indexed: Path, tmp_path: Path) -> None:
         flip(indexed / tar, rows_of(indexed, tar)[0]["payload_offset"])
     ledger.append(tmp_path / "run.jsonl", [Failure("read", "HashMismatchError", "m", "substituted", shard="val-0.tar")])
     dataset = read_dataset(indexed)
-    only = verify._named_shards(tmp_path / "run.jsonl", dataset, quiet=False)
-    with mock.patch.object(verify, "run_local", serially):
-        problems = list(verify.verify(indexed, dataset, 1, only=only))
+    only = inspection.named_shards(tmp_path / "run.jsonl", dataset, quiet=False)
+    with mock.patch.object(inspection, "run_local", serially):
+        problems = list(inspection.problems_of(indexed, dataset, 1, only=only))
     assert [(p.shard, p.key, p.kind) for p in problems] == [("val-0.tar", "clip0", "payload_mismatch")]
 
 
@@ -485,8 +485,8 @@ def test_deep_decodes(webm: bytes, tmp_path: Path) -> None:
     broken = webm[:third] + b"\xff" * 20 + webm[third + 20 :]  # for its container it is whole
     write_tar(tmp_path / "tars/a.tar", [{"__key__": "a", "webm": broken}, {"__key__": "b", "webm": webm}])
     assert command(index, tmp_path / "tars") == 0
-    with mock.patch.object(verify, "run_local", serially):
-        problems = list(verify.verify(tmp_path / "tars", read_dataset(tmp_path / "tars"), 1, "deep"))
+    with mock.patch.object(inspection, "run_local", serially):
+        problems = list(inspection.problems_of(tmp_path / "tars", read_dataset(tmp_path / "tars"), 1, "deep"))
     assert [(p.key, p.kind) for p in problems] == [("a", "undecodable")]
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import REPOSITORY, RunModule, contents, pack_here, serially, wait_until
 from test_verify import Copy, Fault
 
-from shard_tools import ledger, pack, repair, salvage, staging, verify
+from shard_tools import inspection, ledger, pack, repair, salvage, staging
 from shard_tools.format import DATASET_FILE, index_bytes, index_name, parse_index, read_dataset
 from shard_tools.ustar import BLOCK
 from shard_tools.writer import ShardWriter
@@ -35,8 +35,8 @@ def repair_here(*args: object) -> int:
 
 def verify_here(folder: Path) -> list[str]:
     """What verify finds."""
-    with mock.patch.object(verify, "run_local", serially):
-        return [str(problem) for problem in verify.verify(folder, read_dataset(folder), 1)]
+    with mock.patch.object(inspection, "run_local", serially):
+        return [str(problem) for problem in inspection.problems_of(folder, read_dataset(folder), 1)]
 
 
 @pytest.fixture

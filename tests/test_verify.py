@@ -20,7 +20,7 @@ import pytest
 import xxhash
 from conftest import RunModule, contents, pack_here, serially
 
-from shard_tools import ledger, shard_check, verify
+from shard_tools import inspection, ledger, shard_check, verify
 from shard_tools.format import (
     DATASET_FILE,
     Dataset,
@@ -32,6 +32,7 @@ from shard_tools.format import (
     read_dataset,
 )
 from shard_tools.ledger import Failure
+from shard_tools.proof import prove
 from shard_tools.shard_check import KINDS, Problem, check_shard
 from shard_tools.ustar import BLOCK, padding, tar_header
 
@@ -46,11 +47,16 @@ class Copy:
         self.shard = read_dataset(folder).splits["train"].shards[1].file
         self.tar, self.parquet = folder / self.shard, folder / index_name(self.shard)
         self.rows: Rows = parse_index(self.parquet.read_bytes()).to_pylist()
+        self.forged = False
 
     def problems(self, depth: str = "whole") -> list[Problem]:
         """What verify finds, in this process; every problem has a known kind and is told in one line."""
-        with mock.patch.object(verify, "run_local", serially):
-            found = list(verify.verify(self.folder, read_dataset(self.folder), 1, depth))
+        proof = prove(self.folder, 1)
+        with mock.patch.object(inspection, "run_local", serially):
+            found = list(inspection.problems_of(self.folder, read_dataset(self.folder), 1, depth))
+        if not self.forged:  # what the close look finds is never proven to be whole, and named shards are not proven
+            assert proof.whole == (not found) or depth != "whole"
+            assert not proof.proven & {problem.shard for problem in found}
         for problem in found:
             assert problem.kind in KINDS
             assert len(str(problem).splitlines()) == 1
@@ -95,6 +101,7 @@ class Copy:
 
     def forge(self, **changed: object) -> None:
         """Change what dataset.json says of the shard, with totals and hash that fit."""
+        self.forged = True
         old = read_dataset(self.folder)
         shards = {
             name: [ShardInfo(**(vars(i) | changed)) if i.file == self.shard else i for i in split.shards]
@@ -173,10 +180,6 @@ def test_usage_errors_are_exit_code_2(tmp_path: Path, run_module: RunModule, arg
     assert len([line for line in done.stderr.splitlines() if "error: " in line]) == 1
 
 
-def unsure(folder: Path, classes: tuple[str, ...], task: tuple[str, ShardInfo]) -> None:
-    """Stands in for `proven_keys`: every shard is looked at closely."""
-
-
 # --- each kind ------------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +198,8 @@ def test_unreadable(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken_disk(*args: object, **options: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(verify, "proven_keys", unsure)
     monkeypatch.setattr(shard_check, "read_members", broken_disk)
+    copy.forged = True  # only the close look meets this disk
     assert {problem.kind for problem in copy.problems()} == {"unreadable"}
 
 
@@ -369,6 +372,7 @@ def test_dataset_mismatch_for_a_sample_of_another_split_or_class(copy: Copy) -> 
         (copy.folder / info.file).unlink()
         (copy.folder / index_name(info.file)).unlink()
     (copy.folder / DATASET_FILE).write_bytes(new.to_json())
+    copy.forged = True
     details = [problem.detail for problem in copy.problems()]
     assert sum("belongs to split validation, the shard to test" in detail for detail in details) == 6
     assert any("label 3 is none of the 3 classes" in detail for detail in details)
@@ -449,8 +453,8 @@ def test_deep_decodes_frame_tiers(videos: Path, tmp_path: Path, tier: str) -> No
     out = tmp_path / "out"
     pack_here(videos, "--out", out, "--frames", tier, "--limit", 3)
     dataset = read_dataset(out)
-    with mock.patch.object(verify, "run_local", serially):
-        assert not list(verify.verify(out, dataset, 1, "deep"))
+    with mock.patch.object(inspection, "run_local", serially):
+        assert not list(inspection.problems_of(out, dataset, 1, "deep"))
     [info] = dataset.splits["train"].shards
     for _, row in shard_check.deep_tasks(out, info):
         with (out / info.file).open("r+b") as file:
@@ -476,10 +480,10 @@ def deep_check_that_dies(folder: Path, classes: tuple[str, ...], task: tuple[str
 def test_deep_names_the_sample_that_kills_its_decoder(copy: Copy, run_module: RunModule, tmp_path: Path) -> None:
     row = copy.rows[1]
     (tmp_path / "deadly.py").write_text(
-        "import sys\nfrom shard_tools import verify\nimport test_verify\n"
+        "import sys\nfrom shard_tools import shard_check, verify\nimport test_verify\n"
         "if __name__ == '__main__':\n"  # in this process alone: workers are given these functions by name
-        "    verify.shard_check.check_deep = test_verify.deep_check_that_dies\n"
-        "    verify.shard_check.decode_problem = test_verify.decode_that_dies\n"
+        "    shard_check.check_deep = test_verify.deep_check_that_dies\n"
+        "    shard_check.decode_problem = test_verify.decode_that_dies\n"
         "    sys.exit(verify.main(sys.argv[1:]))\n"
     )
     ledger.append(tmp_path / "run.jsonl", [Failure("crash", "WorkerDied", "m", "quarantined", shard=copy.shard)])
@@ -736,8 +740,8 @@ def test_a_shard_that_disappears_before_it_is_read_is_missing(copy: Copy) -> Non
         shutil.rmtree(copy.folder, ignore_errors=True)
         return serially(function, tasks, workers)
 
-    with mock.patch.object(verify, "run_local", disappearing), mock.patch.object(verify, "proven_keys", unsure):
-        found = list(verify.verify(copy.folder, read_dataset(copy.folder), 1))
+    with mock.patch.object(inspection, "run_local", disappearing):
+        found = list(inspection.problems_of(copy.folder, read_dataset(copy.folder), 1))
     assert {problem.kind for problem in found} == {"missing_shard", "missing_index"}
 
 
@@ -750,10 +754,9 @@ def check_that_dies(folder: Path, classes: tuple[str, ...], task: tuple[str, Sha
 def test_a_shard_that_kills_its_reader_is_named_and_the_others_are_read(
     copy: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "proven_keys", unsure)
     monkeypatch.setattr(shard_check, "check_shard", check_that_dies)
     copy.parquet.with_name("train-000003.parquet").unlink()
-    found = list(verify.verify(copy.folder, read_dataset(copy.folder), 1))
+    found = list(inspection.problems_of(copy.folder, read_dataset(copy.folder), 1))
     assert {(problem.shard, problem.kind) for problem in found} == {
         ("train-000001.tar", "unreadable"),
         ("train-000003.tar", "missing_index"),

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
-from salt_wds.decode import Crop
+from salt_wds.clip_writer import Crop
 from salt_wds.views import choose_frames, random_crop
 
 FRAMES, STRIDE, SIZE, BATCH = 16, 2, 224, 16
@@ -123,13 +123,20 @@ def loose_files(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
 
 
 def webdataset_float(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
-    """webdataset's own reader, decord: (B, T, 3, S, S) float32."""
-    return _webdataset(inputs, workers, float_clip)
+    """webdataset as its documentation has it, batches made by `.batched` in the workers; decord: (B, T, 3, S, S) float32."""
+    dataset = _webdataset(inputs, float_clip).map(_in_tuple).batched(BATCH)
+    for (batch,) in _web_loader(dataset, workers, batch_size=None):
+        yield batch
+
+
+def webdataset_float_tuned(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
+    """The same, batches made by the DataLoader: torch then stacks straight into shared memory, which saves a copy."""
+    return iter(_web_loader(_webdataset(inputs, float_clip), workers, batch_size=BATCH))
 
 
 def webdataset_uint8(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
-    """webdataset's own reader, decord, OpenCV: (B, T, S, S, 3) uint8 RGB."""
-    return _webdataset(inputs, workers, uint8_clip)
+    """webdataset's own reader, decord, OpenCV, batches made by the DataLoader: (B, T, S, S, 3) uint8 RGB."""
+    return iter(_web_loader(_webdataset(inputs, uint8_clip), workers, batch_size=BATCH))
 
 
 class _FromBytes:
@@ -144,21 +151,28 @@ class _FromBytes:
         return self._make_clip(io.BytesIO(sample["webm"]), self._rng)
 
 
-def _webdataset(inputs: Path, workers: int, make_clip: Any) -> Iterator[torch.Tensor]:
-    """Batches are made by the DataLoader and not by `.batched`: torch then stacks straight into shared memory."""
+def _webdataset(inputs: Path, make_clip: Any) -> Any:
     import webdataset as wds
 
     shards = sorted(map(str, (inputs / "source").glob("*.tar")))
-    dataset = wds.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(100).map(_FromBytes(make_clip))
-    return iter(
-        wds.WebLoader(
-            dataset,
-            batch_size=BATCH,
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            worker_init_fn=_start_worker,
-        )
+    return wds.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(100).map(_FromBytes(make_clip))
+
+
+def _web_loader(dataset: Any, workers: int, batch_size: int | None) -> Any:
+    import webdataset as wds
+
+    return wds.WebLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        worker_init_fn=_start_worker,
     )
+
+
+def _in_tuple(clip: torch.Tensor) -> tuple[torch.Tensor]:
+    """webdataset collates tuples and dictionaries."""
+    return (clip,)
 
 
 def streaming_uint8(inputs: Path, workers: int) -> Iterator[torch.Tensor]:

@@ -73,6 +73,9 @@ def ours(tier: str) -> Contender:
 CONTENDERS = {
     "loose files, DataLoader, decord, float32": Contender(peer_loaders.loose_files, NORMALISED, torch.float32),
     "webdataset, decord, float32": Contender(peer_loaders.webdataset_float, NORMALISED, torch.float32),
+    "webdataset, decord, float32, torch's batches": Contender(
+        peer_loaders.webdataset_float_tuned, NORMALISED, torch.float32
+    ),
     "webdataset, decord, uint8": Contender(peer_loaders.webdataset_uint8, RGB, torch.uint8),
     "SPDL, YUV uint8": Contender(peer_loaders.spdl_yuv, (BATCH, FRAMES, 1, SIZE * 3 // 2, SIZE), torch.uint8),
     "MosaicML streaming, decord, uint8": Contender(peer_loaders.streaming_uint8, RGB, torch.uint8),

@@ -7,6 +7,7 @@ Shapes: B clips, T frames, P bytes of a frame (YUV 4:2:0), N tokens, D width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ class FrozenEncoder:
         """Tokens (B, N, D) in fp32. Ordinary tensors, which other networks can learn from."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             return self.tokens_of(video).float()
+
+    @property
+    def file_name(self) -> str:
+        """`name` as a part of the names of files: "student-mean"."""
+        return "-".join(re.findall(r"\w+", self.name))
 
     @property
     def _bf16(self) -> bool:

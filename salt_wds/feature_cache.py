@@ -31,33 +31,32 @@ from shard_tools.format import sync_folder, write_atomic
 
 _FORMAT = 1
 _SHARD_BYTES = 256 << 20
-_CLIP_SETTINGS = ("num_frames", "frame_stride", "temporal_jitter", "size", "decoder", "window")
-_CROP_SETTINGS = ("crop_scale", "crop_ratio", "flip")
+_CLIP_SETTINGS = ("num_frames", "frame_stride", "size", "decoder")
+_RANDOM_SETTINGS = ("window", "crop_scale", "crop_ratio", "flip")  # these matter only where views are random
 
 
 def describe(encoder: FrozenEncoder, part: Part, config: Config, views: int) -> dict[str, Any]:
-    """All that features depend on; equal descriptions, equal features.
+    """All that features depend on, but for rounding, which differs from one device to another.
 
     Args:
         config: of the run, with the data settings of the probe.
         views: random views of each sample, where the part has random ones.
     """
     data = config.data
-    settings = _CLIP_SETTINGS + (() if part.views else _CROP_SETTINGS)
+    settings = _CLIP_SETTINGS + (() if part.views else _RANDOM_SETTINGS)
     return {
         "format": _FORMAT,
         "encoder": encoder.name,
         "step": encoder.step,
         "weights": _fingerprint(encoder),
         "precision": encoder.config.train.precision,
-        "device": encoder.device.type,
         "part": part.name,
         "reversed": part.arrow,
         "split": part.catalog.split,
         "samples": part.catalog.num_samples,
         "rows": xxhash.xxh3_64_hexdigest(part.catalog.table.array.tobytes()),
         "views": f"{part.views.segments} x {part.views.crops}" if part.views else f"{views} random",
-        "order": None if part.views else config.train.seed,
+        "seed": None if part.views else config.train.seed,
         **{name: list(v) if isinstance(v := getattr(data, name), tuple) else v for name in settings},
     }
 
@@ -156,7 +155,7 @@ def _fingerprint(encoder: FrozenEncoder) -> str:
     """Of the weights of an encoder."""
     hasher = xxhash.xxh3_64()
     for name, tensor in sorted(encoder.network.state_dict().items()):
-        hasher.update(name)
+        hasher.update(name.encode())
         hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return hasher.hexdigest()
 

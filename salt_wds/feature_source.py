@@ -71,22 +71,20 @@ class FeatureSource:
     def _cached(self, part: Part) -> dict[str, Table]:
         """Tables of the part from the disk, after writing those that are not there."""
         assert self._cache is not None
-        folders = {name: self._cache / name.replace(" ", "-") / part.name for name in self._encoders}
+        folders = {name: self._cache / e.file_name / part.name for name, e in self._encoders.items()}
         descriptions = {
             name: feature_cache.describe(encoder, part, self._config, self._views)
             for name, encoder in self._encoders.items()
         }
-        found = {
-            name: feature_cache.open_table(folder, descriptions[name], self._encoders[name].device)
-            for name, folder in folders.items()
-        }
-        missing = {name: self._encoders[name] for name, table in found.items() if table is None}
+
+        def tables() -> dict[str, Table | None]:
+            return {
+                name: feature_cache.open_table(folder, descriptions[name], self._encoders[name].device)
+                for name, folder in folders.items()
+            }
+
+        missing = {name: self._encoders[name] for name, table in tables().items() if table is None}
         if missing:
-            epochs = 1 if part.views else self._views
-            feature_cache.write_tables(
-                {name: folders[name] for name in missing},
-                descriptions,
-                extract(part, missing, self._config, self._ledger, epochs),
-            )
-            return self._cached(part)
-        return {name: table for name, table in found.items() if table is not None}
+            clips = extract(part, missing, self._config, self._ledger, 1 if part.views else self._views)
+            feature_cache.write_tables({name: folders[name] for name in missing}, descriptions, clips)
+        return {name: table for name, table in tables().items() if table is not None}

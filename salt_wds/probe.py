@@ -94,7 +94,7 @@ def probe(
     folder = run_dir / "probes"
     folder.mkdir(exist_ok=True)
     for encoder, result in results.items():
-        picture = f"{name}.{encoder.replace(' ', '-')}.png"
+        picture = f"{name}.{encoders[encoder].file_name}.png"
         plot_confusion(folder / picture, encoder, result, data.classes)
         result |= {
             "step": encoders[encoder].step,
@@ -105,7 +105,7 @@ def probe(
     result = {
         "name": name,
         "run": str(run_dir),
-        "step": encoders["student"].step if "student" in encoders else None,
+        "step": next((encoder.step for encoder in encoders.values() if encoder.step is not None), None),
         "objective": run_config.objective,
         "config": config.model_dump(mode="json"),
         "data": _data_of(config, data),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from salt_wds.neighbours import vote
@@ -96,8 +96,8 @@ def plot_confusion(path: Path, encoder: str, result: Mapping[str, Any], classes:
     matplotlib.use("Agg")
     from matplotlib import pyplot  # a backend must be chosen first
 
-    counts = torch.tensor(result["confusion"], dtype=torch.float64)
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    counts = np.array(result["confusion"])
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     named = len(classes) <= _SHOWN
     side = 4 + 0.3 * len(classes) if named else 9
     figure, axes = pyplot.subplots(figsize=(side + 3 * named, side), layout="constrained")

@@ -28,7 +28,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
-def _require(condition: bool, key: str, message: str) -> None:
+def require(condition: bool, key: str, message: str) -> None:
+    """Of a section's own checks: a message that opens with the key, which `read_config` makes a dotted one."""
     if not condition:
         raise ValueError(f"{key}: {message}")
 
@@ -93,18 +94,18 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(self.num_frames % TUBELET == 0, "num_frames", f"must be a multiple of the tubelet ({TUBELET})")
-        _require(self.size % PATCH == 0, "size", f"must be a multiple of the patch ({PATCH})")
+        require(self.num_frames % TUBELET == 0, "num_frames", f"must be a multiple of the tubelet ({TUBELET})")
+        require(self.size % PATCH == 0, "size", f"must be a multiple of the patch ({PATCH})")
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
-            _require(low <= high, name, "must be [least, most]")
-        _require(self.crop_ratio[0] >= 0.1 and self.crop_ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
-        _require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+            require(low <= high, name, "must be [least, most]")
+        require(self.crop_ratio[0] >= 0.1 and self.crop_ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
+        require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
         folders = len(self.folders)
-        _require(
+        require(
             len(self.weights) in (0, folders), "weights", f"must have one number for each of the {folders} data sets"
         )
-        _require(len(set(self.folders)) == folders, "shards", "names a data set twice; use data.weights")
+        require(len(set(self.folders)) == folders, "shards", "names a data set twice; use data.weights")
         return self
 
     @property
@@ -202,21 +203,21 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(self.min_lr <= self.lr, "min_lr", "must not exceed lr")
+        require(self.min_lr <= self.lr, "min_lr", "must not exceed lr")
         if self.schedule == "constant":
-            _require(self.decay_steps is None, "decay_steps", 'schedule = "constant" never decays; unset it')
+            require(self.decay_steps is None, "decay_steps", 'schedule = "constant" never decays; unset it')
         elif self.decay_steps is not None:
-            _require(
+            require(
                 self.decay_steps > self.warmup_steps,
                 "decay_steps",
                 f"must exceed the {self.warmup_steps} warmup_steps, before which nothing decays",
             )
         if self.schedule == "wsd":
             needed = 'schedule = "wsd" needs the length of its decay, such as a tenth of train.steps'
-            _require(self.wsd_decay_steps is not None, "wsd_decay_steps", needed)
+            require(self.wsd_decay_steps is not None, "wsd_decay_steps", needed)
         else:
             unset = f'only schedule = "wsd" has one, this one is "{self.schedule}"; unset it'
-            _require(self.wsd_decay_steps is None, "wsd_decay_steps", unset)
+            require(self.wsd_decay_steps is None, "wsd_decay_steps", unset)
         return self
 
 
@@ -295,7 +296,7 @@ class Config(Section):
         if optim.schedule == "wsd":
             end = optim.decay_steps or self.train.steps
             key = "decay_steps" if optim.decay_steps else "wsd_decay_steps"
-            _require(
+            require(
                 optim.warmup_steps + optim.wsd_decay_steps <= end,
                 f"optim.{key}",
                 f"{optim.warmup_steps} steps of warm-up and {optim.wsd_decay_steps} of decay do not fit into {end}",

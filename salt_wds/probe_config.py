@@ -17,7 +17,7 @@ from salt_wds.config import (
     PositiveInt,
     Section,
     Text,
-    _require,
+    require,
 )
 
 Folders = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -62,10 +62,10 @@ class ProbeDataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("crop_scale", "crop_ratio"):
-            _require(getattr(self, name)[0] <= getattr(self, name)[1], name, "must be [least, most]")
-        _require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+            require(getattr(self, name)[0] <= getattr(self, name)[1], name, "must be [least, most]")
+        require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
         for name, folders in (("shards", self.folders), ("eval_shards", self.eval_folders)):
-            _require(len(set(folders)) == len(folders), name, "names a data set twice")
+            require(len(set(folders)) == len(folders), name, "names a data set twice")
         return self
 
     @property
@@ -98,10 +98,10 @@ class HeadsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be less than the {self.epochs} epochs")
+        require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be less than the {self.epochs} epochs")
         for name in ("lrs", "weight_decays"):
-            _require(len(set(getattr(self, name))) == len(getattr(self, name)), name, "names a value twice")
-        _require(
+            require(len(set(getattr(self, name))) == len(getattr(self, name)), name, "names a value twice")
+        require(
             self.selection_share > 0 or len(self.grid) == 1,
             "selection_share",
             f"must be above 0 to choose among {len(self.grid)} probes",

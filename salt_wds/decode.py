@@ -203,7 +203,7 @@ def _i420_planes(frame: bytes | memoryview, width: int, height: int) -> Planes:
     rows, columns = (height + 1) // 2, (width + 1) // 2
     luma, chroma = width * height, rows * columns
     return (
-        np.frombuffer(frame, np.uint8, luma).reshape(height, width),
-        np.frombuffer(frame, np.uint8, chroma, luma).reshape(rows, columns),
-        np.frombuffer(frame, np.uint8, chroma, luma + chroma).reshape(rows, columns),
+        np.ndarray((height, width), np.uint8, frame),
+        np.ndarray((rows, columns), np.uint8, frame, luma),
+        np.ndarray((rows, columns), np.uint8, frame, luma + chroma),
     )

@@ -7,7 +7,6 @@ holds a hash of every frame, and where it lies.
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import time
@@ -132,7 +131,7 @@ class Reader:
 
     def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[memoryview]:
         for number in numbers:
-            yield self._repeated(shard, functools.partial(self._frame, shard, row, record, number))
+            yield self._repeated(shard, lambda number=number: self._frame(shard, row, record, number))
 
     def _frame(self, shard: int, row: Row, record: dict[str, Any], number: int) -> memoryview:
         start, end = frame_span(record, number, row.payload_size)
@@ -141,7 +140,7 @@ class Reader:
             buffer = bytearray(end - start)
         self._buffers.append(buffer)
         picture = memoryview(buffer)[: end - start]
-        got = os.preadv(self._file(shard), [picture], row.payload_offset + start)
+        got = os.preadv(self._file(shard), (picture,), row.payload_offset + start)
         self.bytes_read += got
         if got != end - start or xxhash.xxh3_64_hexdigest(picture) != record["frame_xxh3"][number]:
             raise self._mismatch(shard, row, f"{row.ext} frame {number}")

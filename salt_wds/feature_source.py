@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tqdm import tqdm
+
 from salt_wds import feature_cache
 from salt_wds.config import Config
 from salt_wds.encoders import FrozenEncoder
@@ -44,7 +46,7 @@ class FeatureSource:
     def once(self, part: Part) -> Iterator[Features]:
         """All clips of a part, in order where it has views."""
         if self._cache is None:
-            yield from extract(part, self._encoders, self._config, self._ledger)
+            yield from self._extract(part, self._encoders)
             return
         for table in self._cached(part).values():
             yield from table.in_order(self._config.data.batch_size)
@@ -52,10 +54,18 @@ class FeatureSource:
     def epochs(self, part: Part, epochs: int, seed: int) -> Iterator[Features]:
         """A part with random views, epoch after epoch, in an order of its own each; the same for every encoder."""
         if self._cache is None and not self._kept(part):
-            yield from extract(part, self._encoders, self._config, self._ledger, epochs)
+            yield from self._extract(part, self._encoders, epochs)
             return
         for table in (self._cached(part) if self._cache is not None else self._in_memory(part)).values():
             yield from table.shuffled(self._config.data.batch_size, epochs, self._views, part.catalog.num_samples, seed)
+
+    def _extract(self, part: Part, encoders: Mapping[str, FrozenEncoder], epochs: float = 1) -> Iterator[Features]:
+        """`extract`, with a progress bar on a terminal."""
+        clips = part.positions(epochs) * len(encoders)
+        with tqdm(total=clips, desc=part.name, unit="clip", leave=False, disable=None) as bar:
+            for features in extract(part, encoders, self._config, self._ledger, epochs):
+                yield features
+                bar.update(len(features.keys))
 
     def _bytes(self, part: Part) -> int:
         """Of a part's features, in fp16, of all encoders."""
@@ -66,7 +76,7 @@ class FeatureSource:
         return self._bytes(part) <= self._memory
 
     def _in_memory(self, part: Part) -> dict[str, Table]:
-        return keep_in_memory(extract(part, self._encoders, self._config, self._ledger, self._views))
+        return keep_in_memory(self._extract(part, self._encoders, self._views))
 
     def _cached(self, part: Part) -> dict[str, Table]:
         """Tables of the part from the disk, after writing those that are not there."""
@@ -85,6 +95,6 @@ class FeatureSource:
 
         missing = {name: self._encoders[name] for name, table in tables().items() if table is None}
         if missing:
-            clips = extract(part, missing, self._config, self._ledger, 1 if part.views else self._views)
+            clips = self._extract(part, missing, 1 if part.views else self._views)
             feature_cache.write_tables({name: folders[name] for name in missing}, descriptions, clips)
         return {name: table for name, table in tables().items() if table is not None}

@@ -16,7 +16,7 @@ from salt_wds.probe_config import HeadsConfig, NeighboursConfig
 from salt_wds.probing import Measured, Trained, choose, confusion, top
 from shard_tools.format import write_atomic
 
-_SHOWN = 30  # classes whose names a picture has room for
+_SHOWN = 30  # classes that a table lists, and whose names a picture has room for
 
 
 def head_results(
@@ -81,11 +81,15 @@ def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]
         cells = "".join(f"{_percent(number):>{width}}" for number, width in zip(numbers, (8, 7, 8, 8, 8), strict=True))
         held_back = _percent(result["selection_top1"])
         lines.append(f"{name:<16}{cells}   {result['lr']:g}, {result['weight_decay']:g}, {held_back}")
-    wide = max(map(len, classes))
+    rows = list(zip(*(result["per_class"] for result in encoders.values()), strict=True))
+    if len(rows) > _SHOWN:
+        rows = sorted((row for row in rows if row[0]["clips"]), key=lambda row: row[0]["top1"])[:_SHOWN]
+        lines += ["", f"of {len(classes)} classes the {_SHOWN} that the {next(iter(encoders))} knows least:"]
+    wide = max(len(row[0]["class"]) for row in rows)
     lines += ["", f"{'class':<{wide}}{'clips':>7}" + "".join(f"{name:>16}" for name in encoders)]
-    for rows in zip(*(result["per_class"] for result in encoders.values()), strict=True):
-        cells = "".join(f"{_percent(row['top1']):>16}" for row in rows)
-        lines.append(f"{rows[0]['class']:<{wide}}{rows[0]['clips']:>7}{cells}")
+    for row in rows:
+        cells = "".join(f"{_percent(cell['top1']):>16}" for cell in row)
+        lines.append(f"{row[0]['class']:<{wide}}{row[0]['clips']:>7}{cells}")
     return "\n".join(lines)
 
 

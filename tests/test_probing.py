@@ -142,7 +142,18 @@ def test_results_list_all_probes_and_report_the_one_chosen_by_held_back_clips():
     assert result["per_class"][1] == {"class": "b", "clips": 0, "top1": None, "taken_for": None}
     assert all(len(probe["losses"]) == 1 for probe in result["probes"])
     text = results_table({"student": {**result, "knn": None, "time_arrow": None}}, classes)
+    assert text.splitlines()[4].split() == ["a", "2", "50.0"]
     assert text.splitlines()[1].split()[:6] == ["student", "50.0", "35.4", "100.0", "-", "-"]
+
+
+def test_of_many_classes_the_table_has_those_that_are_known_least():
+    rows = [{"class": f"class {n}", "clips": n % 2, "top1": n / 100 if n % 2 else None} for n in range(100)]
+    numbers = dict.fromkeys(("top1", "top1_stderr", "top5", "selection_top1", "knn", "time_arrow"))
+    result = {**numbers, "lr": 1e-3, "weight_decay": 0.1, "per_class": rows}
+    text = results_table({"student": result}, [row["class"] for row in rows])
+    assert "of 100 classes the 30 that the student knows least:" in text
+    assert "class 59" in text
+    assert "class 61" not in text
 
 
 def test_neighbours_of_known_clusters():

@@ -126,7 +126,7 @@ class Table:
 
         Args:
             views: random views of a sample that there are; epochs use them in turn.
-            samples: of the part; the first so many positions are the first view of each.
+            samples: of the part; the first so many positions are the first view of each (of several data sets, nearly).
         """
         for epoch in range(epochs):
             rows = np.flatnonzero(self.positions // samples == epoch % views)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,24 +63,30 @@ class InputBound:
         if self._in_a_row < self.INTERVALS or self._seen < self._silent_until:
             return None
         self._silent_until = self._seen + self.SILENT
+        advice = remedy(self._num_workers, self._cores, self._extensions, self._folders, worker_ms)
         return (
             f"input-bound: {share:.0%} of the time went into waiting for data, and over {self.SHARE:.0%} in each of the "
-            f"last {self._in_a_row} intervals; {self._remedy(worker_ms)}"
+            f"last {self._in_a_row} intervals; {advice}"
         )
 
-    def _remedy(self, ms: Mapping[str, float]) -> str:
-        """By what workers spend most on; `python -m salt_wds.bench loader` gives the whole account."""
-        if not self._num_workers:
-            return "set data.num_workers: the training process makes the batches itself"
-        decoding = ms["decode"] + ms["crop"]
-        if ms["read"] > decoding + ms["augment"]:
-            return f"reading limits: check the drive, python -m shard_tools.bench {self._folders}"
-        if ms["augment"] > decoding:
-            return "the run's own stages limit: make them faster, or raise data.num_workers"
-        remedies = []
-        if self._num_workers < self._cores:
-            remedies.append(f"raise data.num_workers from {self._num_workers}, up to the {self._cores} cores")
-        if any(extension != "y4m" for extension in self._extensions):
-            tier = "y4m" if set(self._extensions) <= {"mjpeg", "y4m"} else "mjpeg or y4m"
-            remedies.append(f"pack with --frames {tier}")
-        return "decoding and cropping limit: " + (", or ".join(remedies) or "use more cores")
+
+def remedy(
+    num_workers: int, cores: int, extensions: Sequence[str], folders: str, worker_ms: Mapping[str, float]
+) -> str:  # fmt: skip
+    """What would help a run that waits for data, by what its workers spend most on (`worker_ms` by stage; a stage that is
+    not there takes no time). `python -m salt_wds.bench loader` gives the whole account."""
+    if not num_workers:
+        return "set data.num_workers: the training process makes the batches itself"
+    ms = Counter(worker_ms)
+    decoding = ms["decode"] + ms["crop"]
+    if ms["read"] > decoding + ms["augment"]:
+        return f"reading limits: check the drive, python -m shard_tools.bench {folders}"
+    if ms["augment"] > decoding:
+        return "the run's own stages limit: make them faster, or raise data.num_workers"
+    remedies = []
+    if num_workers < cores:
+        remedies.append(f"raise data.num_workers from {num_workers}, up to the {cores} cores")
+    if any(extension != "y4m" for extension in extensions):
+        tier = "y4m" if set(extensions) <= {"mjpeg", "y4m"} else "mjpeg or y4m"
+        remedies.append(f"pack with --frames {tier}")
+    return "decoding and cropping limit: " + (", or ".join(remedies) or "use more cores")

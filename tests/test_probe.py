@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 
+import av
 import pytest
 
 from salt_wds import probe
 from salt_wds.config import load_config
 from salt_wds.train import train
-from shard_tools import ledger
+from shard_tools import ledger, pack, synth
 from shard_tools.command import CommandError
 from shard_tools.format import index_name, read_dataset, read_index
 
@@ -88,6 +90,33 @@ def test_a_probe_writes_numbers_tables_and_pictures(run, dataset, repository, ru
         picture = (run / "probes" / encoder["confusion_picture"]).read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert f"{name:<16}{100 * encoder['top1']:>8.1f}" in done.stdout
+
+
+def test_an_answer_that_is_known_is_found(call, run, tmp_path):
+    """Half of the clips, the brighter ones, are a class: even random weights know them, if every label meets its clip."""
+    root = tmp_path / "bright"
+    assert synth.main([str(root), "--clips", "100", "--classes", "2", "--size", "64", "--frames", "24"]) == 0
+    files = {split: root / "labels" / f"{split}.json" for split in ("train", "validation")}
+    rows = {split: json.loads(path.read_text()) for split, path in files.items()}
+    luma = {row["id"]: _mean_luma(root, row["id"]) for split in rows.values() for row in split}
+    middle = statistics.median(luma.values())
+    for split, path in files.items():
+        named = [row | {"template": "Bright" if luma[row["id"]] > middle else "Dark"} for row in rows[split]]
+        path.write_text(json.dumps(named))
+    (root / "labels" / "labels.json").write_text('{"Dark": "0", "Bright": "1"}')
+    assert pack.main([str(root)]) == 0
+    settings = ["probe.epochs=40", "data.train_views=2", "knn.k=5"]
+    assert call("--encoders", "random", shards=root / "shards", settings=settings) == 0
+    encoder = results(run)["encoders"]["random"]
+    assert encoder["clips"] == 15
+    assert encoder["top1"] >= 12.5 / 15  # by chance: 4 in 1000
+    assert encoder["knn"]["top1"] >= 11.5 / 15
+    assert encoder["probes"][0]["losses"][-1] < 0.5 * encoder["probes"][0]["losses"][0]
+
+
+def _mean_luma(root, video):
+    with av.open(str(root / "20bn-something-something-v2" / f"{video}.webm")) as container:
+        return float(next(container.decode(video=0)).to_ndarray(format="gray").mean())
 
 
 def test_kept_in_memory_or_on_disk_the_numbers_are_the_same(call, run, tmp_path, capsys):

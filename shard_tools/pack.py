@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit:
         found = _limited(found, args.limit, args.seed)
     encoding = Encoding(args.frames, args.quality, args.short_side)
-    sizes = {s.key: _size(os.path.join(args.root, s.path)) * EXPECTED_GROWTH[args.frames] for s in found.sources}
+    growth = EXPECTED_GROWTH[args.frames]
+    sizes = {s.key: round(_size(os.path.join(args.root, s.path)) * growth) for s in found.sources}
     plan = make_plan(name, found.sources, found.classes, sizes,
                      encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size)  # fmt: skip
     _print_plan(args.root, out, found, plan, sizes, shown=None if args.dry_run else _SHOWN)
@@ -175,11 +176,11 @@ def _print_estimate(
     sizes: dict[str, int],
 ) -> None:  # fmt: skip
     """Every tier, measured on some of the videos; `planned` and `sizes` are of the one asked for."""
-    source_bytes = {key: size // EXPECTED_GROWTH[args.frames] for key, size in sizes.items()}
+    source_bytes = {key: size / EXPECTED_GROWTH[args.frames] for key, size in sizes.items()}
     plans = {}
     for tier in TIERS:
         encoding = SOURCE if tier == "source" else Encoding(tier, args.quality, args.short_side)
-        tier_sizes = {key: size * EXPECTED_GROWTH[tier] for key, size in source_bytes.items()}
+        tier_sizes = {key: round(size * EXPECTED_GROWTH[tier]) for key, size in source_bytes.items()}
         plans[encoding] = planned.get(encoding) or make_plan(
             name, found.sources, found.classes, tier_sizes,
             encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size)  # fmt: skip

@@ -63,7 +63,7 @@ class NeighbourProbe:
         """A line for the start of a run."""
         bank, queries = (loader.catalog for loader in self._loaders)
         return (
-            f"neighbours {queries.num_samples:,} clips of split {queries.split} by {bank.num_samples:,} of {bank.split}, "
+            f"k-NN      {queries.num_samples:,} clips of split {queries.split} by {bank.num_samples:,} of {bank.split}, "
             f"{len(self._classes)} classes"
         )
 

@@ -97,8 +97,8 @@ def refuse_leaks(train: Catalog, evaluation: Catalog) -> None:
     if both:
         raise CommandError(
             f"{len(both)} samples to measure on ({evaluation.split} of {evaluation.folders}) are also among those to learn "
-            f"from ({train.split} of {train.folders}): {_some(both)}; what a probe knows by heart says nothing: choose "
-            "another data.split, data.eval_split or data.eval_shards"
+            f"from ({train.split} of {train.folders}): {_some(both)}; what a probe knows by heart says nothing: "
+            "choose other splits or data sets"
         )
 
 

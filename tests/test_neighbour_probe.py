@@ -156,7 +156,7 @@ def test_ranks_that_share_the_parameters_measure_what_one_process_does(make_conf
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          "-m", "salt_wds.train", "--config", str(tmp_path / "two.toml")],
-        cwd=repository, capture_output=True, text=True, timeout=180, check=False,
+        cwd=repository, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, two = (read_metrics(tmp_path / run / "metrics.jsonl")[0] for run in ("one", "two"))

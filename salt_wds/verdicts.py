@@ -21,7 +21,10 @@ from salt_wds.progress import InputBound, remedy
 from salt_wds.readouts import effective_rank
 from salt_wds.run_record import RunRecord, counted, finite
 
-_FEWEST = 3  # lines of metrics after the warm-up; fewer say nothing
+_FEWEST = 3  # lines of metrics; fewer say nothing
+# A step of AdamW moves a weight by about the learning rate. While those add up to less than the spread that weights begin
+# with (student.py), an encoder is hardly another one than at the start, and its predictions are those of a new head.
+_LEAST_TRAVEL = 0.02
 _ERRORS = 2.0  # standard errors above 0 that a mean must have to count as more than noise (95 % of chance lies below)
 _WORTH = 0.01  # share of the variance that is worth the word "learns"
 _OVERFIT = 0.02  # of R2: held-out batches are always the same ones, so their R2 hardly moves by itself
@@ -82,7 +85,7 @@ def learning(record: RunRecord) -> Verdict:
     title = "Does it learn?"
     r2, by_place = (_settled(record, name) for name in ("r2", "r2_position"))
     if len(r2) < _FEWEST:
-        return Verdict("open", title, f"Too early to tell: {len(r2)} lines of metrics since the warm-up.")
+        return Verdict("open", title, _too_early(record))
     mean, place = _mean_and_error(_last(r2)), _mean_and_error(_last(by_place))
     numbers = f"R2 is {mean[0]:.3f} over the last {len(_last(r2))} lines (0: no better than predicting the mean)"
     held_out, overfits = _held_out(record)
@@ -132,25 +135,26 @@ def _trend(values: Sequence[float]) -> str:
 def collapse(record: RunRecord) -> Verdict:
     """Whether features, predictions or targets have become (almost) constant, by the metrics."""
     title = "Has it collapsed?"
-    names = ("effective_rank", "prediction_std", "target_std", "r2")
-    recent = {name: _mean_and_error(_last(_settled(record, name))) for name in names}
-    if any(value is None for value in recent.values()):
-        return Verdict("open", title, "Too early to tell: the warm-up is hardly over.")
-    rank, prediction, target, r2 = (value[0] for value in recent.values() if value is not None)
-    if record.settings.get("loss.target_norm", "layer") == "layer" and target < _LEAST_TARGET:
+    rank, target = (_mean_and_error(_last(_values(record, name))) for name in ("effective_rank", "target_std"))
+    if rank is None or target is None:
+        return Verdict("open", title, _too_early(record))
+    if record.settings.get("loss.target_norm", "layer") == "layer" and target[0] < _LEAST_TARGET:
         source = "the clips" if record.settings.get("objective") == "pixels" else "teacher.weights"
-        return Verdict("bad", title, f"The targets are constant: their spread is {target:.3f}, of tokens of size 1. They "
+        return Verdict("bad", title, f"The targets are constant: their spread is {target[0]:.3f}, of tokens of size 1. They "
                        f"are the same everywhere; check {source}.")  # fmt: skip
-    if rank < _LEAST_RANK:
-        return Verdict("bad", title, f"The encoder has collapsed: its tokens spread in {rank:.1f} directions, and a "
+    if rank[0] < _LEAST_RANK:
+        return Verdict("bad", title, f"The encoder has collapsed: its tokens spread in {rank[0]:.1f} directions, and a "
                        "constant has 1. Its features say nothing of a clip.")  # fmt: skip
-    share = prediction / target if target > 0 else 0.0
+    spread = f"the encoder's tokens spread in {rank[0]:.1f} directions (a constant has 1)"
+    prediction, r2 = (_mean_and_error(_last(_settled(record, name))) for name in ("prediction_std", "r2"))
+    if prediction is None or r2 is None:
+        return Verdict("open", title, f"So far {spread}. For the predictions it is early: {_too_early(record)}")
+    share = prediction[0] / target[0] if target[0] > 0 else 0.0
     if share < _LEAST_SPREAD:
         return Verdict("bad", title, f"The predictions are as good as constant: they spread {share:.0%} of what the "
-                       f"targets do, which explains at most {share**2:.1%} of them.")  # fmt: skip
-    exact = f", where {math.sqrt(r2):.0%} would be exact for this R2" if r2 > 0 else ""
-    return Verdict("good", title, f"No: the encoder's tokens spread in {rank:.1f} directions (a constant has 1), the "
-                   f"predictions {share:.0%} of what the targets do{exact}.")  # fmt: skip
+                       f"targets do, which explains at most {share**2:.1%} of them; {spread}.")  # fmt: skip
+    exact = f", where {math.sqrt(r2[0]):.0%} would be exact for this R2" if r2[0] > 0 else ""
+    return Verdict("good", title, f"No: {spread}, the predictions {share:.0%} of what the targets do{exact}.")
 
 
 def collapsed_tokens(name: str, found: TokenSpread) -> Verdict:
@@ -258,11 +262,38 @@ def probed(name: str, probe: Mapping[str, Any]) -> list[Verdict]:
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
+def _values(record: RunRecord, name: str) -> list[float]:
+    return [value for _, value in record.series(name)]
+
+
 def _settled(record: RunRecord, name: str) -> list[float]:
-    """The values of a name after the warm-up of the learning rate."""
-    warmup = record.settings.get("optim.warmup_steps")
-    first = warmup if isinstance(warmup, int) else 0
+    """The values of a name after the warm-up, once the learning rates add up to enough."""
+    first = max(_warmup(record), next((step for step, sum_ in _travel(record) if sum_ >= _LEAST_TRAVEL), math.inf))
     return [value for step, value in record.series(name) if step > first]
+
+
+def _too_early(record: RunRecord) -> str:
+    travel = _travel(record)
+    return (
+        f"Too early to tell: {counted('line', len(record.lines))} of metrics, a warm-up of "
+        f"{counted('step', _warmup(record))}, and learning rates that add up to {travel[-1][1] if travel else 0:.2g} (weights "
+        f"begin with a spread of {_LEAST_TRAVEL:g}, and a step moves them by about one learning rate)."
+    )
+
+
+def _travel(record: RunRecord) -> list[tuple[float, float]]:
+    """For each line its step, and the sum of the learning rates up to it."""
+    sums, before, total = [], 0.0, 0.0
+    for step, lr in record.series("lr"):
+        total += lr * (step - before)
+        before = step
+        sums.append((step, total))
+    return sums
+
+
+def _warmup(record: RunRecord) -> int:
+    steps = record.settings.get("optim.warmup_steps")
+    return steps if isinstance(steps, int) else 0
 
 
 def _last(values: Sequence[Any]) -> Sequence[Any]:

@@ -38,7 +38,7 @@ def record(tmp_path, repository):
         usual = {
             "r2": 0.4, "r2_position": 0.2, "effective_rank": 30.0, "target_std": 0.9, "prediction_std": 0.6,
             "data_wait_share": 0.02, "clips_per_sec": 100.0, "read_ms": 1.0, "decode_ms": 20.0, "crop_ms": 2.0,
-            "step_ms": 100.0,
+            "step_ms": 100.0, "lr": 1e-3,
         }  # fmt: skip
         rows = []
         for number in range(lines):
@@ -62,6 +62,15 @@ def test_learning_needs_more_than_the_mean_of_each_place(record):
     assert "what stands where, not yet what is in a clip" in only_places.text
     assert learning(record(r2=lambda n: -0.1)).kind == "bad"
     assert learning(record(lines=3)).kind == "open"  # steps 10, 20, 30: the warm-up ends at 20
+
+
+def test_a_rate_that_has_moved_nothing_is_not_judged(record):
+    """40 lines of 10 steps at 4e-5: 0.016 in all, less than the 0.02 of the first weights."""
+    hardly = record(lr=4e-5, r2=-0.5, prediction_std=0.01)
+    assert learning(hardly).kind == collapse(hardly).kind == "open"
+    assert "learning rates that add up to 0.016" in learning(hardly).text
+    moved = record(lr=8e-5, r2=-0.5, prediction_std=0.01)
+    assert learning(moved).kind == collapse(moved).kind == "bad"
 
 
 def test_a_mean_that_noise_could_explain_is_no_learning(record):
@@ -114,6 +123,10 @@ def test_collapse_is_seen_in_the_metrics(record, numbers, kind, words):
 def test_predictions_that_are_constant_at_the_start_are_no_collapse(record):
     """Every run begins so: its head starts at 0."""
     assert collapse(record(lines=3, prediction_std=0.01)).kind == "open"
+
+
+def test_an_encoder_that_is_constant_from_the_start_is_called_so_at_once(record):
+    assert "The encoder has collapsed" in collapse(record(lines=3, effective_rank=1.0)).text
 
 
 def test_targets_of_any_scale_pass_where_nothing_normalises_them(record):

@@ -136,7 +136,9 @@ def _probe(name: str, probe: Mapping[str, Any], folder: Path) -> Markup:
         tag("h3", name),
         _table(heads, rows),
         tag("details", tag("summary", "By class"), classes) if classes else None,
-        tag("details", tag("summary", "What is confused"), pictures) if pictures else None,
+        tag("details", tag("summary", "What is confused"), tag("div", pictures, class_="pictures"), open=True)
+        if pictures
+        else None,
     )
 
 
@@ -158,7 +160,7 @@ def _confusion(folder: Path, encoder: str, file: str) -> Markup:
     if not path.is_file():
         return tag("p", f"{path}: the picture of what the {encoder} confuses is not there.", class_="missing")
     alt = f"Confusion table of the probe on the {encoder}"
-    return tag("p", tag("img", src=data_uri(path.read_bytes(), "png"), alt=alt, class_="picture"))
+    return tag("img", src=data_uri(path.read_bytes(), "png"), alt=alt, class_="picture")
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -253,7 +255,9 @@ def settings_section(record: RunRecord) -> Markup:
         last = record.starts[-1]
         versions = last.get("versions") if isinstance(last.get("versions"), dict) else {}
         parts += [tag("h3", "Versions"), _table(("Package", "version"), [[n, str(v)] for n, v in versions.items()])]
-        parts.append(tag("p", f"On {last.get('device')}, {last.get('cores')} cores, {last.get('ranks')} ranks."))
+        ranks = last.get("ranks")
+        many = f", {ranks} ranks" if isinstance(ranks, int) and ranks > 1 else ""
+        parts.append(tag("p", f"On {last.get('device')}, {last.get('cores')} cores{many}."))
     else:
         parts.append(tag("p", "Versions and commands are not known: the run has no history.jsonl."))
     parts += [tag("h3", "Starts and ends")] if record.history else []

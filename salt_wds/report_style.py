@@ -65,12 +65,14 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   overflow-wrap: normal; }
 td.number, th.number { text-align: right; white-space: nowrap; } th { color: var(--faint); font-weight: 600; }
+tbody th { font-weight: 500; color: var(--ink); }
 td.wrap { overflow-wrap: anywhere; min-width: 12ch; }
-.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 4px 28px; }
+.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 4px 28px; }
+.groups h3 { margin-top: 8px; }
 .groups ul, .samples { list-style: none; padding: 0; margin: 0; }
 .groups li { padding: 4px 0; border-bottom: 1px solid var(--line); font-size: .9rem; }
 .bar { display: block; height: 5px; border-radius: 3px; background: var(--c1); margin: 3px 0; }
-.samples li { padding: 8px 0; border-bottom: 1px solid var(--line); font-size: .9rem; scroll-margin-top: 48px; }
+.samples { columns: 2 420px; column-gap: 32px; } .samples li { break-inside: avoid; padding: 8px 0; border-bottom: 1px solid var(--line); font-size: .9rem; scroll-margin-top: 48px; }
 .samples li:target { background: color-mix(in srgb, var(--c4) 18%, transparent); }
 .samples p { margin: 2px 0; }
 
@@ -103,6 +105,7 @@ td.wrap { overflow-wrap: anywhere; min-width: 12ch; }
   .strip img { aspect-ratio: 1; animation: play calc(var(--n) * .25s) steps(var(--n), jump-none) infinite; }
 }
 @media (prefers-reduced-motion: reduce) { .switch { display: none; } }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 12px; }
 .picture { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 .missing { border: 1px dashed var(--doubt); border-radius: 8px; padding: 8px 14px; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--link); }

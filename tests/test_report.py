@@ -232,6 +232,16 @@ def test_no_run_is_refused(tmp_path):
         report.main([str(tmp_path)])
 
 
+def test_a_run_on_pixels_has_no_teacher_to_show(make_run, capsys):
+    """Also in bf16, as on a GPU."""
+    folder = make_run("pixels", objective="pixels", train__precision="bf16", train__steps=2, train__validate_every=0)
+    assert report.main([str(folder), "--clips", "2", "--device", "cpu"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "tokens of the student" in page
+    assert "tokens of the teacher" not in page
+    assert "Tokens of the teacher" not in page
+
+
 # --- collapse -----------------------------------------------------------------------------------------------------
 
 

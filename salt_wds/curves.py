@@ -32,11 +32,12 @@ class Series:
     dashed: bool = False
 
 
-def chart(title: str, unit: str, series: Sequence[Series], *, zero: bool = False) -> Markup:
+def chart(title: str, unit: str, series: Sequence[Series], *, about: str = "", zero: bool = False) -> Markup:
     """A figure with one or several curves over steps; nothing if none has a point.
 
     Args:
         unit: of the values, such as "clips/s"; "%" for shares, which are given as 0 to 1.
+        about: a few words on what is shown.
         zero: draw a line at 0, and have it in the picture.
     """
     series = [one for one in series if one.points]
@@ -53,7 +54,7 @@ def chart(title: str, unit: str, series: Sequence[Series], *, zero: bool = False
     note = f"{cut} of {len(values)} points lie outside of the picture." if cut else ""
     return tag(
         "figure",
-        tag("figcaption", tag("strong", title), tag("small", f" {unit}") if unit else None),
+        tag("figcaption", tag("strong", title), tag("small", f" {unit or about}") if unit or about else None),
         _legend(series) if len(series) > 1 else None,
         svg,
         tag("p", note, class_="faint") if note else None,
@@ -180,8 +181,8 @@ def _readouts(frame: _Frame, series: Sequence[Series], unit: str) -> Markup:
         left = 0.0 if place == 0 else (frame.x(columns[place - 1]) + frame.x(step)) / 2
         right = _WIDTH if place + 1 == len(columns) else (frame.x(step) + frame.x(columns[place + 1])) / 2
         x = frame.x(step)
-        values = [(one.name, _at(one, step)) for one in series]
-        rows = [f"step {step:,.0f}", *(f"{name}: {number(y, unit)}" for name, y in values if y is not None)]
+        values, shown_unit = [(one.name, _at(one, step)) for one in series], "%" if unit == "%" else ""
+        rows = [f"step {step:,.0f}", *(f"{name}: {number(y, shown_unit)}" for name, y in values if y is not None)]
         on_left = x < _WIDTH / 2
         texts = [
             tag(

@@ -17,33 +17,33 @@ _STATES = {"finished": "good", "running": "open", "stopped": "doubt"}
 # Nothing is fetched and no script runs, whatever a label holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
-# Title, unit, names in the metrics, whether 0 belongs into the picture. A held-out value is dashed, in the same colour
-# where there are several runs.
+# Title, unit, what it is, names in the metrics, whether 0 belongs into the picture. A held-out value is dashed, in the
+# same colour where there are several runs.
 _CHARTS = (
-    ("Loss", "", ("loss", "val_loss"), False),
-    ("R2", "0: predicting the mean", ("r2", "val_r2"), True),
-    ("R2 by position", "0: the running mean of each place", ("r2_position",), True),
-    ("Spread", "standard deviation", ("target_std", "prediction_std"), True),
-    ("Effective rank", "directions of the encoder's tokens", ("effective_rank",), True),
-    ("Nearest neighbours", "%", ("knn_top1",), True),
-    ("Learning rate", "", ("lr",), True),
-    ("Gradient norm", "", ("grad_norm",), True),
-    ("Throughput", "clips/s", ("clips_per_sec",), True),
-    ("Waiting for data", "%", ("data_wait_share",), True),
-    ("Time of a step", "ms", ("step_ms",), True),
-    ("Work of a loader's process", "ms a clip", ("read_ms", "decode_ms", "crop_ms"), True),
-    ("Utilisation (MFU)", "%", ("mfu",), True),
-    ("GPU memory", "GB", ("gpu_memory_gb",), True),
-    ("Failures", "in all", ("failures",), True),
+    ("Loss", "", "", ("loss", "val_loss"), False),
+    ("R2", "", "0: predicting the mean", ("r2", "val_r2"), True),
+    ("R2 by position", "", "0: the running mean of each place", ("r2_position",), True),
+    ("Spread", "", "standard deviation", ("target_std", "prediction_std"), True),
+    ("Effective rank", "", "directions of the encoder's tokens", ("effective_rank",), True),
+    ("k-NN top-1", "%", "", ("knn_top1",), True),
+    ("Learning rate", "", "", ("lr",), True),
+    ("Gradient norm", "", "", ("grad_norm",), True),
+    ("Throughput", "clips/s", "", ("clips_per_sec",), True),
+    ("Waiting for data", "%", "", ("data_wait_share",), True),
+    ("Time of a step", "ms", "", ("step_ms",), True),
+    ("Work of a loader's process", "ms a clip", "", ("read_ms", "decode_ms", "crop_ms"), True),
+    ("Utilisation (MFU)", "%", "", ("mfu",), True),
+    ("GPU memory", "GB", "", ("gpu_memory_gb",), True),
+    ("Failures", "", "in all", ("failures",), True),
 )
 _NAMES = {
     "loss": "training", "val_loss": "held out", "r2": "training", "val_r2": "held out", "r2_position": "training",
     "target_std": "targets", "prediction_std": "predictions", "read_ms": "read", "decode_ms": "decode", "crop_ms": "crop",
-    "knn_top1": "top-1", "effective_rank": "rank",
+    "effective_rank": "rank",
 }  # fmt: skip
 _FINAL = (
     ("Loss", "loss", ""), ("R2", "r2", ""), ("R2 by position", "r2_position", ""), ("Held-out loss", "val_loss", ""),
-    ("Held-out R2", "val_r2", ""), ("Effective rank", "effective_rank", ""), ("Nearest neighbours", "knn_top1", "%"),
+    ("Held-out R2", "val_r2", ""), ("Effective rank", "effective_rank", ""), ("k-NN top-1", "knn_top1", "%"),
     ("Clips a second", "clips_per_sec", ""), ("Waiting for data", "data_wait_share", "%"),
     ("GPU memory, GB", "gpu_memory_gb", ""), ("MFU", "mfu", "%"), ("Failures", "failures", ""),
 )  # fmt: skip
@@ -144,20 +144,20 @@ def _curves_section(records: Sequence[RunRecord]) -> Markup:
 def _charts_of_one(records: Sequence[RunRecord]) -> list[Markup]:
     (record,) = records
     charts = []
-    for title, unit, keys, zero in _CHARTS:
+    for title, unit, about, keys, zero in _CHARTS:
         series = [
             Series(_NAMES.get(key, title.lower()), record.series(key), colour, key.startswith("val_"))
             for colour, key in enumerate(keys)
         ]
         if title != "Failures" or any(y for _, y in record.series("failures")):
-            charts.append(chart(title, unit, series, zero=zero))
+            charts.append(chart(title, unit, series, about=about, zero=zero))
     return charts
 
 
 def _charts_of_several(records: Sequence[RunRecord]) -> list[Markup]:
     """A curve a run; a chart of its own for every name, but held-out values in that of training."""
     charts = []
-    for title, unit, keys, zero in _CHARTS:
+    for title, unit, about, keys, zero in _CHARTS:
         paired = len(keys) == 2 and keys[1].startswith("val_")
         for names in [keys] if paired else [(key,) for key in keys]:
             series = [
@@ -168,7 +168,7 @@ def _charts_of_several(records: Sequence[RunRecord]) -> list[Markup]:
             ]  # fmt: skip
             heading = title if len(names) == len(keys) else f"{title}: {_NAMES[names[0]]}"
             if title != "Failures" or any(y for one in series for _, y in one.points):
-                charts.append(chart(heading, unit, series, zero=zero))
+                charts.append(chart(heading, unit, series, about=about, zero=zero))
     return charts
 
 

@@ -128,6 +128,20 @@ def test_a_report_in_a_browser(page, run_dir, tmp_path):
     assert page.stat().st_size < 3e6
 
 
+def test_pointing_at_a_curve_shows_the_values_there(page, tmp_path):
+    with browser(tmp_path / "profile") as chromium:
+        chromium.open(page, 1280)
+        x, y = chromium.run("(() => { const box = document.querySelector('.chart > svg').getBoundingClientRect();"
+                            "return [box.left + 0.99 * box.width, box.top + box.height / 2]; })()")  # fmt: skip
+        chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        shown = chromium.run(
+            "[...document.querySelectorAll('.readout g')].filter(g => getComputedStyle(g).display != 'none')"
+            ".map(g => g.textContent)"
+        )
+    assert len(shown) == 1
+    assert shown[0].startswith("step 6")
+
+
 def test_the_browser_would_see_what_is_wrong(tmp_path):
     """So that the test above can fail: a request, an error, a missing picture and a page too wide are all noticed."""
     bad = tmp_path / "bad.html"

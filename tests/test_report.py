@@ -131,7 +131,8 @@ def test_a_report_in_a_browser(page, run_dir, tmp_path):
 def test_pointing_at_a_curve_shows_the_values_there(page, tmp_path):
     with browser(tmp_path / "profile") as chromium:
         chromium.open(page, 1280)
-        x, y = chromium.run("(() => { const box = document.querySelector('.chart > svg').getBoundingClientRect();"
+        x, y = chromium.run("(() => { const svg = document.querySelector('.chart > svg'); svg.scrollIntoView({block: 'center'});"
+                            "const box = svg.getBoundingClientRect();"
                             "return [box.left + 0.99 * box.width, box.top + box.height / 2]; })()")  # fmt: skip
         chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         shown = chromium.run(

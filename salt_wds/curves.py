@@ -51,7 +51,7 @@ def chart(title: str, unit: str, series: Sequence[Series], *, about: str = "", z
     svg = tag(
         "svg", *drawn, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=_summary(title, unit, series)
     )  # fmt: skip
-    note = f"{cut} of {len(values)} points lie outside of the picture." if cut else ""
+    note = f"{cut:,} of {len(values):,} points lie outside of the picture." if cut else ""
     return tag(
         "figure",
         tag("figcaption", tag("strong", title), tag("small", f" {unit or about}") if unit or about else None),
@@ -100,9 +100,9 @@ def _range(values: Sequence[float], zero: bool) -> tuple[float, float, int]:
         width = inner[-1] - inner[0]
         low = inner[0] - 0.1 * width if inner[0] - low > width else low
         high = inner[-1] + 0.1 * width if high - inner[-1] > width else high
-    cut = sum(1 for value in values if not low <= value <= high)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+    cut = sum(1 for value in values if not low <= value <= high)
     if high - low <= 1e-9 * max(abs(high), abs(low)):  # a flat line stands in the middle
         pad = abs(high) * 0.1 or 1.0
         return low - pad, high + pad, cut

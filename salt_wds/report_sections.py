@@ -14,7 +14,8 @@ from shard_tools import ledger
 from shard_tools.command import one_line
 from shard_tools.ledger import Failure
 
-_MOST_SAMPLES = 200  # of the failed ones, each with its message
+_MOST_SAMPLES = 100  # of the failed ones, each with its message
+_MOST_LINES = 20  # of a summary
 _MOST_LINKS = 12  # keys beside a shard, worker or kind
 _MOST_CLASSES = 60  # rows of a table of classes
 _NO_KEY = "(no sample)"  # a worker that was lost between two
@@ -179,8 +180,10 @@ def failures_section(record: RunRecord, prefix: str) -> Markup:
     for heading, counts in ledger.summarise(record.failures).items():
         items = [
             _group(name, count, max(counts.values()), _links(found[heading, name], anchors))
-            for name, count in counts.most_common(_MOST_SAMPLES)
+            for name, count in counts.most_common(_MOST_LINES)
         ]
+        if len(counts) > _MOST_LINES:
+            items.append(tag("li", f"and {len(counts) - _MOST_LINES:,} more", class_="faint"))
         groups.append(tag("div", tag("h3", f"By {'kind' if heading == 'stage' else heading}"), tag("ul", items)))
     listed = [_failed(anchors[sample], sample, samples[sample]) for sample in sorted(shown)]
     left = len(samples) - len(shown)

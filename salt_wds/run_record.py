@@ -177,7 +177,8 @@ def _probes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             content = {"problem": f"{path}: not JSON: {error}"}
         else:
-            if not isinstance(content, dict) or not isinstance(content.get("encoders"), dict):
+            encoders = content.get("encoders") if isinstance(content, dict) else None
+            if not isinstance(encoders, dict) or not all(isinstance(result, dict) for result in encoders.values()):
                 content = {"problem": f"{path}: not a result of python -m salt_wds.probe, it has no encoders"}
         yield path.stem, content
 

@@ -40,6 +40,13 @@ def test_a_few_wild_points_are_cut_off_and_counted():
     assert max(heights) - min(heights) > 100  # the rest fills the picture
 
 
+def test_what_0_brings_into_the_picture_is_not_cut_off():
+    points = [(n, 0.01 if n == 0 else 1 + 0.01 * (n % 3)) for n in range(100)]
+    series = [Series("R2", points, 0)]
+    assert "outside" in chart("R2", "", series)
+    assert "outside" not in chart("R2", "", series, zero=True)
+
+
 @pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [3.0] * 50, [1e-12, 2e-12], [-1e9, 1e9], [0.3, 0.30000000001]])
 def test_any_range_can_be_drawn(values):
     svg = chart("x", "%", [Series("a", list(enumerate(values)), 0)])

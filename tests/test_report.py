@@ -242,6 +242,23 @@ def test_a_run_that_has_just_begun(run_dir, tmp_path):
     assert "No line of metrics yet." in (folder / "report.html").read_text()
 
 
+def test_odd_lines_cost_themselves_only(run_dir, tmp_path):
+    """Numbers that are none, times that are missing, events without content, a probe of another kind."""
+    folder = tmp_path / "odd"
+    shutil.copytree(run_dir, folder)
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    odd = [{**line, "loss": float("nan"), "r2": "x"}, {**line, "time": None}, {"step": 9}]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in odd)
+    (folder / "history.jsonl").write_text('{"event": "start"}\n{"event": "end", "time": "x", "code": null}\nnull\n{"ev')
+    (folder / "failures/rank1.jsonl").write_text('{"stage": "dec')
+    (folder / "probes/odd.json").write_text('{"encoders": {"student": 3}}')
+    assert report.main([str(folder), "--no-pictures"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "not a result of python -m salt_wds.probe" in page
+    assert "1 line of the ledger cannot be read" in page
+
+
 def test_no_run_is_refused(tmp_path):
     with pytest.raises(CommandError, match="not the folder of a run"):
         report.main([str(tmp_path)])

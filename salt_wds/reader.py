@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import pydantic_core
 import xxhash
 
 from salt_wds.catalog import Catalog, Row
@@ -127,7 +128,9 @@ class Reader:
 
     def _parse(self, shard: int, row: Row, data: bytes) -> dict[str, Any]:
         self._check(shard, row, "json", data, row.xxh3_json)
-        return json.loads(data)
+        if self._catalog.part(shard).foreign:  # the JSON of other tools may be in any encoding
+            return json.loads(data)
+        return pydantic_core.from_json(data)  # half the time
 
     def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[memoryview]:
         for number in numbers:

@@ -26,7 +26,7 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIDEOS = "20bn-something-something-v2"
-_SAMPLE_EVERY = 0.1  # seconds between two looks at a command's processes
+_SAMPLE_EVERY = 0.5  # seconds between two looks at a command's processes; a look takes 10 ms of a core
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

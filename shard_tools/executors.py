@@ -7,6 +7,7 @@ it runs alone is given back as dead.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import signal
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from typing import TypeVar
 
 from shard_tools.command import end_with_parent
@@ -46,6 +48,7 @@ def _run_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Generator[tuple[Task, Result], None, tuple[list[Task], list[Task]]]:
     """Run tasks on one pool until all are done or a worker dies; its value is (tasks in flight then, tasks not begun)."""
+    prepare(function)
     context = multiprocessing.get_context("forkserver")
     workers = max(1, min(workers, len(tasks)))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
@@ -67,6 +70,16 @@ def _run_pool(
         return list(pending.values()), left[::-1]
     finally:
         _kill(pool)
+
+
+def prepare(function: Callable[..., object]) -> None:
+    """Start the process that workers are forked from, and have it load `function`'s module: once for all of them."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    multiprocessing.set_forkserver_preload([function.__module__])
+    resource_tracker.ensure_running()  # started later, it would unblock what is blocked here
+    with _interrupts_deferred():
+        forkserver.ensure_running()
 
 
 @contextmanager

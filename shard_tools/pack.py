@@ -22,13 +22,13 @@ from shard_tools import ledger, staging
 from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
 from shard_tools.estimate import estimate
 from shard_tools.estimate import lines as estimate_lines
-from shard_tools.executors import run_local
+from shard_tools.executors import prepare, run_local
 from shard_tools.format import FAILURES_FILE, SPLITS, TIERS, ShardInfo, make_dataset, read_dataset
 from shard_tools.ledger import Failure
 from shard_tools.pack_options import parse
 from shard_tools.plan import MIB, Plan, make_plan
 from shard_tools.ray_executor import ray_cluster, require_ray, run_ray
-from shard_tools.shard_work import PackJob, write_shards
+from shard_tools.shard_work import PackJob, pack_shard, write_shards
 from shard_tools.sources import SourceSet, find_sources
 from shard_tools.staging import PackPlan, ShardResult
 from shard_tools.tiers import EXPECTED_GROWTH, SOURCE, Encoding
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.executor == "ray":
         require_ray()
+    elif not args.finish and not args.dry_run:
+        prepare(pack_shard)  # it loads while the plan is made
     out = args.out or args.root / "shards"
     name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
     found = find_sources(args.root, args.layout, exclude=out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import stat
 import sys
@@ -68,14 +69,15 @@ def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset
 
 def read_source(job: PackJob, source: Source) -> tuple[bytes, Payload]:
     """A source's bytes, and what becomes of them in the job's tier."""
-    path = job.root / source.path
-    status = path.stat()
+    path = os.path.join(job.root, source.path)  # a pathlib.Path would cost a sixtieth of the whole
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise BadVideoError("not a file (a folder, pipe or device)")
     if status.st_size > MAX_MEMBER_BYTES:
         raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
-    data = path.read_bytes()
-    payload = make_payload(data, path.suffix[1:].lower(), job.probe(data), job.encoding)
+    with open(path, "rb", buffering=0) as file:
+        data = file.read()
+    payload = make_payload(data, os.path.splitext(path)[1][1:].lower(), job.probe(data), job.encoding)
     if len(payload.data) > MAX_MEMBER_BYTES:
         raise BadVideoError(
             f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"

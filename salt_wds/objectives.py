@@ -20,7 +20,8 @@ _SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite where targ
 
 def gather_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:  # noqa: N803
     """The tokens at `index_BK` (int64), each clip its own: (B, K, D)."""
-    return torch.take_along_dim(tokens_BND, index_BK[..., None], dim=1)
+    # Not take_along_dim: it first wraps every index for every channel, as if one could be negative.
+    return tokens_BND.gather(1, index_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
 
 
 def normalise_targets(targets: Tensor, target_norm: str) -> Tensor:
@@ -49,8 +50,7 @@ def masked_loss(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig
     predictions, targets = predictions_BKD.float(), targets_BKD.detach().float()
     loss = _DISTANCES[config.kind](predictions, targets)
     with torch.no_grad():
-        target_var = targets.flatten(0, 1).var(dim=0, correction=0)
-        prediction_var = predictions.flatten(0, 1).var(dim=0, correction=0)
+        target_var, prediction_var = _variance(targets.flatten(0, 1)), _variance(predictions.flatten(0, 1))
         mse = (predictions - targets).square().mean()
         stats = {
             "r2": 1 - mse / target_var.mean().clamp_min(_SMALLEST),
@@ -58,3 +58,8 @@ def masked_loss(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig
             "prediction_std": prediction_var.sqrt().mean(),
         }
     return loss, stats
+
+
+def _variance(tokens_MD: Tensor) -> Tensor:  # noqa: N803
+    """Of each channel over the tokens, (D,). In two passes: Tensor.var down the columns is 20 times slower on a CPU."""
+    return (tokens_MD - tokens_MD.mean(dim=0)).square().mean(dim=0)

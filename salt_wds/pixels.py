@@ -33,8 +33,8 @@ def to_normalised_rgb(clips: Tensor, colour: Tensor, size: int, dtype: torch.dty
     Returns:
         (B, 3, T, S, S) of `dtype`.
     """
-    rgb = yuv_to_rgb(clips, colour, size)
-    channels = [(rgb[:, c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c] for c in range(3)]
+    rgb = _rgb_channels(clips, colour, size)
+    channels = [(rgb[c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c] for c in range(3)]
     return torch.stack(channels, dim=1).to(dtype)
 
 
@@ -51,6 +51,11 @@ def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
     Returns:
         float32 (B, 3, T, S, S) in 0..1, clamped.
     """
+    return torch.stack(_rgb_channels(clips, colour, size), dim=1)
+
+
+def _rgb_channels(clips: Tensor, colour: Tensor, size: int) -> list[Tensor]:
+    """Red, green and blue of `yuv_to_rgb`, each (B, T, S, S)."""
     luma, half = size * size, size // 2
     planes = clips.to(torch.float32)
     y = planes[..., :luma].unflatten(-1, (size, size))
@@ -69,7 +74,7 @@ def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
     red = y + 2 * (1 - k_red) * v
     blue = y + 2 * (1 - k_blue) * u
     green = (y - k_red * red - k_blue * blue) / k_green
-    return torch.stack([red, green, blue], dim=1).clamp(0, 1)
+    return [red.clamp(0, 1), green.clamp(0, 1), blue.clamp(0, 1)]
 
 
 def _upsample(chroma: Tensor) -> Tensor:

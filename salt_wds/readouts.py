@@ -129,6 +129,7 @@ def _sums_by_position(values_BKD: Tensor, index_BK: Tensor, num_tokens: int) -> 
     places = torch.arange(k, device=index_BK.device).expand(b, k)
     lookup = torch.full((b, num_tokens), k, device=index_BK.device).scatter(1, index_BK, places)
     found = (lookup < k)[..., None]  # (B, N, 1)
-    values = torch.take_along_dim(values_BKD, lookup.clamp_max(k - 1)[..., None], dim=1)
+    places = lookup.clamp_max(k - 1)[..., None].expand(-1, -1, values_BKD.shape[-1])
+    values = values_BKD.gather(1, places)
     sums = torch.where(found, values, 0.0).sum(dim=0)
     return torch.cat([sums, found.sum(dim=0).to(sums.dtype)], dim=1) / b

@@ -230,7 +230,8 @@ def _mlp_half(block: Block, tokens: Tensor) -> Tensor:
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens (B or 1, N, D) at `index` (B, K): (B, K, D)."""
-    return torch.take_along_dim(tokens, index[..., None], dim=1)
+    b, k = index.shape
+    return tokens.expand(b, -1, -1).gather(1, index[..., None].expand(b, k, tokens.shape[-1]))
 
 
 # --- from the image model ---

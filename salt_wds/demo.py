@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     student = out / f"student-{plan.seeds[0]}"
     plot_loss(read_metrics(student / "metrics.jsonl"), student / "loss.png")
     print(f"\n{markdown(result)}\n\n{time.perf_counter() - started:.0f} s in all. Where to look:")
-    print(f"  {out / 'motion.json'}   every number behind the table\n  {student / 'loss.png'}   loss and R2 of the student")
+    print(
+        f"  {out / 'motion.json'}   every number behind the table\n  {student / 'loss.png'}   loss and R2 of the student"
+    )
     print(f"  tensorboard --logdir {out}")
     print(f"  python -m salt_wds.report {student}")
     if not args.full:

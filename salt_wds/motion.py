@@ -71,7 +71,7 @@ def run_motion(out: Path, plan: Plan) -> dict[str, Any]:
 def _generate(folder: Path, clips: int, seed: int) -> Path:
     """Generated clips, packed as raw frames (nothing to decode) and verified: the folder of their shards."""
     number = round(clips / _SHARE)
-    command("shard_tools.synth", folder, "--clips", number, "--classes", CLASSES, "--size", 64, "--frames", 20,
+    command("shard_tools.synth", folder, "--clips", number, "--classes", CLASSES, "--size", 32, "--frames", 12, "--plain",
             "--seed", seed)  # fmt: skip
     command("shard_tools.pack", folder, "--frames", "y4m")
     command("shard_tools.verify", folder / "shards")

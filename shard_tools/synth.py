@@ -84,6 +84,8 @@ class Spec:
     size: int = 128
     frames: int = 24
     seed: int = 0
+    plain: bool = False
+    """One-coloured object before a one-coloured background, instead of textures: motion is learned far sooner."""
 
     def __post_init__(self) -> None:
         limits = {"clips": (1, 10**7), "classes": (2, len(MOTIONS)), "size": (32, 1024), "frames": (2, 1000),
@@ -112,9 +114,9 @@ def plan_clip(spec: Spec, index: int) -> Clip:
     direction = np.array(MOTIONS[index % spec.classes][1])
     velocity = direction * (SLOWEST + quickness * (FASTEST - SLOWEST))
     states = (start + np.arange(spec.frames)[:, None] * velocity) % 1.0
-    texture, shape = str(rng.choice(TEXTURES)), str(rng.choice(SHAPES))
+    texture, shape = "plain" if spec.plain else str(rng.choice(TEXTURES)), str(rng.choice(SHAPES))
     sprite = _draw_sprite(rng, texture, shape, side=max(48, spec.size // 2))
-    return Clip(f"a {texture} {shape}", states, sprite, _draw_background(rng, spec.size))
+    return Clip(f"a {texture} {shape}", states, sprite, _draw_background(rng, spec.size, spec.plain))
 
 
 def render(clip: Clip, frame: int) -> np.ndarray:
@@ -155,7 +157,9 @@ def _draw_sprite(rng: Generator, texture: str, shape: str, side: int) -> np.ndar
 def _pattern(rng: Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The texture as a mixing weight in [0, 1], like `u` and `v` (object coordinates, -1 to 1)."""
     rate, phases = np.pi * rng.uniform(2, 4), rng.uniform(0, 2 * np.pi, 2)
-    if texture == "striped":
+    if texture == "plain":
+        wave = np.ones_like(u)
+    elif texture == "striped":
         wave = np.sin(rate * u + phases[0])
     elif texture == "checkered":
         wave = np.sin(rate * u + phases[0]) * np.sin(rate * v + phases[1])
@@ -178,12 +182,12 @@ def _inside(shape: str, r: np.ndarray, theta: np.ndarray) -> np.ndarray:
     return np.cos(np.pi / corners) / np.cos(off_edge) - r
 
 
-def _draw_background(rng: Generator, size: int) -> np.ndarray:
-    """Blurred noise of random coarseness between two muted colours, (size, size, 3) uint8 RGB."""
+def _draw_background(rng: Generator, size: int, plain: bool) -> np.ndarray:
+    """Blurred noise of random coarseness between two muted colours, or one such colour: (size, size, 3) uint8 RGB."""
     cells = round(3 * 8 ** rng.random())
     noise = cv2.resize(rng.random((cells, cells)), (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
     first, second = (_colour(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.25, 0.75)) for _ in range(2))
-    return np.rint(first + noise * (second - first)).astype(np.uint8)
+    return np.rint(first + (not plain) * noise * (second - first)).astype(np.uint8)
 
 
 def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -335,11 +339,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=Spec.size, help="side of the frame in pixels, even (default 128)")
     parser.add_argument("--frames", type=int, default=Spec.frames, help="frames a clip, at 12 fps (default 24)")
     parser.add_argument("--seed", type=int, default=Spec.seed, help="another seed, other clips (default 0)")
+    parser.add_argument("--plain", action="store_true", help="objects and backgrounds of one colour, without texture")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise CommandError(f"--workers {args.workers}: give 1 or more")
-    splits = generate(args.out, Spec(args.clips, args.classes, args.size, args.frames, args.seed), args.workers)
+    spec = Spec(args.clips, args.classes, args.size, args.frames, args.seed, args.plain)
+    splits = generate(args.out, spec, args.workers)
     counts = ", ".join(f"{split} {count}" for split, count in splits.items())
     print(f"{args.out}: {args.clips} clips ({counts}), {args.classes} classes")
     return OK

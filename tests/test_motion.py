@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 
 import pytest
+from conftest import serially
 
 from salt_wds import demo, motion
 from salt_wds.config import load_config
@@ -14,7 +14,7 @@ from salt_wds.motion import FULL, SHORT, Plan, markdown
 from shard_tools import pack
 from shard_tools.command import CommandError
 
-SMALLEST = Plan(clips=48, unseen=24, teacher_steps=2, student_steps=2, probe_epochs=1, seeds=(0, 1))
+SMALLEST = Plan(clips=48, unseen=24, teacher_steps=2, student_steps=2, probe_epochs=2, seeds=(0, 1))
 
 
 def probe(top1: float, knn: float):
@@ -59,7 +59,7 @@ def test_a_command_that_fails_ends_it():
 
 
 @pytest.fixture
-def in_this_process(monkeypatch, serially_packed):
+def in_this_process(monkeypatch):
     """Commands run without a process of their own, which is faster; what was typed."""
     typed = []
 
@@ -69,4 +69,32 @@ def in_this_process(monkeypatch, serially_packed):
         assert importlib.import_module(module).main(words) == 0
 
     monkeypatch.setattr(motion, "command", command)
+    monkeypatch.setattr(pack, "run_local", serially)
     return typed
+
+
+def test_all_of_it_once(in_this_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "SHORT", SMALLEST)
+    out = tmp_path / "demo"
+    assert demo.main(["--out", str(out)]) == 0
+    typed = [words[0].partition(".")[2] for words in in_this_process]
+    assert typed == ["synth", "pack", "verify"] * 2 + ["train", "train", "probe"] * 2
+    result = json.loads((out / "motion.json").read_text())
+    assert result["plan"]["seeds"] == [0, 1]
+    for name in ("random", "teacher", "student"):
+        for number, seed in enumerate((0, 1)):
+            found = json.loads((out / f"student-{seed}" / "probes" / "probe_motion.json").read_text())
+            assert result["encoders"][name]["attentive"]["seeds"][number] == found["encoders"][name]["top1"]
+            assert found["data"]["clips"]["evaluation"] == 24
+            assert found["data"]["train"]["plan_hash"] != found["data"]["evaluation"]["plan_hash"]
+    student = load_config(out / "student-1" / "config.toml")
+    assert (student.teacher.weights, student.train.seed) == (str(out / "teacher-1"), 1)
+    assert (out / "motion.md").read_text().strip() in capsys.readouterr().out
+    assert (out / "student-0" / "loss.png").stat().st_size > 5000
+
+
+def test_a_folder_that_no_demo_made_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(CommandError, match="not empty, and not made by a demo; choose another --out"):
+        demo.main(["--out", str(tmp_path)])
+    assert (tmp_path / "thesis.txt").exists()

@@ -154,10 +154,11 @@ def test_every_class_is_listed_with_its_opposite() -> None:
         assert np.array_equal(np.negative(one), other)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("index", range(24))
-def test_the_class_can_be_read_from_the_pixels(index: int) -> None:
+def test_the_class_can_be_read_from_the_pixels(index: int, plain: bool) -> None:
     """Of all motions at this clip's quickness, the true one alone carries a decoded frame over into a later one."""
-    spec = Spec(clips=24, classes=12, size=96, frames=8, seed=3)
+    spec = Spec(clips=24, classes=12, size=96, frames=8, seed=3, plain=plain)
     clip = plan_clip(spec, index)
     with av.open(io.BytesIO(synth.encode(clip))) as container:
         frames = [picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)]
@@ -190,6 +191,16 @@ def _centred(frame: np.ndarray, x: float, y: float, anticlockwise_degrees: float
     matrix = cv2.getRotationMatrix2D(centre, anticlockwise_degrees, growth)
     matrix[:, 2] += (size - 1) / 2 - np.array(centre)
     return cv2.warpAffine(np.tile(frame, (3, 3, 1)).astype(np.float32), matrix, (size, size), flags=cv2.INTER_LINEAR)
+
+
+def test_plain_is_of_one_colour_before_another() -> None:
+    clips = [plan_clip(Spec(clips=8, size=64, plain=True), index) for index in range(8)]
+    for clip in clips:
+        assert len(np.unique(clip.background.reshape(-1, 3), axis=0)) == 1
+        inside = clip.sprite[clip.sprite[..., 3] == 255][:, :3]
+        assert len(np.unique(inside, axis=0)) == 2  # the object, and the wedge that shows its turn
+        assert clip.placeholder.startswith("a plain ")
+    assert len({tuple(clip.background[0, 0]) for clip in clips}) == 8
 
 
 def test_objects_wrap_around_the_border() -> None:

@@ -170,7 +170,7 @@ def test_the_class_can_be_read_from_the_pixels(index: int, plain: bool) -> None:
     errors = {name: _error(frames, clip, early, 2 * np.array(seen) * speeds) for name, seen in SEEN.items()}
     first, second = sorted(errors.values())[:2]
     assert min(errors, key=errors.__getitem__) == MOTIONS[index % 12][0]
-    assert second > 1.5 * first
+    assert second > (1.05 if plain else 1.5) * first  # without texture only outline and wedge tell
 
 
 def _error(frames: list[np.ndarray], clip: synth.Clip, early: int, move: np.ndarray) -> float:

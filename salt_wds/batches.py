@@ -1,7 +1,8 @@
 """What a worker gives: whole batches, as a WebDataset pipeline of numbers -> batches.
 
 A place whose sample failed is asked for again with the next attempt: a substitute that depends on nothing but
-(seed, position, attempt). So a batch always has its shape, and the order before and after is untouched.
+(seed, position, attempt). In an evaluation, which counts no substitutes, it stays blank. So a batch always has its shape,
+and the order before and after is untouched.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class BatchMaker:
         """The rank's slice of global batch `number`: clips and masks in this worker's next slot, the rest here.
 
         Keys: number; worker and slot; colour (B,) int64, index into COLOURS; label (B,) int64, -1 for none;
-        substituted (B,) bool, where a substitute stands; keys; shards; positions; failures on the way; bytes read; ms, see TIMED.
+        substituted (B,) bool, where a substitute stands, or nothing; keys; shards; positions; failures on the way; bytes
+        read; ms, see TIMED.
 
         Raises:
             UnfillableError: more than `max_consecutive_failures` attempts for one place in the batch.
@@ -98,6 +100,10 @@ class BatchMaker:
                 failed_before = len(failures)
                 rows[sample["position"] - first] = sample
             if not (missing := [request for request in requests if rows[request["position"] - first] is None]):
+                break
+            if spec.views is not None:
+                for request in missing:
+                    rows[request["position"] - first] = _blank(request)
                 break
             if len(failures) - failed_before > spec.data.max_consecutive_failures:
                 raise self._unfillable(len(failures) - failed_before, missing[0]["position"])
@@ -163,6 +169,12 @@ def _worker() -> tuple[int, int]:
     """Number of this worker, and of workers; in the training process it is the only one."""
     info = torch.utils.data.get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _blank(request: Sample) -> Sample:
+    """A sample that failed, with a clip of zeros, marked as one that stands for another."""
+    request["clip"][:] = 0
+    return request | {"colour": 0, "attempt": request["attempt"] + 1}
 
 
 def _reading_ahead(pipeline: SamplePipeline, requests: list[Sample], following: list[Sample]) -> Iterator[Sample]:

@@ -166,6 +166,18 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
     return Catalog(tuple(parts), split, tuple(files), first, extensions, tuple(classes), table)
 
 
+def catalog_of_files(folder: Path, index: pa.Table, classes: Sequence[str]) -> Catalog:
+    """Loose files as a catalog: each is a shard that holds one sample and nothing else, named by its path in the folder.
+
+    Args:
+        index: a row a file, as INDEX_SCHEMA has them, with the path for a key.
+    """
+    part = Part(folder.resolve().name, str(folder.resolve()), "", 0, foreign=True)  # foreign: nothing is told of colour
+    table, extensions = _to_shared(index, _labels(index, classes, {}))
+    files = tuple(index["key"].to_pylist())
+    return Catalog((part,), "", files, tuple(range(len(files) + 1)), extensions, tuple(classes), table)
+
+
 def _read_split(folder: Path, dataset: Dataset, split: str) -> pa.Table:
     if split not in dataset.splits:
         raise DatasetError(f"{folder}: no split {split!r}, it has {', '.join(dataset.splits)}; set data.split")

@@ -222,25 +222,30 @@ def _numbers(run_dir: Path, step: int) -> list[str]:
 
 
 def _probes(folder: Path) -> list[str]:
-    """What was measured with probes, file by file: their numbers, those one level down under a dotted name."""
-    lines = []
+    """What `python -m salt_wds.probe` found: a table of encoders for each NAME.json, the student's step beside it."""
+    lines: list[str] = []
     for path in sorted(folder.glob("*.json")):
-        rows = [(key, text) for key, value in _json(path).items() for key, text in _scalars(key, value)]
-        lines += [f"Probe `{path.stem}`:", "", *_table(("", ""), rows), ""] if rows else []
+        result = _json(path)
+        try:
+            views, clips = result["data"]["views"], result["data"]["clips"]
+            rows = [_probe_row(name, found) for name, found in result["encoders"].items()]
+            lines += [
+                f"Probe `{path.stem}`: {len(result['classes'])} classes, trained on {clips['fit']:,} clips, measured on "
+                f"{clips['evaluation']:,}, {views['segments']} x {views['crops']} views, in percent.",
+                "",
+                *_table(("encoder", "at step", "top-1", "+-", "top-5", "k-NN", "time's arrow"), rows),
+                "",
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            lines += [f"Probe `{path.stem}`: not readable here ({type(error).__name__}: {error}).", ""]
     return lines[:-1] if lines else ["No probes were run; `python -m salt_wds.probe` does."]
 
 
-def _scalars(name: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [
-            pair
-            for key, inner in value.items()
-            if not isinstance(inner, dict)
-            for pair in _scalars(f"{name}.{key}", inner)
-        ]
-    if isinstance(value, float):
-        return [(name, f"{value:.4g}")]
-    return [(name, str(value))] if isinstance(value, str | int) else []
+def _probe_row(name: str, found: Mapping[str, Any]) -> list[str]:
+    others = [found[part]["top1"] if found.get(part) else None for part in ("knn", "time_arrow")]
+    shares = [found["top1"], found["top1_stderr"], found["top5"], *others]
+    step = "-" if found["step"] is None else f"{found['step']:,}"
+    return [name, step, *("-" if share is None else f"{100 * share:.1f}" for share in shares)]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -140,12 +140,13 @@ class Recorder:
             raise error  # webdataset would end the stream without a word
         cause = error.__cause__ or error
         quarantined = isinstance(cause, QuarantinedError)
+        lost = "substituted" if self.spec.views is None else "skipped"
         self._record(
             error.stage,
             error.sample,
             cause,
             str(cause),
-            action="quarantined" if quarantined else "substituted",
+            action="quarantined" if quarantined else lost,
             traceback=None if quarantined else ledger.compact_traceback(cause),
         )
         return True

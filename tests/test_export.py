@@ -30,6 +30,21 @@ from shard_tools.command import CommandError
 from shard_tools.format import read_dataset
 
 CPU = torch.device("cpu")
+PROBE = {  # as salt_wds.probe writes them, as far as the card quotes them
+    "classes": ["a", "b", "c", "d"],
+    "data": {"views": {"segments": 2, "crops": 3}, "clips": {"fit": 90, "evaluation": 1000}},
+    "encoders": {
+        "student": {
+            "step": 20,
+            "top1": 0.7125,
+            "top1_stderr": 0.015,
+            "top5": None,
+            "knn": {"top1": 0.5},
+            "time_arrow": None,
+        },
+        "random": {"step": None, "top1": 0.25, "top1_stderr": 0.0125, "top5": None, "knn": None, "time_arrow": None},
+    },
+}
 
 
 def write_export(run, out, *options):
@@ -343,7 +358,8 @@ def test_the_card_says_what_the_encoder_was_made_from(dataset, tmp_path):
     )
     probes = tmp_path / "run" / "probes"
     probes.mkdir()
-    (probes / "motion.json").write_text(json.dumps({"top1": 71.25, "student": {"top5": 0.5}, "classes": 4}))
+    (probes / "motion.json").write_text(json.dumps(PROBE))
+    (probes / "older.json").write_text("{}")
     write_export(tmp_path / "run", tmp_path / "out")
     path = tmp_path / "out" / "README.md"
     head, card = metadata_load(path), path.read_text()
@@ -354,7 +370,9 @@ def test_the_card_says_what_the_encoder_was_made_from(dataset, tmp_path):
         "CC-BY-NC-4.0", "no commercial use", "| teacher | OpenGVLab/VideoMAEv2-Base |", "| objective | latents |",
         f"{splits} videos, 4 classes", plan_hash, "| mask | tube, 75% of the tokens |", "| steps | 20 of 40, batches of 16 |",
         "| masked loss in training | 0.75 | 20 |", "| R2 of the masked tokens (0: predicting the mean) | 0.1875 | 20 |",
-        "| held-out loss | 0.95 | 10 |", "Probe `motion`", "| top1 | 71.25 |", "| student.top5 | 0.5 |", "| classes | 4 |",
+        "| held-out loss | 0.95 | 10 |", "Probe `motion`: 4 classes, trained on 90 clips, measured on 1,000, 2 x 3 views, in percent.",
+        "| student | 20 | 71.2 | 1.5 | - | 50.0 | - |", "| random | - | 25.0 | 1.2 | - | - | - |",
+        "Probe `older`: not readable here (KeyError: 'data')",
     ):  # fmt: skip
         assert words in card, words
     assert "another plan" not in card

@@ -343,6 +343,17 @@ def test_a_sample_that_fails_in_an_evaluation_is_marked(make_config, damaged, tm
     assert [failure.key for failure in first["failures"]] == [key]
 
 
+def test_an_evaluation_has_no_substitutes(make_config, dataset, tmp_path):
+    config = make_config(num_workers=0, batch_size=4, max_consecutive_failures=10**6, max_failure_rate=1.0)
+    batches = list(Loader(config, tmp_path / "l.jsonl", views=Views(), stages=[give_a_number]))
+    samples = read_dataset(dataset).splits["train"].samples
+    assert len(batches) == -(-samples // 4)
+    assert all(batch["substituted"].all() and not batch["clips"].any() for batch in batches)
+    records, _ = ledger.read(tmp_path / "l.jsonl")
+    assert all((record.action, record.attempt) == ("skipped", 0) for record in records)  # each was tried once
+    assert len(records) == 4 * len(batches)
+
+
 # --- reads that fail for a while ----------------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ class DataConfig(Section):
 class TeacherConfig(Section):
     weights: Text = "OpenGVLab/VideoMAEv2-Base"
     """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; folder of an earlier
-    run (its newest checkpoint) or of one of its checkpoints; or "random"."""
+    run (its newest checkpoint), of one of its checkpoints, or of an exported encoder; or "random"."""
     random_width: PositiveInt = 768
     """Token width of a teacher of random weights (weights = "random"); otherwise the weights' own."""
     random_depth: PositiveInt = 12

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from salt_wds import checkpoint
 from salt_wds.config import PATCH, TUBELET, Config
-from salt_wds.student import Student, build_student
+from salt_wds.exported import is_export, load_encoder
+from salt_wds.student import Encoder, Student, build_student
 from shard_tools.command import CommandError
 
 
@@ -66,11 +67,11 @@ class RunTeacher(nn.Module):
     Attributes: `width` (D), `num_tokens` (N), `tubelet` (2), `patch` (16).
     """
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder = student.encoder
+        self.encoder = encoder
         self.encoder.norm = nn.Identity()
-        self.width, self.num_tokens = student.width, student.num_tokens
+        self.width, self.num_tokens = encoder.width, encoder.num_tokens
         self.tubelet, self.patch = TUBELET, PATCH
         self.requires_grad_(False).eval()
 
@@ -94,22 +95,27 @@ class RunTeacher(nn.Module):
 def load_run_teacher(weights: Path, config: Config) -> tuple[RunTeacher, str] | None:
     """The encoder of an earlier run as the teacher of a run with `config`, and where it is from in words.
 
-    None if the path is neither a run's folder nor a checkpoint's.
+    None if the path is no folder of a run, of a checkpoint or of an exported encoder.
 
     Raises:
-        CommandError: no whole checkpoint, or it was trained on clips of another size.
+        CommandError: no whole checkpoint, a damaged export, or it was trained on clips of another size.
     """
-    found = checkpoint_in(weights)
-    if found is None:
+    if is_export(weights):
+        exported = load_encoder(weights)
+        path, clips, encoder = weights, exported.config, exported.network
+        step, objective = exported.config.step, exported.config.objective
+    elif (found := checkpoint_in(weights)) is not None:
+        path, state = found
+        theirs = config_in(state)
+        clips, encoder = theirs.data, student_in(path, theirs).encoder
+        step, objective = state["step"], theirs.objective
+    else:
         return None
-    path, state = found
-    theirs = config_in(state)
     for key in ("num_frames", "size"):
-        wanted, native = getattr(config.data, key), getattr(theirs.data, key)
+        wanted, native = getattr(config.data, key), getattr(clips, key)
         if wanted != native:
             raise CommandError(
                 f"{path}: a teacher for clips of data.{key} = {native}, this run has {wanted}; its positions are learned, "
                 f"so set data.{key} = {native}, or train a teacher for {wanted}"
             )
-    trained = f'{path}, step {state["step"]} of a run with objective = "{theirs.objective}"'
-    return RunTeacher(student_in(path, theirs)), trained
+    return RunTeacher(encoder), f'{path}, step {step} of a run with objective = "{objective}"'

@@ -79,12 +79,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("videos", type=Path, metavar="VIDEOS", help="folder of video files, or of a packed data set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="parquet file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
-    parser.add_argument("--segments", type=_count, default=1, help="clips over the length of a video (default 1)")
-    parser.add_argument("--crops", type=_count, default=1, help="crops along its longer side (default 1, the centre)")
-    parser.add_argument("--batch-size", type=_count, default=32, help="clips at once (default 32)")
+    parser.add_argument("--segments", type=count, default=1, help="clips over the length of a video (default 1)")
+    parser.add_argument("--crops", type=count, default=1, help="crops along its longer side (default 1, the centre)")
+    parser.add_argument("--batch-size", type=count, default=32, help="clips at once (default 32)")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--workers", type=_count, default=cores, help=f"decoding processes (default {cores}, the cores)"
+        "--workers", type=count, default=cores, help=f"decoding processes (default {cores}, the cores)"
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
@@ -98,7 +98,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 1")

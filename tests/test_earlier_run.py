@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from salt_wds import encoders
+from salt_wds import encoders, export
 from salt_wds.config import load_config
 from salt_wds.flops import workload
 from salt_wds.metrics import read_metrics
@@ -62,11 +62,14 @@ def tokens_before_the_norm(run_dir):
     return seen[0]
 
 
-@pytest.mark.parametrize("given", ["run", "checkpoint", "copied"])
+@pytest.mark.parametrize("given", ["run", "checkpoint", "copied", "exported"])
 def test_tokens_are_those_of_its_own_student(make_config, folder, tmp_path, given):
     newest = folder / "checkpoints" / "step-00000002"
     if given == "copied":
         newest = shutil.copytree(newest, tmp_path / "my-teacher")
+    if given == "exported":
+        assert export.main([str(folder), str(tmp_path / "encoder")]) == 0
+        newest = tmp_path / "encoder"
     path = folder if given == "run" else newest
     teacher = build_teacher(make_config("unused", f"teacher.weights={path}"))
     assert (teacher.width, teacher.num_tokens, teacher.heads) == (96, 64, 3)

@@ -297,9 +297,17 @@ def test_the_command_ends_with_its_exit_code(encoder_folder, tmp_path, run_modul
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     (tmp_path / "empty.mp4").touch()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with open(os.fsencode(tmp_path) + b"/\xff.mp4", "wb"):
+        pass
     done = run_module("salt_wds.embed", encoder_folder, tmp_path, "--out", tmp_path / "e.parquet", check=False)
     assert done.returncode == 1
-    assert done.stderr == "no embedding: empty.mp4: decode: the file is empty (0 bytes)\n"
+    assert sorted(done.stderr.splitlines()) == [
+        r"no embedding: \udcff.mp4: read: its name is not UTF-8 text; rename it",
+        "no embedding: empty.mp4: decode: the file is empty (0 bytes)",
+        "no embedding: pipe.mp4: decode: not a file (a folder, pipe or device)",
+    ]
+    assert len((tmp_path / "e.failures.jsonl").read_text().splitlines()) == 3
 
 
 def test_an_interrupted_command_leaves_nothing(encoder_folder, tmp_path, repository):

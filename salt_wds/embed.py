@@ -83,9 +83,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crops", type=count, default=1, help="crops along its longer side (default 1, the centre)")
     parser.add_argument("--batch-size", type=count, default=32, help="clips at once (default 32)")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=count, default=cores, help=f"decoding processes (default {cores}, the cores)"
-    )
+    parser.add_argument("--workers", type=count, default=cores, help=f"decoding processes (default {cores}, the cores)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
         "--bf16", action="store_true", help="matrix products in bfloat16: faster on a GPU, 2 to 3 digits"

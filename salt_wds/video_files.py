@@ -19,6 +19,7 @@ import xxhash
 from tqdm import tqdm
 
 from salt_wds.catalog import Catalog, catalog_of_files
+from salt_wds.workers import prepare_fork_server
 from shard_tools import ledger
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.format import INDEX_SCHEMA
@@ -57,6 +58,7 @@ def look_at_files(folder: Path, layout: str, output: Path, workers: int) -> Vide
         for name in every.passed_over.get("name that is not UTF-8 text", ())
     ]
     rows = []
+    prepare_fork_server()  # these processes need little, but the loader's come from the same server
     bar = tqdm(total=len(sources), unit="video", desc="look at", disable=not sys.stderr.isatty())
     with bar:
         for source, found in run_local(functools.partial(_look_at, folder), sources, workers):

@@ -48,7 +48,7 @@ class Workers:
         spec.in_flight.array[:] = 0
         context = multiprocessing.get_context(data.start_method) if data.num_workers else None
         if context is not None:
-            context.set_forkserver_preload(_our_modules())
+            prepare_fork_server()
         with warnings.catch_warnings():  # more workers than cores is the user's choice; the start of a run says so
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
@@ -186,11 +186,16 @@ def _start_worker(worker: int) -> None:
     end_with_parent()
 
 
-def _our_modules() -> list[str]:
-    """Our modules that are loaded here: workers are forked from a server that has them, too, and start at once.
+def prepare_fork_server() -> None:
+    """Have the server that processes are forked from load what is loaded here, so that they start at once.
 
-    Not the one behind `python -m`: every worker runs it again under another name.
+    It has an effect only until the first process is started, of whatever kind.
     """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_our_modules())
+
+
+def _our_modules() -> list[str]:
+    """Our modules that are loaded here, but the one behind `python -m`: every worker runs it again under another name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     ours = (name for name in sys.modules if name.partition(".")[0] in ("salt_wds", "shard_tools"))
     return [name for name in ours if spec is None or name != spec.name]

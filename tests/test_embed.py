@@ -323,7 +323,7 @@ def test_an_interrupted_command_leaves_nothing(encoder_folder, tmp_path, reposit
     )
     wait_until(lambda: any(out.iterdir()), timeout=120)
     family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C, but never ignored in the background
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted" in error

@@ -41,8 +41,8 @@ class Plan:
     seeds: tuple[int, ...]
 
 
-SHORT = Plan(clips=1200, unseen=600, teacher_steps=150, student_steps=200, probe_epochs=8, seeds=(0,))
-FULL = Plan(clips=3000, unseen=1200, teacher_steps=600, student_steps=900, probe_epochs=20, seeds=(0, 1, 2))
+SHORT = Plan(clips=1200, unseen=600, teacher_steps=100, student_steps=150, probe_epochs=8, seeds=(0,))
+FULL = Plan(clips=4500, unseen=1200, teacher_steps=1200, student_steps=1600, probe_epochs=20, seeds=(0, 1, 2))
 
 
 def run_motion(out: Path, plan: Plan) -> dict[str, Any]:

@@ -26,9 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder for everything, emptied first (default runs/demo; runs/motion with --full)"
     )
-    parser.add_argument(
-        "--full", action="store_true", help="the motion benchmark: three seeds of all of it"
-    )
+    parser.add_argument("--full", action="store_true", help="the motion benchmark: three seeds of all of it")
     args = parser.parse_args(argv)
     out, plan = args.out or Path("runs/motion" if args.full else "runs/demo"), FULL if args.full else SHORT
     if not CONFIGS.is_dir():

@@ -2,10 +2,10 @@
 
     python benchmarks/flat_memory.py --clips CLIPS --out benchmarks/results/flat_memory.json
 
-The real trainer on packed copies of real clips, with the true clip shapes (16 frames of 224) and workers. On a CPU the
-student and teacher are small, as nothing of the loader's and the loop's memory depends on them; --full takes base.toml's
-own models, teacher of random weights, for a GPU. Every 10 steps a line; the slope is a least-squares line through those
-after the first third, when buffers, caches and allocators have found their size.
+The real trainer on packed copies of real clips, with the true clip shapes (16 frames of 224), workers and checkpoints.
+--full takes base.toml's own models, with a teacher of random weights; on a CPU add --set train.compile=off and a small
+--batch-size. Otherwise student and teacher are small: quick, and the loader is the same. Every 10 steps a line; the slope
+is a least-squares line through those after the first third, when buffers, caches and allocators have found their size.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import REPOSITORY, copy_clips, module, parser, save, setting, watch, workplace
 
 EVERY = 10  # steps between two lines
+CHECKPOINT_EVERY = 33  # steps; no line falls on one, whose copy of all tensors is in memory until it is written
 SMALL = [
     "student.width=64", "student.depth=1", "student.heads=1", "student.predictor_width=64",
     "student.predictor_depth=1", "student.predictor_heads=1", "teacher.random_width=64", "teacher.random_depth=1",
@@ -40,6 +41,7 @@ def main() -> int:
     made.add_argument("--copies", type=int, default=300, help="clips in the data set")
     made.add_argument("--shards", type=Path, help="use this packed data set instead of making one of --clips")
     made.add_argument("--full", action="store_true", help="base.toml's own models and compile mode")
+    made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override of base.toml")
     args = made.parse_args()
     with workplace(args.work) as folder:
         shards = args.shards
@@ -49,11 +51,13 @@ def main() -> int:
             watch(module("shard_tools.pack", folder / "videos", "--out", shards))
         overrides = [
             f"data.shards={shards}", f"data.batch_size={args.batch_size}", f"data.num_workers={args.workers}",
-            f"train.run_dir={folder / 'run'}", f"train.steps={args.steps}", f"train.log_every={EVERY}",
-            "teacher.weights=random", *([] if args.full else SMALL),
+            f"train.run_dir={folder / 'run'}", f"train.log_every={EVERY}", f"train.checkpoint_every={CHECKPOINT_EVERY}",
+            # The last line of a run may be seen when its workers have left already, so the run goes on beyond it.
+            f"train.steps={args.steps + EVERY}",
+            "teacher.weights=random", *([] if args.full else SMALL), *args.set,
         ]  # fmt: skip
         settings = [part for override in overrides for part in ("--set", override)]
-        lines = follow(module("salt_wds.train", "--config", "configs/base.toml", *settings), folder / "run")
+        lines = follow(module("salt_wds.train", "--config", "configs/base.toml", *settings), folder / "run", args.steps)
     result = setting("torch", "av", "webdataset") | {"steps": args.steps, "lines": lines} | summary(lines)
     print(
         f"trainer {result['trainer_mb_per_100_steps']:+.1f} MB, workers {result['workers_mb_per_100_steps']:+.1f} MB in "
@@ -63,8 +67,8 @@ def main() -> int:
     return 0
 
 
-def follow(command: list[str], run_dir: Path) -> list[dict[str, Any]]:
-    """Run a training; memory at every line of its metrics.
+def follow(command: list[str], run_dir: Path, last: int) -> list[dict[str, Any]]:
+    """Run a training; memory at every line of its metrics up to step `last`.
 
     Raises:
         RuntimeError: it left with another exit code than 0.
@@ -77,8 +81,8 @@ def follow(command: list[str], run_dir: Path) -> list[dict[str, Any]]:
             while process.poll() is None:
                 time.sleep(0.2)
                 written = metrics.read_text().splitlines() if metrics.exists() else []
-                if written and (not lines or json.loads(written[-1])["step"] > lines[-1]["step"]):
-                    newest = json.loads(written[-1])
+                newest = json.loads(written[-1]) if written else {"step": 0}
+                if (lines[-1]["step"] if lines else 0) < newest["step"] <= last:
                     lines.append({"step": newest["step"], "gpu_gb": newest["gpu_memory_gb"], **resident(process.pid)})
         finally:
             if process.poll() is None:  # this ends early
@@ -92,18 +96,15 @@ def follow(command: list[str], run_dir: Path) -> list[dict[str, Any]]:
 
 def resident(pid: int) -> dict[str, float]:
     """Resident memory in MB of a process, and of all that it started (pages they share count for each)."""
-    try:
-        trainer = psutil.Process(pid)
-        children = [child.memory_info().rss for child in trainer.children(recursive=True)]
-        return {"trainer_mb": trainer.memory_info().rss / 1e6, "workers_mb": sum(children) / 1e6}
-    except psutil.NoSuchProcess:  # it ends while it is looked at
-        return {"trainer_mb": 0.0, "workers_mb": 0.0}
+    trainer = psutil.Process(pid)
+    children = [child.memory_info().rss for child in trainer.children(recursive=True)]
+    return {"trainer_mb": trainer.memory_info().rss / 1e6, "workers_mb": sum(children) / 1e6}
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Growth in 100 steps of each figure."""
     last = lines[-1]["step"]
-    kept = [line for line in lines if line["step"] > last / 3 and line["trainer_mb"] and line["workers_mb"]]
+    kept = [line for line in lines if line["step"] > last / 3]
     found = {}
     for name in ("trainer_mb", "workers_mb", "gpu_gb"):
         values = [line[name] for line in kept]

@@ -277,6 +277,12 @@ class TrainConfig(Section):
     trace_samples: bool = False
     """Write the keys of every batch to samples.jsonl, {"step": .., "keys": [..]}."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first, last = self.profile_steps or (1, 1)
+        require(first <= min(last, self.steps), "profile_steps", f"must be [first, last], first within {self.steps}")
+        return self
+
 
 class Config(Section):
     objective: Literal["latents", "pixels"] = "latents"
@@ -367,7 +373,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
 
 def _problem(root: type[Section], error: Any) -> str:
     """One pydantic error as `dotted.key: what is wrong, what to do`."""
-    location = [str(part) for part in error["loc"]]
+    location = [word for part in error["loc"] if (word := str(part)).isidentifier() or word.isdecimal()]
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(root)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,7 @@ from shard_tools.command import CommandError, one_line
 T = TypeVar("T")
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 _SLACK_S = 60.0  # beyond what a rank may wait for data; compiling does not take the same time everywhere
+_SAME_S = 2.0  # within which several signals are one
 _LOST = ("connection", "closed by peer", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
 
 
@@ -162,9 +164,9 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
     if world.size == 1:
         return student
     if mode == "ddp":
-        return DistributedDataParallel(
-            student, device_ids=[world.device.index] if world.device.type == "cuda" else None
-        )
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        # The only buffers are tables of positions, the same everywhere: not to be sent around before every step.
+        return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
     for module in list(student.modules()):
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:
@@ -203,16 +205,22 @@ def clip_gradients(student: nn.Module, limit: float) -> Tensor:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT does not wait."""
+    """SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT does not wait.
+
+    One soon after the first is not a second: of a Ctrl-C, the terminal tells every process, and torchrun passes it on.
+    """
 
     def __init__(self) -> None:
         self.requested = 0  # the signal's number
+        self._asked_at = 0.0
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = number
+        if self.requested:
+            if number == signal.SIGINT and time.monotonic() - self._asked_at > _SAME_S:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._asked_at = number, time.monotonic()
         os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def restore(self) -> None:

@@ -7,6 +7,7 @@ leaves a start without an end.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -22,6 +23,8 @@ import torch
 from salt_wds import __version__
 from salt_wds.distributed import World
 from salt_wds.loader import Loader
+
+log = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.jsonl"
 _PACKAGES = ("timm", "transformers", "webdataset", "av", "numpy")
@@ -57,8 +60,11 @@ def record_start(run_dir: Path, step: int, world: World, loader: Loader, lines: 
 
 
 def record_end(run_dir: Path, code: int) -> None:
-    """Append that training ended, with the exit code."""
-    _append(run_dir, {"event": "end", "time": time.time(), "code": code})
+    """Append that training ended, with the exit code; a full disk changes nothing of how it ended."""
+    try:
+        _append(run_dir, {"event": "end", "time": time.time(), "code": code})
+    except OSError as error:
+        log.error("%s: %s; it lacks the run's end", run_dir / HISTORY_FILE, error.strerror)
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,17 +8,17 @@ Values stay on the device while they are summed; they are fetched once an interv
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from salt_wds.board import Board
+from salt_wds.growing_file import GrowingFile
 from shard_tools.command import CommandError
 from shard_tools.format import write_atomic
 
@@ -99,12 +99,12 @@ class RunLog:
     def __init__(self, run_dir: Path, step: int, trace_samples: bool) -> None:
         self._metrics = _open_after(run_dir / "metrics.jsonl", step)
         self._samples = _open_after(run_dir / "samples.jsonl", step) if trace_samples else None
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._board = Board(run_dir / "tensorboard", purge_step=step + 1)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """One line of metrics, and its numbers in TensorBoard."""
         _write(self._metrics, line)
-        write_scalars(self._board, line)
+        self._board.add(line)
 
     def samples(self, step: int, keys: list[str]) -> None:
         """The keys of one step's batch, if tracing is on."""
@@ -113,32 +113,14 @@ class RunLog:
 
     def sync(self) -> None:
         """Bring everything to the disk: a checkpoint must not be ahead of the log."""
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, self._board):
             if file is not None:
-                os.fsync(file.fileno())
-        self._board.flush()
+                file.sync()
 
     def close(self) -> None:
-        self.sync()
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, self._board):
             if file is not None:
                 file.close()
-        self._board.close()
-
-
-def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a line of metrics but its step, by name; those of a table within it as table/name."""
-    for name, value in line.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            yield name, value
-
-
-def write_scalars(board: SummaryWriter, line: Mapping[str, Any]) -> None:
-    """One line of metrics into TensorBoard, at its step and the time it was written."""
-    for name, value in scalars(line):
-        board.add_scalar(name, value, line["step"], walltime=line.get("time"))
 
 
 def summary(line: dict[str, Any], steps: int) -> str:
@@ -186,17 +168,14 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _open_after(path: Path, step: int) -> TextIO:
+def _open_after(path: Path, step: int) -> GrowingFile:
+    """The file without its lines after `step`, and without one that a crash cut short."""
     if path.exists():
-        kept = [
-            line
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if (r := _parse(line)) and r["step"] <= step
-        ]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= step]
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
-    return path.open("a", encoding="utf-8")
+    return GrowingFile(path)
 
 
-def _write(file: TextIO, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
+def _write(file: GrowingFile, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line).encode() + b"\n")

@@ -46,7 +46,11 @@ class StepProfiler:
             return
         running, self._profile = self._profile, None
         running.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"steps-{self._first}-{max(self._last, self._first)}.json.gz"
-        running.export_chrome_trace(str(path))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(path))
+        except OSError as error:  # a full disk is no reason to end the run
+            log.error("no profile: %s: %s", path, error.strerror)
+            return
         log.info("profile of steps %d to %d: %s", self._first, max(self._last, self._first), path)

@@ -10,9 +10,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from salt_wds.metrics import read_metrics, scalars, write_scalars
+from salt_wds.board import Board, scalars
+from salt_wds.metrics import read_metrics
 from shard_tools.command import OK, CommandError, one_line, run
 
 
@@ -50,9 +49,10 @@ def to_tensorboard(lines: list[dict[str, Any]], folder: Path) -> None:
     """
     if any(folder.glob("events.out.tfevents.*")):
         raise CommandError(f"{folder}: holds event files already; choose another folder, or remove them")
-    with SummaryWriter(str(folder)) as board:
-        for line in lines:
-            write_scalars(board, line)
+    board = Board(folder)
+    for line in lines:
+        board.add(line)
+    board.close()
 
 
 def to_wandb(lines: list[dict[str, Any]], folder: Path, project: str) -> str:

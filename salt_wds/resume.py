@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from salt_wds.accumulation import count_parts
 from salt_wds.config import Config
 from salt_wds.distributed import World
 from salt_wds.loader import Loader
+from salt_wds.metrics import read_metrics
 from salt_wds.models import Models
 from salt_wds.optim import describe_groups
 from shard_tools.command import CommandError
@@ -32,6 +37,7 @@ _MAY_CHANGE = frozenset(
     + [f"optim.{key}" for key in ("lr", "schedule", "min_lr", "decay_steps", "wsd_decay_steps", "weight_decay",
                                   "warmup_steps", "clip_grad_norm")]
 )  # fmt: skip
+_LOCK = ".lock"  # in the run's folder, while a process trains there
 _MAY_CHANGE_SILENTLY = frozenset(key for key in _MAY_CHANGE if not key.startswith("optim."))
 
 
@@ -46,13 +52,54 @@ def open_run(run_dir: Path, config: Config, resume: bool, dry_run: bool) -> tupl
         raise CommandError(f"{run_dir}: holds a run already; go on with --resume, or choose another train.run_dir")
     found = checkpoint.newest(run_dir / "checkpoints") if resume else None
     if resume and found is None:
+        _check_nothing_is_lost(run_dir, config.train.checkpoint_every)
         log.warning("%s: no checkpoint to resume from; starting at step 1", run_dir)
     if found is not None:
         _check_same_config(found[0], found[1]["config"], config)
     if not dry_run:
-        run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.set_aside(run_dir / "checkpoints", found[1]["step"] if found else 0)
     return found
+
+
+@contextlib.contextmanager
+def held(run_dir: Path, world: World) -> Iterator[None]:
+    """Keep other trainings out of the folder. The kernel lets go of it however this one ends, by SIGKILL, too.
+
+    Raises:
+        CommandError: another process trains there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run_dir / _LOCK).open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise CommandError(
+                    f"{run_dir}: process {file.read().strip() or '(unknown)'} trains in this folder; wait for its end, stop "
+                    "it, or choose another train.run_dir"
+                ) from None
+            except OSError as error:  # a file system without locks is no reason not to train
+                log.warning("%s: cannot be locked (%s); see that no other run uses it", run_dir, error.strerror)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+
+        world.from_first(take)
+        yield
+
+
+def _check_nothing_is_lost(run_dir: Path, checkpoint_every: int) -> None:
+    """To start at step 1 writes over the metrics of what was trained before: right only after a stop that early."""
+    path = run_dir / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    if lines and lines[-1]["step"] > checkpoint_every:
+        raise CommandError(
+            f"{run_dir}: its metrics reach step {lines[-1]['step']}, but there is no checkpoint to resume from; bring back "
+            f"{run_dir / 'checkpoints'}, or choose another train.run_dir"
+        )
 
 
 def check_same_data(state: dict[str, Any], loader: Loader) -> None:

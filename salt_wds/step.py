@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import DistError
 
 from salt_wds.attention import UNPINNED, Attention, pinned
 from salt_wds.config import Config
@@ -27,6 +28,7 @@ from salt_wds.readouts import PositionMean
 log = logging.getLogger(__name__)
 
 COMPILE_MODES = ("max-autotune", "max-autotune-no-cudagraphs", "default", "off")  # the order of falling back
+_PROOF = 3  # batches until a mode counts as working: CUDA graphs are recorded in the second, replayed in the third
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ def make_forward(
 
 
 class Step:
-    """Forward and backward of one batch; falls back to a simpler compile mode when the first batch fails in one."""
+    """Forward and backward of one batch; falls back to a simpler compile mode when one of the first batches fails."""
 
     def __init__(self, forward: Forward, mode: str, attention: Attention = UNPINNED) -> None:
         self._forward, self._attention = forward, attention
         self.mode = mode
-        self._proven = False
+        self._passed = 0
         self._run = self._compiled()
 
     def __call__(
@@ -93,13 +95,14 @@ class Step:
 
         Raises:
             torch.OutOfMemoryError: of the device; another mode would not help.
+            torch.distributed.DistError: another rank is gone.
         """
-        while not self._proven and self.mode != "off":
+        while self._passed < _PROOF and self.mode != "off":
             try:
                 result = self._once(clips, colour, mask, targets)
-                self._proven = True
+                self._passed += 1
                 return result
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, DistError):
                 raise
             except Exception as error:  # compilers fail in every way there is; without one the step still runs
                 failed, self.mode = self.mode, COMPILE_MODES[COMPILE_MODES.index(self.mode) + 1]
@@ -108,6 +111,7 @@ class Step:
                     "compile mode %s failed (%s: %s); trying %s", failed, type(error).__name__, reason, self.mode
                 )
                 torch._dynamo.reset()
+                self._passed = 0
                 self._run = self._compiled()
         return self._once(clips, colour, mask, targets)
 

@@ -73,6 +73,13 @@ def test_resolved_configuration_reads_back_equal(write):
         ("train.compile=fast", "train.compile: Input should be 'max-autotune'"),
         ("objective=pixel", "objective: Input should be 'latents' or 'pixels'"),
         ("data.crop_scale=[0.9, 0.5]", "data.crop_scale: must be [least, most]"),
+        ("data.crop_scale=[0.5, -1]", "data.crop_scale.1: Input should be greater than 0, found -1"),
+        (
+            "data.shards=",
+            "data.shards: String should have at least 1 character, found ''; data.shards: Input should be",
+        ),
+        ("train.profile_steps=[3, 1]", "train.profile_steps: must be [first, last], first within 1"),
+        ("train.profile_steps=[2, 3]", "train.profile_steps: must be [first, last], first within 1"),
     ],
 )
 def test_refusals_name_file_key_and_remedy(write, override, message):

@@ -31,6 +31,8 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.checkpoint_every": 5,
     "train.trace_samples": "true",
+    "train.validate_every": STEPS // 2,
+    "train.validate_batches": 1,
 }
 
 
@@ -129,6 +131,7 @@ def assert_same_run(run_dir, alone, steps=STEPS):
         assert line["loss"] == pytest.approx(theirs[step]["loss"], abs=1e-5)
         assert line["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], abs=1e-5)
         assert line["lr"] == theirs[step]["lr"]
+        assert line.get("val_loss") == pytest.approx(theirs[step].get("val_loss"), abs=1e-5)
     samples = [(folder / "samples.jsonl").read_text().splitlines() for folder in (run_dir, alone)]
     assert samples[0] == samples[1][:steps]
     for name in ("model.safetensors", "trainer.safetensors"):
@@ -186,7 +189,9 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(make_config, repository
     assert found[1]["step"] == max(lines(tmp_path / "run"))
 
 
-def test_sigterm_to_torchrun_stops_all_with_a_checkpoint(make_config, repository, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(make_config, repository, tmp_path, number):
+    """SIGTERM as a scheduler sends it; SIGINT as a terminal does, to every process, and torchrun passes it on besides."""
     config = make_config("run", train__steps=9999)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
@@ -195,11 +200,15 @@ def test_sigterm_to_torchrun_stops_all_with_a_checkpoint(make_config, repository
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     wait_for_step(tmp_path / "run", 3, [process])
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, ((out, err),) = finish([process])
-    assert "SIGTERM: stopped after step" in out, err
+    assert f"{number.name}: stopped after step" in out, err
     found = checkpoint.newest(tmp_path / "run/checkpoints")
     assert found is not None
     assert found[1]["step"] == max(lines(tmp_path / "run"))

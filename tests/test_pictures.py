@@ -9,6 +9,7 @@ import torch
 
 from salt_wds import pictures, train
 from salt_wds.config import load_config
+from salt_wds.history import record_end
 from salt_wds.loader import Loader
 from salt_wds.masks import num_masked
 from salt_wds.pixels import yuv_to_rgb
@@ -159,6 +160,12 @@ def test_any_label_can_be_drawn(make_config, tmp_path, label):
     batch["label"][:] = 0
     pictures.write_first_batch(tmp_path, config, batch, [label])
     assert cv2.imread(str(tmp_path / "first_batch.png")).shape[1] == 744
+
+
+def test_a_full_disk_at_the_end_changes_nothing_of_how_the_run_ended(tmp_path, caplog):
+    (tmp_path / "history.jsonl").mkdir()  # cannot be written
+    record_end(tmp_path, 0)
+    assert "history.jsonl: Is a directory; it lacks the run's end" in caplog.text
 
 
 def test_history_has_every_start_and_end(make_config, tmp_path):

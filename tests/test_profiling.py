@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from salt_wds import train as train_module
+from salt_wds import loop
 from salt_wds.config import load_config
 from salt_wds.profiling import StepProfiler
 from salt_wds.train import train
@@ -54,6 +54,16 @@ def test_a_run_that_ends_early_leaves_the_trace_of_what_there_was(make_config, t
     assert [path.name for path in (tmp_path / "short/profile").iterdir()] == ["steps-4-5.json.gz"]
 
 
+def test_a_profile_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, caplog):
+    (tmp_path / "profile").write_text("in the way")
+    profiler = StepProfiler(tmp_path / "profile", (1, 1))
+    profiler.before(1)
+    profiler.after(1)
+    profiler.close()
+    assert "no profile: " in caplog.text
+    assert "File exists" in caplog.text
+
+
 def test_a_resumed_run_profiles_the_rest(tmp_path):
     profiler = StepProfiler(tmp_path, (2, 4))
     for step in (3, 4, 5):
@@ -86,7 +96,7 @@ def waits_noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     "settings", [(), ("train.precision=bf16", "train.checkpointing=selective", "student.mode=dense")]
 )
 def test_no_step_fetches_a_value_from_the_device(make_config, monkeypatch, settings):
-    real, noted = train_module._Trainer.update, []
+    real, noted = loop.Loop.update, []
 
     def update(self, *args):
         with waits_noted(monkeypatch) as found:
@@ -94,7 +104,7 @@ def test_no_step_fetches_a_value_from_the_device(make_config, monkeypatch, setti
         noted.append(found)
         return result
 
-    monkeypatch.setattr(train_module._Trainer, "update", update)
+    monkeypatch.setattr(loop.Loop, "update", update)
     assert train(make_config("run", *settings)) == 0
     assert noted == [[]] * 5
 
@@ -111,7 +121,7 @@ def test_such_a_fetch_would_be_noted(monkeypatch):
 @pytest.mark.parametrize("compiled", ["off", "default"])
 def test_no_step_waits_for_the_gpu(make_config, monkeypatch, compiled):
     """From the second step on: the first one compiles and times kernels."""
-    real = train_module._Trainer.update
+    real = loop.Loop.update
 
     def update(self, *args):
         torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
@@ -120,6 +130,6 @@ def test_no_step_waits_for_the_gpu(make_config, monkeypatch, compiled):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(train_module._Trainer, "update", update)
+    monkeypatch.setattr(loop.Loop, "update", update)
     settings = ("train.device=cuda", "train.precision=bf16", "train.checkpointing=full", f"train.compile={compiled}")
     assert train(make_config("run", *settings)) == 0

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from salt_wds import loop
 from salt_wds import step as step_module
 from salt_wds.config import load_config
 from salt_wds.distributed import World
 from salt_wds.metrics import read_metrics
-from salt_wds.safety import FiniteGuard, LossWatch
+from salt_wds.safety import FiniteGuard, LossWatch, record_nonfinite
 from salt_wds.train import train
 
 NAN, ONE = torch.tensor(float("nan")), torch.tensor(1.0)
@@ -84,6 +85,35 @@ def poison(monkeypatch, *positions_of_calls):
 def tensors(run_dir, step):
     files = (run_dir / f"checkpoints/step-{step:08d}" / name for name in ("model.safetensors", "trainer.safetensors"))
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(make_config, tmp_path, monkeypatch, clip, value):
+    """One number of one gradient, in step 3; the update is left out and the run goes on as if it had not been there."""
+    real, calls = loop.clip_gradients, iter(range(1, 100))
+
+    def clip_gradients(student, limit):
+        if next(calls) == 3:
+            next(student.parameters()).grad.view(-1)[0] = value
+        return real(student, limit)
+
+    settings = {"train__log_every": 1, "optim__clip_grad_norm": clip}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "clip_gradients", clip_gradients)
+        assert train(make_config("run", train__on_nonfinite="skip", train__steps=3, **settings)) == 0
+    assert train(make_config("two", train__steps=2, **settings)) == 0
+    ours, theirs = tensors(tmp_path / "run", 3), tensors(tmp_path / "two", 2)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if not key.startswith("position_mean"))
+    (line,) = map(json.loads, (tmp_path / "run/nonfinite.jsonl").read_text().splitlines())
+    assert (line["step"], line["action"]) == (3, "skipped")
+
+
+def test_a_full_disk_does_not_decide_how_the_run_goes_on(tmp_path, caplog):
+    (tmp_path / "nonfinite.jsonl").mkdir()  # cannot be written
+    record_nonfinite(tmp_path / "nonfinite.jsonl", 3, {"keys": ["a", "b"], "shards": ["s", "s"]}, 1, 20)
+    assert "nonfinite.jsonl: Is a directory; its line would have been" in caplog.text
+    assert '"keys": ["a", "b"]' in caplog.text
 
 
 def test_a_skipped_step_leaves_parameters_and_state_alone(make_config, tmp_path, monkeypatch, caplog):

@@ -17,8 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from safetensors.torch import load_file, save_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
-from salt_wds import teacher as teacher_module
-from salt_wds.teacher import load_teacher, position_table
+from salt_wds import teacher_weights
+from salt_wds.teacher import Teacher, load_teacher, position_table
 from shard_tools.command import CommandError
 
 WIDTH, DEPTH, HEADS, HIDDEN = 128, 3, 2, 320
@@ -121,7 +121,7 @@ def clip(frames: int = FRAMES, size: int = SIZE, clips: int = 2) -> torch.Tensor
     return torch.randn(clips, 3, frames, size, size, generator=torch.Generator().manual_seed(3))
 
 
-def load(path: Path | str, **changes) -> teacher_module.Teacher:
+def load(path: Path | str, **changes) -> Teacher:
     return load_teacher(str(path), **({"size": SIZE, "num_frames": FRAMES} | changes))
 
 
@@ -142,7 +142,7 @@ def expected(state) -> torch.Tensor:
     return reference_tokens(state, clip())
 
 
-def assert_same_tokens(teacher: teacher_module.Teacher, expected: torch.Tensor, video: torch.Tensor | None = None):
+def assert_same_tokens(teacher: Teacher, expected: torch.Tensor, video: torch.Tensor | None = None):
     tokens = teacher(clip() if video is None else video)
     assert tokens.shape == expected.shape
     assert (tokens - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -585,7 +585,7 @@ def test_hub_refusals(monkeypatch, kind, text):
             error = kind("no")
         raise error
 
-    monkeypatch.setattr(teacher_module, "hf_hub_download", refuse)
+    monkeypatch.setattr(teacher_weights, "hf_hub_download", refuse)
     with pytest.raises(CommandError, match=rf"{text}.*{re.escape(DOWNLOAD)}$"):
         load("OpenGVLab/VideoMAEv2-Base")
 
@@ -597,7 +597,7 @@ def test_hub_files_are_taken_from_the_cache(monkeypatch, state, expected, tmp_pa
         asked.append((repository, name))
         return str(save_folder(tmp_path, state) / name)
 
-    monkeypatch.setattr(teacher_module, "hf_hub_download", download)
+    monkeypatch.setattr(teacher_weights, "hf_hub_download", download)
     assert_same_tokens(load("OpenGVLab/VideoMAEv2-Base"), expected)
     repository = "OpenGVLab/VideoMAEv2-Base"
     assert asked == [(repository, "config.json"), (repository, "model.safetensors")]

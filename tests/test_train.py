@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from salt_wds import checkpoint
+from salt_wds import checkpoint, loop
 from salt_wds import step as step_module
 from salt_wds.config import load_config
 from salt_wds.metrics import Meter, read_metrics
@@ -105,8 +107,6 @@ def test_lines_after_the_checkpoint_are_written_again_not_twice(make_config, tmp
     before = losses(tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss"')
-    import shutil
-
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     assert train(make_config(), resume=True) == 0
     assert losses(tmp_path / "run") == before
@@ -153,6 +153,25 @@ def test_resume_refuses_what_would_make_it_another_run(make_config, tmp_path):
         train(make_config(data__batch_size=8), resume=True)
 
 
+def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path, repository):
+    """The second is refused as long as the first lives, however that ends, and touches nothing of it."""
+    run_dir = tmp_path / "run"
+    config = make_config(train__steps=9999)
+    first = subprocess.Popen(command(config, run_dir), cwd=repository, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_step(run_dir, 4)
+        for resume in (True, False):
+            with pytest.raises(CommandError, match=rf"process {first.pid} trains in this folder; wait for its end"):
+                train(config, resume=resume)
+        assert train(config, dry_run=True) == 0
+    finally:
+        first.kill()
+        first.wait()
+    steps = [row[0] for row in losses(run_dir)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert train(make_config(train__steps=len(steps) + 1), resume=True) == 0
+
+
 def test_resume_refuses_other_data(make_config, dataset, tmp_path):
     assert train(make_config()) == 0
     other = tmp_path / "other"
@@ -170,6 +189,28 @@ def test_resume_without_a_checkpoint_starts_and_says_so(make_config, tmp_path, c
     assert train(make_config(train__steps=2), resume=True) == 0
     assert "no checkpoint to resume from" in caplog.text
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_resume_does_not_start_anew_over_what_was_trained(make_config, tmp_path):
+    """As when the folder with the checkpoints is not mounted; a run killed before its first one starts again."""
+    assert train(make_config()) == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(
+        CommandError, match=r"its metrics reach step 6, but there is no checkpoint .* bring back .*/check"
+    ):
+        train(make_config(), resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert train(make_config(train__checkpoint_every=7), resume=True) == 0
+
+
+def test_fewer_steps_than_are_done_is_nothing_to_do(make_config, tmp_path, capsys):
+    assert train(make_config()) == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert train(make_config(train__steps=4), resume=True) == 0
+    assert capsys.readouterr().out.endswith("the checkpoint is of step 6: all 4 are done; raise train.steps to go on\n")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_dry_run_writes_nothing(make_config, tmp_path, capsys):
@@ -245,6 +286,35 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(make_config, tmp_path, monke
     assert {p.name for p in (tmp_path / "end/checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_disk_that_is_full_for_a_while_costs_no_line_and_no_step(
+    make_config, tmp_path, caplog, monkeypatch, in_background
+):
+    """Really full, for every file: no file of this process can grow beyond 100 bytes during steps 4 to 9."""
+    limits, real = resource.getrlimit(resource.RLIMIT_FSIZE), loop.Loop.update
+
+    def update(self, *args):
+        soft = 100 if 4 <= self.step <= 9 else limits[0]
+        self.writer.report(wait=True)  # it was begun while the disk was as it is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, limits[1]))
+        real(self, *args)
+
+    monkeypatch.setattr(loop.Loop, "update", update)
+    settings = {"train__steps": 12, "train__trace_samples": True, "train__async_checkpoints": in_background}
+    try:
+        assert train(make_config("full", **settings)) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert train(make_config("free", **settings)) == 0
+    assert losses(tmp_path / "full") == losses(tmp_path / "free")
+    texts = [(tmp_path / run / "samples.jsonl").read_text() for run in ("full", "free")]
+    assert texts[0] == texts[1]
+    assert sorted(p.name for p in (tmp_path / "full/checkpoints").iterdir()) == ["step-00000003", "step-00000012"]
+    for words in ("no checkpoint: ", "metrics.jsonl: File too large; what belongs", "events.out.tfevents"):
+        assert words in caplog.text
+
+
 def test_found_inf_leaves_parameters_and_state_alone():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
@@ -278,6 +348,45 @@ def test_a_compile_mode_that_fails_falls_back_in_order(monkeypatch, caplog):
     assert tried == ["max-autotune", "max-autotune-no-cudagraphs", None, None]  # the teacher's part, then the student's
     assert step.mode == "default"
     assert "compile mode max-autotune failed (RuntimeError: no kernels for max-autotune)" in caplog.text
+
+
+def test_a_compile_mode_that_fails_later_falls_back_too(monkeypatch, caplog):
+    """CUDA graphs are recorded in the second batch and replayed in the third; no gradient counts twice."""
+    calls = []
+
+    def compiler(function, mode):
+        def compiled(*args):
+            calls.append(mode)
+            if mode == "max-autotune" and calls.count(mode) > 3:  # in the teacher's part of the third batch ...
+                raise RuntimeError("graphs do not like this")
+            return function(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    weight = nn.Parameter(torch.ones(1))
+    forward = Forward(
+        targets=lambda clips, colour, mask: clips * 2,
+        loss=lambda clips, colour, mask, targets: ((targets * weight).sum(), {}),
+    )
+    step = Step(forward, "max-autotune")
+    for _ in range(3):
+        weight.grad = None
+        loss, _ = step(torch.ones(2), None, None)
+        assert (loss, weight.grad) == (4, 4)
+    assert step.mode == "max-autotune-no-cudagraphs"
+    assert "compile mode max-autotune failed (RuntimeError: graphs do not like this)" in caplog.text
+
+
+def test_a_lost_rank_is_no_fault_of_the_compiler(monkeypatch):
+    def compiler(function, mode):
+        return lambda *_: (_ for _ in ()).throw(torch.distributed.DistNetworkError("connection closed by peer"))
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    step = Step(Forward(lambda *_: None, lambda *_: None), "max-autotune")
+    with pytest.raises(torch.distributed.DistNetworkError):
+        step(torch.ones(2), None, None)
+    assert step.mode == "max-autotune"
 
 
 def test_meter_survives_a_checkpoint_exactly():

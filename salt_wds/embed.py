@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
         raise CommandError(f"{out}: is there already; name another --out, or replace the file with --overwrite")
     if not out.parent.is_dir():
         raise CommandError(f"{out.parent}: no such folder; make it, or name another --out")
-    logging.getLogger("salt_wds.policy").setLevel(logging.ERROR)  # it samples failures; here each one is named
     encoder = load_encoder(args.encoder).to(pick_device(args.device))
     about = {
         "encoder": args.encoder.resolve().name,
@@ -53,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         "created_by": {"salt_wds": __version__},
     }
     written, lost, failures = 0, [], []
+    policy = logging.getLogger("salt_wds.policy")
     try:
+        policy.setLevel(logging.ERROR)  # it tells some of the failures; here each one is named
         with embedding_file(out, encoder.width, about) as file:
             for catalog, bad in _catalogs(args):
                 failures += bad
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except LoaderStopped as stopped:
         print(f"stopped: {one_line(stopped)}; nothing was written to {out}", file=sys.stderr)
         return PROBLEMS
+    finally:
+        policy.setLevel(logging.NOTSET)
     return _report(out, written, lost, failures)
 
 

@@ -165,7 +165,8 @@ def _measure(
     lost = part.catalog.num_samples - min((len(one.labels) for one in measured.values()), default=0)
     if lost == part.catalog.num_samples:
         raise CommandError(
-            f"{part.catalog.folders}: no clip of split {part.catalog.split!r} could be read; see the ledger"
+            f"{part.catalog.folders}: no clip of split {part.catalog.split!r} could be read; see the ledger, and check: "
+            f"python -m shard_tools.verify {part.catalog.folders}"
         )
     if lost:
         log.warning("%s: %d of %d clips could not be read and do not count", part.name, lost, part.catalog.num_samples)

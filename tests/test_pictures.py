@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from salt_wds import pictures, train
+from salt_wds import loop, pictures, train
 from salt_wds.config import load_config
 from salt_wds.history import record_end
 from salt_wds.loader import Loader
@@ -134,7 +134,7 @@ def test_the_picture_changes_nothing_in_the_run(make_config, tmp_path, monkeypat
     picture.write_bytes(b"untouched")
     assert train.train(make_config("with", train__steps=4), resume=True) == 0
     assert picture.read_bytes() == b"untouched"
-    monkeypatch.setattr(train, "write_first_batch", lambda *_: None)
+    monkeypatch.setattr(loop, "write_first_batch", lambda *_: None)
     assert train.train(make_config("without", train__steps=4)) == 0
     assert not (tmp_path / "without/first_batch.png").exists()
     for step, name in ((2, "model"), (2, "trainer"), (4, "model"), (4, "trainer")):

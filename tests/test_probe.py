@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 
@@ -162,15 +163,17 @@ def test_clips_that_cannot_be_read_do_not_count(call, run, dataset, tmp_path, ca
     assert {record.key for record in records} == {row["key"]}
 
 
-def test_nothing_readable_is_exit_code_1(call, dataset, tmp_path, caplog):
+def test_nothing_readable_is_one_line(call, dataset, tmp_path):
     folder = tmp_path / "zeros"
     shutil.copytree(dataset, folder)
     for info in read_dataset(folder).splits["validation"].shards:
         path = folder / info.file
         path.write_bytes(bytes(path.stat().st_size))
-    assert call("--encoders", "random", settings=[f"data.eval_shards={folder}"]) == 1
-    assert "stopped: " in caplog.text
-    assert "python -m shard_tools.verify" in caplog.text
+    message = (
+        f"no clip of split 'validation' could be read; see the ledger, and check: python -m shard_tools.verify {folder}"
+    )
+    with pytest.raises(CommandError, match=re.escape(message)):
+        call("--encoders", "random", settings=[f"data.eval_shards={folder}"])
 
 
 def test_a_run_on_pixels_is_probed_without_a_teacher(call, run, tmp_path):

@@ -79,10 +79,10 @@ def record_nonfinite(path: Path, step: int, batch: Mapping[str, list[str]], numb
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:  # a full disk must not decide how the run goes on
         log.error("%s: %s; its line would have been %s", path, error.strerror, json.dumps(line))
-        file.flush()
-        os.fsync(file.fileno())
     keys = ", ".join(batch["keys"])
     if stops:
         log.error(

@@ -57,8 +57,6 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
             )
         predictor = Predictor(config, grid, encoder.width, target_width)
     student = Student(encoder, predictor, target_width)
-    if not config.pretrained:
-        _init_from_scratch(student)
     student.set_checkpointing(checkpointing)
     return student
 
@@ -326,21 +324,6 @@ def _inflate(conv: nn.Conv2d) -> nn.Conv3d:
 
 
 # --- new parts ---
-
-
-@torch.no_grad()
-def _init_from_scratch(student: Student) -> None:
-    """Initial weights as MAE's (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, for the patch embedding, too.
-
-    timm's standard deviation of 0.02 suits widths of about 768. In narrow models blocks then add next to nothing, and
-    what only products of features tell, such as motion, is not learned for thousands of steps. Query, key and value
-    count as three layers (MoCo v3), and a patch embedding has a kernel of its own for each frame of a tubelet.
-    """
-    for name, module in student.named_modules():
-        if isinstance(module, nn.Linear):
-            for weight in module.weight.chunk(3) if name.endswith("qkv") else [module.weight]:
-                nn.init.xavier_uniform_(weight)
-    nn.init.xavier_uniform_(student.encoder.patch_embed.weight.flatten(1))
 
 
 def _temporal_table(t: int, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from salt_wds.checkpoint import save_tensors
 from salt_wds.config import StudentConfig
 from salt_wds.exported import EncoderConfig, VideoEncoder
-from salt_wds.student import image_vit_arguments
+from salt_wds.image_vit import image_vit_arguments
 from shard_tools.command import CommandError
 
 TIMM_FILE, PROGRAM_FILE, ONNX_FILE = "timm_vit.safetensors", "encoder.pt2", "encoder.onnx"

@@ -12,20 +12,18 @@ D width of the encoder, P width of the predictor.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
-from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from salt_wds.config import PATCH, TUBELET, StudentConfig
+from salt_wds.image_vit import image_vit, inflate, load_image_weights
 from shard_tools.command import CommandError
 
 Grid = tuple[int, int, int]
@@ -63,9 +61,9 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
 
 def build_encoder(config: StudentConfig, grid: Grid) -> Encoder:
     """The encoder alone, with weights as `build_student` gives them and its errors."""
-    vit = _image_vit(config, grid)
+    vit = image_vit(config, grid)
     if config.pretrained:
-        _load_image_weights(vit, config, grid)
+        load_image_weights(vit, config, grid)
     return Encoder(vit, grid)
 
 
@@ -136,11 +134,12 @@ class Encoder(nn.Module):
         t, h, w = grid
         self.grid, self.width, self.num_tokens = grid, vit.embed_dim, t * h * w
         self.checkpointing: Checkpointing = "off"
-        self.patch_embed = _inflate(vit.patch_embed.proj)
+        self.patch_embed = inflate(vit.patch_embed.proj)
         self.embed_norm = vit.patch_embed.norm
         self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
         self.temporal_positions = nn.Parameter(_temporal_table(t, self.width))  # (t, 1, D)
         self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
+        _hold_key_biases(self.blocks)
 
     def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
         """Tokens of (B, 3, T, H, W) after the final norm: all N, or the V of `index` (B, V), which alone are seen."""
@@ -187,6 +186,7 @@ class Predictor(nn.Module):
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
+        _hold_key_biases(self.blocks)
 
     def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """(B, V, D) at `visible` (B, V) -> predictions (B, K, target width) at `masked` (B, K)."""
@@ -194,6 +194,29 @@ class Predictor(nn.Module):
         asked = self.mask_token + _take(self.positions, masked)
         both = _run(self.blocks, torch.cat([seen, asked], dim=1), self.checkpointing, self.training)
         return self.head(self.norm(both[:, visible.shape[1] :]))
+
+
+class QueryKeyValue(nn.Linear):
+    """timm's product for query, key and value, without a gradient for the key's bias.
+
+    That bias adds the same to all scores of a query, which softmax takes away again (BEiT and VideoMAE have none): its
+    gradient is rounding and nothing else. AdamW divides by the size of gradients, so it would make whole steps of that,
+    different ones for every number of ranks.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.bias.chunk(3)
+        return F.linear(tokens, self.weight, torch.cat([query, key.detach(), value]))
+
+
+def _hold_key_biases(blocks: Iterable[nn.Module]) -> None:
+    """Where attention is timm's plain one; after a norm of the keys, for one, their bias does count."""
+    for block in blocks:
+        attention = getattr(block, "attn", None)
+        if type(attention) is Attention and type(attention.k_norm) is nn.Identity and attention.qkv.bias is not None:
+            linear = attention.qkv
+            attention.qkv = nn.utils.skip_init(QueryKeyValue, linear.in_features, linear.out_features)
+            attention.qkv.weight, attention.qkv.bias = linear.weight, linear.bias
 
 
 def _run(blocks: Iterable[nn.Module], tokens: Tensor, checkpointing: Checkpointing, training: bool) -> Tensor:
@@ -232,95 +255,6 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens (B or 1, N, D) at `index` (B, K): (B, K, D)."""
     b, k = index.shape
     return tokens.expand(b, -1, -1).gather(1, index[..., None].expand(b, k, tokens.shape[-1]))
-
-
-# --- from the image model ---
-
-
-def image_vit_arguments(config: StudentConfig, grid: Grid) -> dict[str, Any]:
-    """What timm.create_model takes, besides the name, for one frame: no class token, no classifier, final norm kept."""
-    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
-    return {
-        "img_size": (grid[1] * PATCH, grid[2] * PATCH),
-        "num_classes": 0,
-        "class_token": False,
-        "reg_tokens": 0,
-        "global_pool": "avg",
-        "fc_norm": False,
-        **{name: value for name, value in sizes.items() if value is not None},
-    }
-
-
-def _image_vit(config: StudentConfig, grid: Grid) -> VisionTransformer:
-    """timm's model for one frame."""
-    if not timm.is_model(config.arch):
-        raise _wrong_arch(config.arch, "is not a model of timm")
-    try:
-        vit = timm.create_model(config.arch, **image_vit_arguments(config, grid))
-    except TypeError:  # other architectures do not know these arguments
-        raise _wrong_arch(config.arch, "is not a VisionTransformer") from None
-    except (AssertionError, RuntimeError, ValueError) as error:
-        problem = str(error) or type(error).__name__
-        sizes = {name: getattr(config, name) for name in ("width", "depth", "heads") if getattr(config, name)}
-        raise CommandError(f"student.arch = {config.arch!r} with {sizes or 'its own sizes'}: {problem}") from None
-    if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed or vit.pos_embed is None:
-        raise _wrong_arch(config.arch, "is not a plain VisionTransformer")
-    if vit.patch_embed.patch_size != (PATCH, PATCH):
-        raise _wrong_arch(config.arch, f"has patches of {vit.patch_embed.patch_size[0]}, not {PATCH}")
-    return vit
-
-
-def _wrong_arch(arch: str, problem: str) -> CommandError:
-    others = ["*rope*", "*relpos*", "*dinov3*", "vit_pe_*"]  # ViTs by name, of another class
-    candidates = timm.list_models(["vit_*patch16*", "deit_*patch16*", "deit3_*patch16*"], exclude_filters=others)
-    close = difflib.get_close_matches(arch, candidates, n=3, cutoff=0)
-    return CommandError(f"student.arch = {arch!r} {problem}; close names: {', '.join(close)}")
-
-
-def _load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid) -> None:
-    """Copy timm's published image weights into `vit`: class token left out, positions resampled to (h, w)."""
-    if config.width or config.depth or config.heads:
-        raise CommandError(
-            "student.pretrained = true has the sizes of the published weights; unset student.width, student.depth "
-            "and student.heads, or set student.pretrained = false"
-        )
-    try:
-        source = timm.create_model(config.arch, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CommandError(
-            f"student.pretrained: no image weights for {config.arch} ({reason}); where there is a network, run "
-            f"`python -c \"import timm; timm.create_model('{config.arch}', pretrained=True)\"` and copy the folder "
-            "~/.cache/huggingface here, or set student.pretrained = false"
-        ) from None
-    state, wanted = source.state_dict(), vit.state_dict()
-    positions = state["pos_embed"]
-    first = positions.shape[1] - source.patch_embed.num_patches  # class and register tokens come first, if at all
-    state["pos_embed"] = resample_abs_pos_embed(
-        positions[:, first:], new_size=list(grid[1:]), old_size=list(source.patch_embed.grid_size), num_prefix_tokens=0
-    )
-    for name in ("norm.weight", "norm.bias"):  # models that pool before their final norm call it fc_norm
-        state.setdefault(name, state.get(f"fc_{name}"))
-    unfit = [name for name in wanted if state.get(name) is None or state[name].shape != wanted[name].shape]
-    if unfit:
-        raise CommandError(f"student.pretrained: the image weights of {config.arch} lack {', '.join(unfit[:3])}")
-    vit.load_state_dict({name: state[name] for name in wanted})
-
-
-def _inflate(conv: nn.Conv2d) -> nn.Conv3d:
-    """A 2D patch embedding over two frames, half of it on each: on a static clip it gives what the 2D one gives."""
-    inflated = nn.Conv3d(
-        conv.in_channels,
-        conv.out_channels,
-        kernel_size=(TUBELET, *conv.kernel_size),
-        stride=(TUBELET, *conv.stride),
-        bias=conv.bias is not None,
-    )
-    with torch.no_grad():
-        inflated.weight.copy_(conv.weight[:, :, None].expand_as(inflated.weight) / TUBELET)
-        if conv.bias is not None:
-            inflated.bias.copy_(conv.bias)
-    return inflated
 
 
 # --- new parts ---

@@ -17,6 +17,7 @@ LEAVES = {
     "teacher",
     "teacher_weights",
     "student",
+    "image_vit",
     "checkpoint",
     "budget",
     "shared",
@@ -27,7 +28,7 @@ LEAVES = {
     "attentive",
     "neighbours",
 }
-PARTS = {"teacher": {"teacher_weights"}}  # a leaf in two files
+PARTS = {"teacher": {"teacher_weights"}, "student": {"image_vit"}}  # leaves in two files
 
 
 def modules(repository, package):

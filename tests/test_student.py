@@ -132,6 +132,37 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(mode):
         assert torch.equal(gradient, gradients["full"][name]), name
 
 
+@pytest.mark.parametrize("mode", ["visible", "dense"])
+def test_biases_of_keys_have_no_gradient_and_would_have_only_rounding(mode):
+    """Over timm's own product the same passes give the same everywhere else, and next to nothing there."""
+    student, plain = build(mode=mode).train(), build(mode=mode).train()
+    for block in plain.modules():
+        if hasattr(block, "qkv"):
+            block.qkv.__class__ = torch.nn.Linear
+    for one in (student, plain):
+        one(*batch()).square().mean().backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    biases = 0
+    for name, p in student.named_parameters():
+        if name.endswith("qkv.bias"):
+            biases += 1
+            query, key, value = p.grad.chunk(3)
+            rounding = gradients[name].chunk(3)[1]
+            assert key.abs().max() == 0 < query.abs().max()
+            assert 0 < rounding.abs().max() < 1e-6 * value.abs().max()
+            gradients[name].chunk(3)[1].zero_()
+        assert torch.equal(p.grad, gradients[name]), name
+    assert biases == SIZES["depth"] + (PREDICTOR["predictor_depth"] if mode == "visible" else 0)
+
+
+def test_biases_of_keys_that_are_normalised_count(monkeypatch):
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: original(*args, qk_norm=True, **options))
+    student = build().train()
+    student(*batch()).square().mean().backward()
+    assert student.encoder.blocks[0].attn.qkv.bias.grad.chunk(3)[1].abs().max() > 0
+
+
 def test_checkpointing_keeps_fewer_activations_and_only_in_training(monkeypatch):
     calls = []
     monkeypatch.setattr("salt_wds.student.checkpoint", lambda block, tokens, **_: calls.append(block) or block(tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -30,7 +33,12 @@ class Progress:
     def show(self, line: Mapping[str, Any], text: str) -> None:
         """One line of metrics, and `text`, what to print of it where there is no bar."""
         if self._bar is None:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError as error:  # into a file on a full disk; the line is in metrics.jsonl, too
+                log.debug("not printed (%s): %s", error.strerror, text)
         else:
             self._bar.set_postfix_str(
                 f"loss {line['loss']:.4f}, R2 {line['r2']:+.3f}, {line['clips_per_sec']:.1f} clips/s, "

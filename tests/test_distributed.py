@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from salt_wds import checkpoint
 from salt_wds.accumulation import count_parts
 from salt_wds.config import load_config
-from salt_wds.distributed import World
+from salt_wds.distributed import StopSignals, World
 from salt_wds.metrics import read_metrics
 from salt_wds.train import train
 from shard_tools.command import CommandError
@@ -213,6 +213,21 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(make_config, repositor
     assert found is not None
     assert found[1]["step"] == max(lines(tmp_path / "run"))
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_one_ctrl_c_told_twice_is_one_and_a_second_does_not_wait(monkeypatch):
+    stop, now = StopSignals(), time.monotonic()
+    try:
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.requested == signal.SIGINT
+        monkeypatch.setattr(time, "monotonic", lambda: now + 3)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -55,6 +55,21 @@ def test_lines_elsewhere(repository):
     assert done.stderr.splitlines() == [f"WARNING:root:warning {n}" for n in (3, 4, 5)]
 
 
+def test_output_on_a_full_disk_ends_nothing(repository, tmp_path):
+    code = """
+import resource, sys
+from salt_wds.progress import Progress
+progress = Progress(0, 3)
+for step in (1, 2, 3):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5 if step == 2 else 1000, 1000))
+    progress.show({}, f"step {step}")
+"""
+    with (tmp_path / "out.txt").open("w") as out:
+        subprocess.run([sys.executable, "-c", code], cwd=repository, stdout=out, check=True)
+    printed = (tmp_path / "out.txt").read_text().splitlines()
+    assert (printed[0], printed[-1]) == ("step 1", "step 3")
+
+
 # --- input-bound --------------------------------------------------------------------------------------------------
 
 DECODING = Counter(read=1.0, decode=20.0, crop=5.0)

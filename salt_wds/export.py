@@ -165,7 +165,8 @@ def _program(encoder: VideoEncoder, folder: Path) -> tuple[str, str]:
 def _onnx(encoder: VideoEncoder, folder: Path) -> tuple[str, str]:
     difference = export_formats.write_onnx(encoder, folder / ONNX_FILE)
     _check(ONNX_FILE, difference)
-    return ONNX_FILE, f"input `video`, output `tokens`, any number of clips, largest difference {difference:.2g}"
+    what = f"input `video`, output `tokens`, any number of clips, largest difference {difference:.2g}; its weights are in"
+    return ONNX_FILE, f"{what} `{ONNX_FILE}.data`"
 
 
 def _check(file: str, difference: float) -> None:
@@ -185,7 +186,9 @@ def _folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
         temporary.mkdir()
         yield temporary
+        mode = (temporary / CARD_FILE).stat().st_mode
         for path in temporary.iterdir():
+            path.chmod(mode)  # safetensors keeps what it writes from everybody else
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)

@@ -285,13 +285,15 @@ def test_a_folder_in_use_is_not_written_over(run, tmp_path, capsys):
         export.main([str(run), str(tmp_path / "file"), "--overwrite"])
 
 
-def test_an_earlier_export_is_replaced_as_a_whole(run, copied):
+def test_an_earlier_export_is_replaced_as_a_whole(run, copied, tmp_path):
     (copied / "extra.txt").write_text("of the old one")
     with pytest.raises(CommandError, match="not empty"):
         export.main([str(run), str(copied)])
     assert write_export(run, copied, "--overwrite", "--ema").config.ema
     assert {path.name for path in copied.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+    (tmp_path / "any.txt").touch()
+    assert {path.stat().st_mode for path in copied.iterdir()} == {(tmp_path / "any.txt").stat().st_mode}
 
 
 def test_what_fails_on_the_way_leaves_everything_as_it_was(run, copied, monkeypatch):

@@ -165,7 +165,7 @@ def _program(encoder: VideoEncoder, folder: Path) -> tuple[str, str]:
 def _onnx(encoder: VideoEncoder, folder: Path) -> tuple[str, str]:
     difference = export_formats.write_onnx(encoder, folder / ONNX_FILE)
     _check(ONNX_FILE, difference)
-    what = f"input `video`, output `tokens`, any number of clips, largest difference {difference:.2g}; its weights are in"
+    what = f"input `video`, output `tokens`, any number of clips, largest difference {difference:.2g}; weights in"
     return ONNX_FILE, f"{what} `{ONNX_FILE}.data`"
 
 

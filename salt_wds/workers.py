@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -187,11 +188,19 @@ def _start_worker(worker: int) -> None:
 
 
 def prepare_fork_server() -> None:
-    """Have the server that processes are forked from load what is loaded here, so that they start at once.
+    """Start the server that processes are forked from, and have it load what is loaded here: then they start at once.
 
-    It has an effect only until the first process is started, of whatever kind.
+    It has an effect only until the first process is started, of whatever kind. A signal to the whole group (Ctrl-C on a
+    terminal, SIGTERM of a scheduler) would end the server, and with it a run that starts workers at that moment; the run
+    itself is to decide. So both are blocked while it is started: what is blocked stays so in a new process.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_our_modules())
+    resource_tracker.ensure_running()  # which would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _our_modules() -> list[str]:

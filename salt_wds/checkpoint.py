@@ -166,7 +166,8 @@ class Writer:
         try:
             self.finish(wait=wait)
         except OSError as error:
-            log.error("no checkpoint: %s; going on with the one before", describe_os_error(error))
+            what = f"{error.filename}: {error.strerror}" if error.filename else error
+            log.error("no checkpoint: %s; going on with the one before: make room there", what)
 
     def finish(self, *, wait: bool = True) -> None:
         """Wait for the write under way.

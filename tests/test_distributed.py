@@ -20,7 +20,7 @@ from salt_wds.accumulation import count_parts
 from salt_wds.config import load_config
 from salt_wds.distributed import StopSignals, World
 from salt_wds.metrics import read_metrics
-from salt_wds.train import train
+from salt_wds.training import train
 from shard_tools.command import CommandError
 
 STEPS = 20

@@ -13,7 +13,7 @@ from salt_wds.config import load_config
 from salt_wds.flops import workload
 from salt_wds.metrics import read_metrics
 from salt_wds.models import build_models, build_teacher
-from salt_wds.train import train
+from salt_wds.training import train
 from shard_tools.command import CommandError
 
 CPU = torch.device("cpu")

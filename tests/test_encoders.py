@@ -14,7 +14,7 @@ from salt_wds.models import build_models
 from salt_wds.pixels import to_normalised_rgb
 from salt_wds.step import make_forward
 from salt_wds.student import build_student
-from salt_wds.train import train
+from salt_wds.training import train
 from shard_tools.command import CommandError
 
 CPU = torch.device("cpu")

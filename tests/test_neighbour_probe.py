@@ -17,7 +17,7 @@ from salt_wds.loader import Loader
 from salt_wds.metrics import read_metrics
 from salt_wds.models import build_models
 from salt_wds.neighbour_probe import NeighbourProbe
-from salt_wds.train import train
+from salt_wds.training import train
 from salt_wds.views import Views
 from shard_tools import ledger, pack
 from shard_tools.command import CommandError

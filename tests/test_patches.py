@@ -13,7 +13,7 @@ from salt_wds.objectives import normalise_targets
 from salt_wds.patches import PixelTargets
 from salt_wds.pixels import to_normalised_rgb
 from salt_wds.step import make_forward
-from salt_wds.train import train
+from salt_wds.training import train
 from salt_wds.tuning import synthetic_batch
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from salt_wds import loop, pictures, train
+from salt_wds import loop, pictures, training
 from salt_wds.config import load_config
 from salt_wds.history import record_end
 from salt_wds.loader import Loader
@@ -106,7 +106,7 @@ def sheet_tiles(path, rows, columns):
 def test_the_first_batch_is_the_one_trained_on(make_config, tmp_path):
     """Visible patches have the pixels of the loader's batch 0, masked ones fade; enlarged twice, compared within."""
     config = make_config(train__trace_samples="true")
-    assert train.train(config) == 0
+    assert training.train(config) == 0
     batch = next(iter(Loader(config, tmp_path / "other.jsonl")))
     traced = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])
     assert traced["keys"] == batch["keys"]
@@ -128,14 +128,14 @@ def test_the_first_batch_is_the_one_trained_on(make_config, tmp_path):
 
 def test_the_picture_changes_nothing_in_the_run(make_config, tmp_path, monkeypatch):
     """Parameters, AdamW and random numbers are those of a run without it, to the byte; a resumed run leaves it alone."""
-    assert train.train(make_config("with")) == 0
+    assert training.train(make_config("with")) == 0
     picture = tmp_path / "with/first_batch.png"
     first = picture.read_bytes()
     picture.write_bytes(b"untouched")
-    assert train.train(make_config("with", train__steps=4), resume=True) == 0
+    assert training.train(make_config("with", train__steps=4), resume=True) == 0
     assert picture.read_bytes() == b"untouched"
     monkeypatch.setattr(loop, "write_first_batch", lambda *_: None)
-    assert train.train(make_config("without", train__steps=4)) == 0
+    assert training.train(make_config("without", train__steps=4)) == 0
     assert not (tmp_path / "without/first_batch.png").exists()
     for step, name in ((2, "model"), (2, "trainer"), (4, "model"), (4, "trainer")):
         a, b = (tmp_path / run / f"checkpoints/step-{step:08d}/{name}.safetensors" for run in ("with", "without"))
@@ -148,7 +148,7 @@ def test_a_full_disk_costs_the_picture_not_the_run(make_config, tmp_path, monkey
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(pictures, "write_atomic", refuse)
-    assert train.train(make_config(train__steps=1)) == 0
+    assert training.train(make_config(train__steps=1)) == 0
     assert "no picture of the first batch" in caplog.text
     assert "No space left" in caplog.text
 
@@ -169,8 +169,8 @@ def test_a_full_disk_at_the_end_changes_nothing_of_how_the_run_ended(tmp_path, c
 
 
 def test_history_has_every_start_and_end(make_config, tmp_path):
-    assert train.train(make_config()) == 0
-    assert train.train(make_config(train__steps=3), resume=True) == 0
+    assert training.train(make_config()) == 0
+    assert training.train(make_config(train__steps=3), resume=True) == 0
     events = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert [(e["event"], e.get("step"), e.get("code")) for e in events] == [
         ("start", 0, None), ("end", None, 0), ("start", 2, None), ("end", None, 0)

@@ -12,7 +12,7 @@ import pytest
 
 from salt_wds import probe
 from salt_wds.config import load_config
-from salt_wds.train import train
+from salt_wds.training import train
 from shard_tools import ledger, pack, synth
 from shard_tools.command import CommandError
 from shard_tools.format import index_name, read_dataset, read_index

@@ -14,7 +14,7 @@ import torch
 from salt_wds import loop
 from salt_wds.config import load_config
 from salt_wds.profiling import StepProfiler
-from salt_wds.train import train
+from salt_wds.training import train
 
 WAITS = ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__")
 

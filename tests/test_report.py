@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from salt_wds import report, train
+from salt_wds import report, training
 from salt_wds.config import load_config
 from salt_wds.gallery import label_agreement, nearest_clips
 from salt_wds.models import Models
@@ -50,7 +50,7 @@ def make_run(hostile_dataset, repository, tmp_path_factory):
             "optim.warmup_steps": 1, **{key.replace("__", "."): value for key, value in settings.items()},
         }  # fmt: skip
         text = [f"{key}={value}" for key, value in overrides.items()]
-        assert train.train(load_config(repository / "configs/tiny.toml", text)) == 0
+        assert training.train(load_config(repository / "configs/tiny.toml", text)) == 0
         return root / name
 
     return make
@@ -279,7 +279,7 @@ def test_a_run_on_pixels_has_no_teacher_to_show(make_run, capsys):
 
 def test_a_collapsed_run_is_called_so_and_a_healthy_one_is_not(run_dir, make_run, monkeypatch, capsys):
     """A student whose final norm gives its bias only, trained so: by the metrics, and by its tokens."""
-    real = train.build_models
+    real = training.build_models
 
     def build(config, device):
         models: Models = real(config, device)
@@ -287,7 +287,7 @@ def test_a_collapsed_run_is_called_so_and_a_healthy_one_is_not(run_dir, make_run
         torch.nn.init.zeros_(norm.weight).requires_grad_(False)
         return models
 
-    monkeypatch.setattr(train, "build_models", build)
+    monkeypatch.setattr(training, "build_models", build)
     collapsed = make_run("collapsed")
     capsys.readouterr()
     assert report.main([str(collapsed), "--clips", "4", "--device", "cpu"]) == 0

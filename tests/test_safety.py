@@ -13,7 +13,7 @@ from salt_wds.config import load_config
 from salt_wds.distributed import World
 from salt_wds.metrics import read_metrics
 from salt_wds.safety import FiniteGuard, LossWatch, record_nonfinite
-from salt_wds.train import train
+from salt_wds.training import train
 
 NAN, ONE = torch.tensor(float("nan")), torch.tensor(1.0)
 WORLD = World(torch.device("cpu"))

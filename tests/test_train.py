@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -19,7 +21,7 @@ from salt_wds import step as step_module
 from salt_wds.config import load_config
 from salt_wds.metrics import Meter, read_metrics
 from salt_wds.step import Forward, Step
-from salt_wds.train import train
+from salt_wds.training import train
 from shard_tools import ledger
 from shard_tools.command import CommandError
 
@@ -438,6 +440,34 @@ def test_sigterm_writes_a_checkpoint_and_the_resumed_run_is_the_undisturbed_one(
     assert losses(run_dir) == losses(tmp_path / "whole")
     a, b = (tmp_path / run / "checkpoints/step-00000030/model.safetensors" for run in ("whole", "run"))
     assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_at_its_start_it_says_so_in_a_line(make_config, tmp_path, repository, number):
+    """While torch and the rest are imported, which takes seconds; as it is when something of it has been loaded."""
+    code = (  # whoever runs the tests may have Ctrl-C ignored, and that is passed on
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('salt_wds.train', run_name='__main__', alter_sys=True)"
+    )
+    _, _, _, *arguments = command(make_config(), tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=repository, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted; everything committed so far is kept\n")
+
+
+def test_help_and_a_wrong_key_are_answered_without_torch(repository):
+    code = "import sys; from salt_wds import train; train.main(sys.argv[1:])"
+    for arguments in (["--help"], ["--config", "configs/tiny.toml", "--set", "optim.lrr=3"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", code, *arguments],
+            cwd=repository, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "argparse" in done.stderr
+        assert " torch\n" not in done.stderr
 
 
 def wait_for_step(run_dir, step, timeout=90):

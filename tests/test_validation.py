@@ -13,7 +13,7 @@ from salt_wds.distributed import World
 from salt_wds.metrics import read_metrics
 from salt_wds.models import build_models
 from salt_wds.step import make_forward
-from salt_wds.train import train
+from salt_wds.training import train
 from salt_wds.validation import Validation
 from shard_tools import ledger
 from shard_tools.command import CommandError

@@ -134,6 +134,9 @@ class StudentConfig(Section):
     dense: mask tokens stand in the student's input and a linear head regresses (simpler, costs more)."""
     pretrained: bool = False
     """Start from timm's image weights of `arch`, inflated over time, instead of from scratch."""
+    init: Literal["timm", "mae"] = "timm"
+    """Weights from scratch. timm: its own, for widths of about 768 and more, the patch embedding inflated; mae: as MAE's
+    and VideoMAE's, Xavier-uniform throughout, which narrow models need to learn motion in a short run."""
     width: PositiveInt | None = None
     """Token width, where it should differ from the arch's own."""
     depth: PositiveInt | None = None
@@ -146,6 +149,11 @@ class StudentConfig(Section):
     """Blocks of the predictor."""
     predictor_heads: PositiveInt = 6
     """Attention heads of the predictor; heads of 64 are fast, heads of 32 slow on every GPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require(not self.pretrained or self.init == "timm", "init", 'is of a start from scratch; with pretrained, unset it')
+        return self
 
 
 class MaskConfig(Section):

@@ -42,7 +42,7 @@ class Plan:
 
 
 SHORT = Plan(clips=1200, unseen=600, teacher_steps=100, student_steps=150, probe_epochs=8, seeds=(0,))
-FULL = Plan(clips=4500, unseen=1200, teacher_steps=1200, student_steps=1600, probe_epochs=20, seeds=(0, 1, 2))
+FULL = Plan(clips=6000, unseen=1200, teacher_steps=1000, student_steps=1500, probe_epochs=20, seeds=(0, 1, 2))
 
 
 def run_motion(out: Path, plan: Plan) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def run_motion(out: Path, plan: Plan) -> dict[str, Any]:
 def _generate(folder: Path, clips: int, seed: int) -> Path:
     """Generated clips, packed as raw frames (nothing to decode) and verified: the folder of their shards."""
     number = round(clips / _SHARE)
-    command("shard_tools.synth", folder, "--clips", number, "--classes", CLASSES, "--size", 32, "--frames", 12, "--plain",
+    command("shard_tools.synth", folder, "--clips", number, "--classes", CLASSES, "--size", 32, "--frames", 12, "--dim",
             "--seed", seed)  # fmt: skip
     command("shard_tools.pack", folder, "--frames", "y4m")
     command("shard_tools.verify", folder / "shards")

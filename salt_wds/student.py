@@ -55,12 +55,14 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
             )
         predictor = Predictor(config, grid, encoder.width, target_width)
     student = Student(encoder, predictor, target_width)
+    if config.init == "mae":
+        _init_as_mae(student)
     student.set_checkpointing(checkpointing)
     return student
 
 
 def build_encoder(config: StudentConfig, grid: Grid) -> Encoder:
-    """The encoder alone, with weights as `build_student` gives them and its errors."""
+    """The encoder alone, with timm's own weights from scratch, or inflated ones; errors of `build_student`."""
     vit = image_vit(config, grid)
     if config.pretrained:
         load_image_weights(vit, config, grid)
@@ -258,6 +260,21 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 # --- new parts ---
+
+
+@torch.no_grad()
+def _init_as_mae(student: Student) -> None:
+    """Weights from scratch as MAE's (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, query, key and value as one
+    matrix each (MoCo v3), and the patch embedding as a linear layer with a kernel of its own for each frame of a tubelet.
+
+    timm's standard deviation of 0.02 suits widths of about 768: in narrow models its blocks add next to nothing at first,
+    and what only products of features tell, such as motion, is learned late.
+    """
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Linear):
+            for weight in module.weight.chunk(3) if name.endswith("qkv") else [module.weight]:
+                nn.init.xavier_uniform_(weight)
+    nn.init.xavier_uniform_(student.encoder.patch_embed.weight.flatten(1))
 
 
 def _temporal_table(t: int, width: int) -> Tensor:

@@ -8,6 +8,10 @@ for every class, the state is again exactly uniform, and how object and backgrou
 Frames are coded without loss: a lossy codec leaves more error behind a moving object than ahead of it, which one
 frame would tell.
 
+Clips are textured, or with `--dim` like a film in the dark: a grey object on a little darker ground, under noise that is
+drawn anew for every pixel of every frame. A small model learns those in minutes, for nothing but the object can be
+predicted from other frames; and they tell learned features from random ones, which carry the noise on.
+
 `python -m shard_tools.synth OUT --clips 400 --classes 8`. The label files are written last: an `OUT` without `labels/`
 was interrupted. The same arguments give the same bytes, whatever the number of workers (with the same libraries).
 """
@@ -49,14 +53,14 @@ MOTIONS: tuple[tuple[str, tuple[float, float, float, float]], ...] = (
     ("Moving [something] from right to left", (-1, 0, 0, 0)),
     ("Moving [something] from bottom to top", (0, -1, 0, 0)),
     ("Moving [something] from top to bottom", (0, 1, 0, 0)),
-    ("Moving [something] towards the camera", (0, 0, 1, 0)),
-    ("Moving [something] away from the camera", (0, 0, -1, 0)),
-    ("Turning [something] clockwise", (0, 0, 0, 1)),
-    ("Turning [something] anticlockwise", (0, 0, 0, -1)),
     ("Moving [something] from lower left to upper right", (_DIAGONAL, -_DIAGONAL, 0, 0)),
     ("Moving [something] from upper right to lower left", (-_DIAGONAL, _DIAGONAL, 0, 0)),
     ("Moving [something] from upper left to lower right", (_DIAGONAL, _DIAGONAL, 0, 0)),
     ("Moving [something] from lower right to upper left", (-_DIAGONAL, -_DIAGONAL, 0, 0)),
+    ("Moving [something] towards the camera", (0, 0, 1, 0)),
+    ("Moving [something] away from the camera", (0, 0, -1, 0)),
+    ("Turning [something] clockwise", (0, 0, 0, 1)),
+    ("Turning [something] anticlockwise", (0, 0, 0, -1)),
 )
 
 # Slowest and fastest speed a frame, in state units (frame sides, frame sides, size cycles, turns). Seen at stride 2, no
@@ -64,6 +68,9 @@ MOTIONS: tuple[tuple[str, tuple[float, float, float, float]], ...] = (
 SLOWEST = np.array([0.02, 0.02, 0.025, 6 / 360])
 FASTEST = np.array([0.08, 0.08, 0.06, 16 / 360])
 RADIUS = (0.12, 0.4)  # at size phase 0 and 1, in frame sides; below 0.5, so an object never meets its own copy
+
+# Grey levels of 255 with --dim, chosen so that a random ViT's features say little of the motion, and learned ones much.
+DARK, BRIGHT, NOISE = 89.0, 166.0, 71.0  # ground, object, and standard deviation of the noise on both
 
 TEXTURES = ("striped", "checkered", "blotched", "speckled")
 SHAPES = ("disc", "square", "triangle", "star", "ring")
@@ -84,8 +91,8 @@ class Spec:
     size: int = 128
     frames: int = 24
     seed: int = 0
-    plain: bool = False
-    """One-coloured object before a one-coloured background, instead of textures: motion is learned far sooner."""
+    dim: bool = False
+    """A grey object on a darker ground under noise, instead of colours and textures."""
 
     def __post_init__(self) -> None:
         limits = {"clips": (1, 10**7), "classes": (2, len(MOTIONS)), "size": (32, 1024), "frames": (2, 1000),
@@ -105,6 +112,7 @@ class Clip:
     states: np.ndarray  # (T, 4) float64 in [0, 1): x, y, size phase, turn
     sprite: np.ndarray  # (P, P, 4) uint8 RGBA: the object upright, circumscribed circle of diameter P
     background: np.ndarray  # (S, S, 3) uint8 RGB
+    noise: np.ndarray  # (T, S, S) float32 grey levels; (T, 1, 1) zeros without noise
 
 
 def plan_clip(spec: Spec, index: int) -> Clip:
@@ -114,13 +122,18 @@ def plan_clip(spec: Spec, index: int) -> Clip:
     direction = np.array(MOTIONS[index % spec.classes][1])
     velocity = direction * (SLOWEST + quickness * (FASTEST - SLOWEST))
     states = (start + np.arange(spec.frames)[:, None] * velocity) % 1.0
-    texture, shape = "plain" if spec.plain else str(rng.choice(TEXTURES)), str(rng.choice(SHAPES))
+    texture, shape = str(rng.choice(TEXTURES)), str(rng.choice(SHAPES))
     sprite = _draw_sprite(rng, texture, shape, side=max(48, spec.size // 2))
-    return Clip(f"a {texture} {shape}", states, sprite, _draw_background(rng, spec.size, spec.plain))
+    background = _draw_background(rng, spec.size)
+    if not spec.dim:
+        return Clip(f"a {texture} {shape}", states, sprite, background, np.zeros((spec.frames, 1, 1), np.float32))
+    sprite[..., :3], background[:] = BRIGHT, DARK
+    noise = NOISE * rng.standard_normal((spec.frames, spec.size, spec.size), dtype=np.float32)
+    return Clip(f"a dim {shape}", states, sprite, background, noise)
 
 
 def render(clip: Clip, frame: int) -> np.ndarray:
-    """Frame number `frame` as (S, S, 3) uint8 RGB, drawn from its state alone: no blur, no trace of other frames."""
+    """Frame number `frame` as (S, S, 3) uint8 RGB, of its state and noise alone: no blur, no trace of other frames."""
     size, side = len(clip.background), len(clip.sprite)
     x, y, phase, turn = clip.states[frame]
     radius = RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** phase
@@ -134,7 +147,7 @@ def render(clip: Clip, frame: int) -> np.ndarray:
     drawn = cv2.remap(clip.sprite, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(0, 0, 0, 0))
     alpha = drawn[..., 3:].astype(np.float32) / 255
     blended = clip.background + alpha * (drawn[..., :3].astype(np.float32) - clip.background)
-    return np.rint(blended).astype(np.uint8)
+    return np.rint(blended + clip.noise[frame, ..., None]).clip(0, 255).astype(np.uint8)
 
 
 def _draw_sprite(rng: Generator, texture: str, shape: str, side: int) -> np.ndarray:
@@ -157,9 +170,7 @@ def _draw_sprite(rng: Generator, texture: str, shape: str, side: int) -> np.ndar
 def _pattern(rng: Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The texture as a mixing weight in [0, 1], like `u` and `v` (object coordinates, -1 to 1)."""
     rate, phases = np.pi * rng.uniform(2, 4), rng.uniform(0, 2 * np.pi, 2)
-    if texture == "plain":
-        wave = np.ones_like(u)
-    elif texture == "striped":
+    if texture == "striped":
         wave = np.sin(rate * u + phases[0])
     elif texture == "checkered":
         wave = np.sin(rate * u + phases[0]) * np.sin(rate * v + phases[1])
@@ -182,12 +193,12 @@ def _inside(shape: str, r: np.ndarray, theta: np.ndarray) -> np.ndarray:
     return np.cos(np.pi / corners) / np.cos(off_edge) - r
 
 
-def _draw_background(rng: Generator, size: int, plain: bool) -> np.ndarray:
-    """Blurred noise of random coarseness between two muted colours, or one such colour: (size, size, 3) uint8 RGB."""
+def _draw_background(rng: Generator, size: int) -> np.ndarray:
+    """Blurred noise of random coarseness between two muted colours: (size, size, 3) uint8 RGB."""
     cells = round(3 * 8 ** rng.random())
     noise = cv2.resize(rng.random((cells, cells)), (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
     first, second = (_colour(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.25, 0.75)) for _ in range(2))
-    return np.rint(first + (not plain) * noise * (second - first)).astype(np.uint8)
+    return np.rint(first + noise * (second - first)).astype(np.uint8)
 
 
 def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -339,12 +350,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=Spec.size, help="side of the frame in pixels, even (default 128)")
     parser.add_argument("--frames", type=int, default=Spec.frames, help="frames a clip, at 12 fps (default 24)")
     parser.add_argument("--seed", type=int, default=Spec.seed, help="another seed, other clips (default 0)")
-    parser.add_argument("--plain", action="store_true", help="objects and backgrounds of one colour, without texture")
+    parser.add_argument("--dim", action="store_true", help="grey objects on a darker ground under noise, as in the dark")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise CommandError(f"--workers {args.workers}: give 1 or more")
-    spec = Spec(args.clips, args.classes, args.size, args.frames, args.seed, args.plain)
+    spec = Spec(args.clips, args.classes, args.size, args.frames, args.seed, args.dim)
     splits = generate(args.out, spec, args.workers)
     counts = ", ".join(f"{split} {count}" for split, count in splits.items())
     print(f"{args.out}: {args.clips} clips ({counts}), {args.classes} classes")

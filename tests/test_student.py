@@ -211,6 +211,23 @@ def test_initial_weights_follow_the_seed(mode):
     assert table.square().mean().sqrt().item() == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("mode", ["visible", "dense"])
+def test_initial_weights_as_maes(mode):
+    """Uniform within sqrt(6 / (inputs + outputs)), query, key and value each a layer of its own."""
+    student = build(3, mode=mode, init="mae")
+    layers = [(name, m) for name, m in student.named_modules() if isinstance(m, torch.nn.Linear)]
+    weights = {name: list(m.weight.chunk(3) if name.endswith("qkv") else [m.weight]) for name, m in layers}
+    patches = student.encoder.patch_embed.weight
+    assert not torch.equal(patches[:, :, 0], patches[:, :, 1])  # the frames of a tubelet
+    weights["patches"] = [patches.flatten(1)]
+    for name, parts in weights.items():
+        for weight in parts:
+            limit = (6 / sum(weight.shape)) ** 0.5
+            assert 0.9 * limit < weight.abs().max() <= limit, name
+            assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
+    assert any(name.startswith("encoder.blocks") and len(parts) == 3 for name, parts in weights.items())
+
+
 def test_places_of_the_predictor_differ():
     positions = build().predictor.positions[0]
     distances = torch.cdist(positions, positions) + torch.eye(18) * 9

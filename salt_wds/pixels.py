@@ -33,9 +33,7 @@ def to_normalised_rgb(clips: Tensor, colour: Tensor, size: int, dtype: torch.dty
     Returns:
         (B, 3, T, S, S) of `dtype`.
     """
-    rgb = _rgb_channels(clips, colour, size)
-    channels = [(rgb[c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c] for c in range(3)]
-    return torch.stack(channels, dim=1).to(dtype)
+    return torch.stack(_channels(clips, colour, size, IMAGENET_MEAN, IMAGENET_STD), dim=1).to(dtype)
 
 
 def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
@@ -51,36 +49,38 @@ def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
     Returns:
         float32 (B, 3, T, S, S) in 0..1, clamped.
     """
-    return torch.stack(_rgb_channels(clips, colour, size), dim=1)
+    return torch.stack(_channels(clips, colour, size, (0.0,) * 3, (1.0,) * 3), dim=1)
 
 
-def _rgb_channels(clips: Tensor, colour: Tensor, size: int) -> list[Tensor]:
-    """Red, green and blue of `yuv_to_rgb`, each (B, T, S, S)."""
+def _channels(
+    clips: Tensor, colour: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> list[Tensor]:
+    """Red, green and blue in 0..1, less `mean` and divided by `std`, each (B, T, S, S).
+
+    All that is linear goes into one factor of luma and one summand at the chroma's resolution, so that where nothing is
+    compiled, too, full-size arrays are only passed three times a channel.
+    """
     luma, half = size * size, size // 2
     planes = clips.to(torch.float32)
-    y = planes[..., :luma].unflatten(-1, (size, size))
-    u = _upsample(planes[..., luma : luma + half * half].unflatten(-1, (half, half)))
-    v = _upsample(planes[..., luma + half * half :].unflatten(-1, (half, half)))
+    y = planes[..., :luma].unflatten(-1, (half, 2, half, 2))  # (B, T, S/2, 2, S/2, 2)
+    u, v = planes[..., luma:].unflatten(-1, (2, half, half)).unbind(2)  # (B, T, S/2, S/2) each
 
     # Limited range keeps luma in 16..235 and chroma in 16..240.
     limited = _is_any(colour, "limited")
-    y = (y - _pick(limited, 16.0, 0.0)) / _pick(limited, 219.0, 255.0)
+    y_scale, y_zero = 1 / _pick(limited, 219.0, 255.0), _pick(limited, 16.0, 0.0)
     chroma_range = _pick(limited, 224.0, 255.0)
     u, v = (u - 128.0) / chroma_range, (v - 128.0) / chroma_range
 
     bt709 = _is_any(colour, "bt709")
     k_red, k_blue = (_pick(bt709, _LUMA["bt709"][i], _LUMA["bt601"][i]) for i in range(2))
-    k_green = 1 - k_red - k_blue
-    red = y + 2 * (1 - k_red) * v
-    blue = y + 2 * (1 - k_blue) * u
-    green = (y - k_red * red - k_blue * blue) / k_green
-    return [red.clamp(0, 1), green.clamp(0, 1), blue.clamp(0, 1)]
-
-
-def _upsample(chroma: Tensor) -> Tensor:
-    """(B, T, S/2, S/2) -> (B, T, S, S), every value repeated over 2 x 2 pixels."""
-    b, t, h, w = chroma.shape
-    return chroma[:, :, :, None, :, None].expand(b, t, h, 2, w, 2).reshape(b, t, 2 * h, 2 * w)
+    red, blue = 2 * (1 - k_red) * v, 2 * (1 - k_blue) * u  # each colour less luma
+    green = -(k_red * red + k_blue * blue) / (1 - k_red - k_blue)
+    channels = []
+    for less_luma, m, s in zip((red, green, blue), mean, std, strict=True):
+        summand = (less_luma - y_zero * y_scale - m) / s
+        channel = y * (y_scale / s)[..., None, None] + summand[:, :, :, None, :, None]
+        channels.append(channel.clamp(-m / s, (1 - m) / s).reshape(*clips.shape[:2], size, size))
+    return channels
 
 
 def _is_any(colour: Tensor, word: str) -> Tensor:

@@ -106,7 +106,7 @@ def test_normalised_with_imagenet_statistics():
     torch.testing.assert_close(to_normalised_rgb(clips, colour, SIZE, torch.float32), expected)
     half = to_normalised_rgb(clips, colour, SIZE, torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert torch.equal(half, expected.to(torch.bfloat16))
+    assert torch.equal(half, to_normalised_rgb(clips, colour, SIZE, torch.float32).to(torch.bfloat16))  # rounded once
 
 
 def test_compiles_into_one_graph():

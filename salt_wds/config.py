@@ -152,7 +152,9 @@ class StudentConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        require(not self.pretrained or self.init == "timm", "init", 'is of a start from scratch; with pretrained, unset it')
+        require(
+            not self.pretrained or self.init == "timm", "init", "is of a start from scratch; with pretrained, unset it"
+        )
         return self
 
 

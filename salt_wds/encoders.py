@@ -27,7 +27,7 @@ from shard_tools.command import CommandError
 class FrozenEncoder:
     """`encoder(clips, colour)` -> tokens.
 
-    `name` is "student", "student (mean)", "teacher" or "random"; `step` is that of the checkpoint, None without one;
+    `name` is "student", "student (mean)", "teacher", "random" or "supervised"; `step` is that of the checkpoint, None without one;
     `config` is of the run it belongs to, and says which clips it wants (config.data: num_frames, frame_stride, size);
     `plan_hash` is of the data the checkpoint was trained on.
     """

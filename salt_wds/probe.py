@@ -28,6 +28,7 @@ from salt_wds.probe_config import ProbeConfig
 from salt_wds.probe_data import ProbeData, open_probe_data
 from salt_wds.probe_results import head_results, neighbour_results, plot_confusion, results_table, write_results
 from salt_wds.probing import Measured, Trained, measure, train_probes
+from salt_wds.supervised import supervised_of
 from salt_wds.views import Views
 from shard_tools.command import OK, PROBLEMS, CommandError, run
 
@@ -75,7 +76,8 @@ def probe(
     config: ProbeConfig, run_dir: Path, run_config: Config, encoders: dict[str, FrozenEncoder], name: str, *,
     cache: Path | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Probe the encoders, write RUN/probes/NAME.json and the pictures; what the JSON has.
+    """Probe the encoders (and one that learns the labels, where that is asked for), write RUN/probes/NAME.json and the
+    pictures; what the JSON has.
 
     Raises:
         CommandError: data sets that are not there, do not fit each other, or leak.
@@ -84,8 +86,13 @@ def probe(
     started = time.perf_counter()
     data = open_probe_data(config)
     ledger = run_dir / "failures" / f"probe-{name}" / "rank0.jsonl"
+    clips = _loader_config(run_config, config)
+    device = next(iter(encoders.values())).device
+    if config.supervised.epochs:
+        labelled = supervised_of(run_dir, device, config, clips, data.fit, len(data.classes), ledger)
+        encoders = encoders | {labelled.name: labelled}
     source = FeatureSource(
-        _loader_config(run_config, config), encoders, ledger,
+        clips, encoders, ledger,
         views=config.data.train_views, memory=config.data.memory_gb * 1e9, cache=cache,
     )  # fmt: skip
     if not quiet:
@@ -112,7 +119,7 @@ def probe(
         "classes": list(data.classes),
         "encoders": results,
         "versions": {"salt_wds": __version__, "torch": torch.__version__},
-        "device": next(iter(encoders.values())).device.type,
+        "device": device.type,
         "seconds": time.perf_counter() - started,
         "time": time.time(),
     }

@@ -127,11 +127,30 @@ class TimeArrowConfig(Section):
     other half reversed (synth's) it can only be at chance."""
 
 
+class SupervisedConfig(Section):
+    epochs: NonNegativeInt = 0
+    """Passes over the clips that probes learn from, in which the student's whole encoder learns the labels: one more row of
+    the table, an upper bound for the frozen encoders; 0: none. It costs as much as training."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate of AdamW, after the warm-up; then half a cosine down to 0."""
+    warmup_epochs: NonNegativeFloat = 1.0
+    """Linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Of matrices."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        message = f"must be less than the {self.epochs} epochs"
+        require(not self.epochs or self.warmup_epochs < self.epochs, "warmup_epochs", message)
+        return self
+
+
 class ProbeConfig(Section):
     data: ProbeDataConfig
     probe: HeadsConfig = HeadsConfig()
     knn: NeighboursConfig = NeighboursConfig()
     time_arrow: TimeArrowConfig = TimeArrowConfig()
+    supervised: SupervisedConfig = SupervisedConfig()
 
 
 def _paths(folders: str | tuple[str, ...]) -> tuple[Path, ...]:

@@ -63,14 +63,18 @@ MOTIONS: tuple[tuple[str, tuple[float, float, float, float]], ...] = (
     ("Turning [something] anticlockwise", (0, 0, 0, -1)),
 )
 
+_TURNS = 2  # the last ones
+
 # Slowest and fastest speed a frame, in state units (frame sides, frame sides, size cycles, turns). Seen at stride 2, no
 # step comes near half a period: a five-pointed star's outline repeats every 72 degrees and turns at most 32.
 SLOWEST = np.array([0.02, 0.02, 0.025, 6 / 360])
 FASTEST = np.array([0.08, 0.08, 0.06, 16 / 360])
-RADIUS = (0.12, 0.4)  # at size phase 0 and 1, in frame sides; below 0.5, so an object never meets its own copy
+# Radius at size phase 0 and 1, in frame sides; below 0.5, so an object never meets its own copy.
+RADIUS = (0.12, 0.4)
+DIM_RADIUS = (0.25, 0.4)  # smaller ones would be lost in the noise
 
 # Grey levels of 255 with --dim, chosen so that a random ViT's features say little of the motion, and learned ones much.
-DARK, BRIGHT, NOISE = 89.0, 166.0, 71.0  # ground, object, and standard deviation of the noise on both
+DARK, BRIGHT, NOISE = 98.0, 157.0, 66.0  # ground, object, and standard deviation of the noise on both
 
 TEXTURES = ("striped", "checkered", "blotched", "speckled")
 SHAPES = ("disc", "square", "triangle", "star", "ring")
@@ -100,6 +104,11 @@ class Spec:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise CommandError(f"--{name} {getattr(self, name)}: give a number from {low} to {high}")
+        if self.dim and self.classes > len(MOTIONS) - _TURNS:
+            most = len(MOTIONS) - _TURNS
+            raise CommandError(
+                f"--classes {self.classes} with --dim: give a number from 2 to {most} (no texture, no turns)"
+            )
         if self.size % 2:
             raise CommandError(f"--size {self.size}: give an even number (4:2:0 halves it)")
 
@@ -112,6 +121,7 @@ class Clip:
     states: np.ndarray  # (T, 4) float64 in [0, 1): x, y, size phase, turn
     sprite: np.ndarray  # (P, P, 4) uint8 RGBA: the object upright, circumscribed circle of diameter P
     background: np.ndarray  # (S, S, 3) uint8 RGB
+    radius: tuple[float, float]  # at size phase 0 and 1, in frame sides
     noise: np.ndarray  # (T, S, S) float32 grey levels; (T, 1, 1) zeros without noise
 
 
@@ -126,17 +136,20 @@ def plan_clip(spec: Spec, index: int) -> Clip:
     sprite = _draw_sprite(rng, texture, shape, side=max(48, spec.size // 2))
     background = _draw_background(rng, spec.size)
     if not spec.dim:
-        return Clip(f"a {texture} {shape}", states, sprite, background, np.zeros((spec.frames, 1, 1), np.float32))
+        return Clip(
+            f"a {texture} {shape}", states, sprite, background, RADIUS, np.zeros((spec.frames, 1, 1), np.float32)
+        )
     sprite[..., :3], background[:] = BRIGHT, DARK
     noise = NOISE * rng.standard_normal((spec.frames, spec.size, spec.size), dtype=np.float32)
-    return Clip(f"a dim {shape}", states, sprite, background, noise)
+    return Clip(f"a dim {shape}", states, sprite, background, DIM_RADIUS, noise)
 
 
 def render(clip: Clip, frame: int) -> np.ndarray:
     """Frame number `frame` as (S, S, 3) uint8 RGB, of its state and noise alone: no blur, no trace of other frames."""
     size, side = len(clip.background), len(clip.sprite)
     x, y, phase, turn = clip.states[frame]
-    radius = RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** phase
+    smallest, largest = clip.radius
+    radius = smallest * (largest / smallest) ** phase
     centres = (np.arange(size) + 0.5) / size
     dx = (centres - x + 0.5) % 1.0 - 0.5  # to the nearest copy of the object on the torus
     dy = ((centres - y + 0.5) % 1.0 - 0.5)[:, None]
@@ -350,7 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=Spec.size, help="side of the frame in pixels, even (default 128)")
     parser.add_argument("--frames", type=int, default=Spec.frames, help="frames a clip, at 12 fps (default 24)")
     parser.add_argument("--seed", type=int, default=Spec.seed, help="another seed, other clips (default 0)")
-    parser.add_argument("--dim", action="store_true", help="grey objects on a darker ground under noise, as in the dark")
+    parser.add_argument(
+        "--dim", action="store_true", help="grey objects on a darker ground under noise, as in the dark"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     args = parser.parse_args(argv)
     if args.workers < 1:

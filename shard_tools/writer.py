@@ -16,7 +16,7 @@ import xxhash
 from shard_tools.format import SampleInfo, ShardInfo, index_bytes, index_name, sync_folder, write_atomic
 from shard_tools.ustar import BLOCK, RECORD, padding, tar_header
 
-_BUFFER = 4 << 20  # a few large writes instead of three small ones a sample
+_SEND = 4 << 20  # bytes between two requests to write to the disk
 
 
 class ShardWriter:
@@ -34,14 +34,20 @@ class ShardWriter:
         self._offset = self._on_its_way = 0
 
     def __enter__(self) -> Self:
-        self._file = self._temporary.open("wb", buffering=_BUFFER)
+        self._file = self._temporary.open("wb", buffering=0)  # a sample is one write: a buffer would copy it once more
         return self
 
     def add(self, info: SampleInfo, ext: str, payload: bytes) -> None:
         """Append the two members of one sample and its index row. `ext` is without a dot."""
         head = info.to_json()
-        json_offset = self._member(f"{info.key}.json", head)
-        payload_offset = self._member(f"{info.key}.{ext}", payload)
+        front = b"".join(
+            (
+                tar_header(f"{info.key}.json", len(head)), head, padding(len(head)),
+                tar_header(f"{info.key}.{ext}", len(payload)),
+            )
+        )  # fmt: skip
+        json_offset, payload_offset = self._offset + BLOCK, self._offset + len(front)
+        self._write(front, payload, padding(len(payload)))
         self._rows.append(
             {
                 **info.in_index(),
@@ -64,35 +70,33 @@ class ShardWriter:
         finally:
             self._discard()
 
-    def _member(self, name: str, data: bytes) -> int:
-        header = tar_header(name, len(data))
-        offset = self._offset + len(header)
-        for part in (header, data, padding(len(data))):
-            self._write(part)
-        return offset
-
-    def _write(self, part: bytes) -> None:
-        self._hasher.update(part)
-        self._offset += len(part)
+    def _write(self, *parts: bytes) -> None:
+        for part in parts:
+            self._hasher.update(part)
+        size = sum(map(len, parts))
+        self._offset += size
         try:
-            self._file.write(part)
-            if self._offset - self._on_its_way >= _BUFFER:
+            written = os.writev(self._file.fileno(), parts)
+            if written < size:  # the disk is all but full, or a signal came
+                rest = memoryview(b"".join(parts))[written:]
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            if self._offset - self._on_its_way >= _SEND:
                 self._send()
         except OSError as problem:
             raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
 
     def _send(self) -> None:
         """Have the kernel begin to write to the disk now, and not only when `fsync` waits for it."""
-        self._file.flush()
         os.posix_fadvise(self._file.fileno(), self._on_its_way, self._offset - self._on_its_way, os.POSIX_FADV_DONTNEED)
         self._on_its_way = self._offset
 
     def _commit(self) -> None:
         end = 2 * BLOCK
         self._write(b"\0" * (end + -(self._offset + end) % RECORD))
-        self._file.flush()
+        self._send()
+        index = index_bytes(self._rows)  # while the disk is at work
         os.fsync(self._file.fileno())
-        index = index_bytes(self._rows)
         write_atomic(self.path.with_name(index_name(self.path.name)), index, durable=False)  # with the tar, below
         self._temporary.rename(self.path)
         sync_folder(self.path.parent)
@@ -106,8 +110,6 @@ class ShardWriter:
 
     def _discard(self) -> None:
         try:
-            self._file.close()  # flushes: on a full disk that fails once more
-        except OSError:
-            if self.info is not None:
-                raise
-        self._temporary.unlink(missing_ok=True)
+            self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)

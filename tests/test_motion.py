@@ -14,7 +14,9 @@ from salt_wds.motion import FULL, SHORT, Plan, markdown
 from shard_tools import pack
 from shard_tools.command import CommandError
 
-SMALLEST = Plan(clips=48, unseen=24, teacher_steps=2, student_steps=2, probe_epochs=2, seeds=(0, 1))
+SMALLEST = Plan(
+    clips=48, unseen=24, teacher_steps=2, student_steps=2, probe_epochs=2, supervised_epochs=2, seeds=(0, 1)
+)
 
 
 def probe(top1: float, knn: float):
@@ -81,7 +83,8 @@ def test_all_of_it_once(in_this_process, monkeypatch, tmp_path, capsys):
     assert typed == ["synth", "pack", "verify"] * 2 + ["train", "train", "probe"] * 2
     result = json.loads((out / "motion.json").read_text())
     assert result["plan"]["seeds"] == [0, 1]
-    for name in ("random", "teacher", "student"):
+    assert list(result["encoders"]) == ["random", "teacher", "student", "supervised"]
+    for name in result["encoders"]:
         for number, seed in enumerate((0, 1)):
             found = json.loads((out / f"student-{seed}" / "probes" / "probe_motion.json").read_text())
             assert result["encoders"][name]["attentive"]["seeds"][number] == found["encoders"][name]["top1"]

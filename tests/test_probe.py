@@ -106,8 +106,15 @@ def test_an_answer_that_is_known_is_found(call, run, tmp_path):
         path.write_text(json.dumps(named))
     (root / "labels" / "labels.json").write_text('{"Dark": "0", "Bright": "1"}')
     assert pack.main([str(root)]) == 0
-    settings = ["probe.epochs=40", "data.train_views=2", "knn.k=5"]
+    settings = ["probe.epochs=40", "data.train_views=2", "knn.k=5", "supervised.epochs=20", "supervised.lr=1e-3"]
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.safetensors")}
     assert call("--encoders", "random", shards=root / "shards", settings=settings) == 0
+    assert list(results(run)["encoders"]) == ["random", "supervised"]
+    supervised = results(run)["encoders"]["supervised"]
+    assert supervised["step"] == 2
+    assert supervised["top1"] >= 22.5 / 30
+    assert before
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.safetensors")} == before
     encoder = results(run)["encoders"]["random"]
     assert encoder["clips"] == 30
     assert encoder["top1"] >= 22.5 / 30  # by chance: 3 in 1000

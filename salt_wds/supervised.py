@@ -1,0 +1,75 @@
+"""What the labels could teach: the student's encoder trained further with them, all of it, as an upper bound.
+
+It starts from the run's student and learns from the clips that the probes learn from; then it is frozen and measured by
+the same probes as the other encoders. Its classifier, one more attentive probe (attentive.py), is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from salt_wds.attentive import AttentiveProbes, losses_of
+from salt_wds.catalog import Catalog
+from salt_wds.config import Config
+from salt_wds.encoders import FrozenEncoder, student_of
+from salt_wds.loader import Loader
+from salt_wds.probe_config import ProbeConfig
+from salt_wds.probing import learning_rate_factor
+
+_CLIP = 1.0  # most that the norm of all gradients may be, as in training
+
+
+def supervised_of(
+    run_dir: Path, device: torch.device, config: ProbeConfig, run_config: Config, catalog: Catalog, classes: int,
+    ledger: Path,
+) -> FrozenEncoder:  # fmt: skip
+    """The student of a run after `config.supervised.epochs` passes over the labelled clips of `catalog`; frozen again.
+
+    Args:
+        run_config: of the run, with the data settings of the probe.
+        ledger: where samples that fail are recorded.
+
+    Raises:
+        CommandError: no checkpoint of the run can be loaded.
+        LoaderStopped: too many samples failed.
+    """
+    settings, seed = config.supervised, config.probe.seed
+    encoder = student_of(run_dir, device)
+    network = encoder.network.train().requires_grad_(True)
+    head = AttentiveProbes(1, encoder.width, config.probe.heads, classes, seed).to(device)
+    learned = [*network.parameters(), *head.parameters()]
+    groups = [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    steps = math.ceil(settings.epochs * catalog.num_samples / run_config.data.batch_size)
+    bf16 = run_config.train.precision == "bf16"
+    loader = Loader(run_config, ledger, catalog=catalog, lend=True)
+    with closing(iter(loader)) as batches:
+        for step in tqdm(range(steps), desc="supervised", unit="step", leave=False, disable=None):
+            batch = next(batches)
+            rows = np.flatnonzero(~batch["substituted"].numpy())
+            if not len(rows):
+                continue
+            labels = batch["label"][rows].to(device)
+            video = encoder.video(batch["clips"][rows], batch["colour"][rows])
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                tokens = network.encode(video).float()
+            losses_of(head(tokens), labels).sum().backward()
+            nn.utils.clip_grad_norm_(learned, _CLIP)
+            factor = learning_rate_factor(step / steps * settings.epochs, settings.warmup_epochs, settings.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * settings.lr
+            optimizer.step()
+            optimizer.zero_grad()
+    network.eval().requires_grad_(False)
+    return dataclasses.replace(encoder, name="supervised")

@@ -249,9 +249,9 @@ def probed(name: str, probe: Mapping[str, Any]) -> list[Verdict]:
                 accuracy,
                 finite(result.get("top1_stderr"), 0.0),
             )
-    if "student" not in top1 or len(top1) < 2:
-        return []
     others = [encoder for encoder in ("teacher", "random") if encoder in top1]
+    if "student" not in top1 or not others:
+        return []
     gains = {encoder: top1["student"] - top1[encoder] for encoder in others}
     clear = {e: gains[e] > _ERRORS * math.hypot(errors["student"], errors[e]) for e in others}
     beside = ", ".join(f"{100 * gains[e]:+.1f} points to the {e} encoder ({top1[e]:.1%})" for e in others)

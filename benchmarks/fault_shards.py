@@ -33,7 +33,7 @@ import xxhash
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from shard_tools import verify
+from shard_tools import inspection, verify
 from shard_tools.command import USAGE, CommandError
 from shard_tools.format import index_bytes, index_name, parse_index, read_dataset
 from shard_tools.ustar import BLOCK
@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result = harness.setting("webdataset", "xxhash", "pyarrow")
-    with harness.workplace(args.work) as work, mock.patch.object(verify, "run_local", serially):
+    with harness.workplace(args.work) as work, mock.patch.object(inspection, "run_local", serially):
         folder = work / "shards"
         harness.watch(harness.module("shard_tools.pack", args.clips, "--out", folder, "--shard-size", "256KiB"))
         shards = Shards(folder)

@@ -38,7 +38,7 @@ from fault_shards import serially
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from shard_tools import verify
+from shard_tools import inspection, verify
 from shard_tools.command import INTERRUPTED, OK
 from shard_tools.format import DATASET_FILE, read_dataset
 from shard_tools.staging import STAGING
@@ -298,7 +298,7 @@ def look_at_files(out: Path, expected: dict[str, str], whole: set[Path], seen: d
 def look_at_data_set(out: Path, expected: dict[str, str], seen: dict[str, Any]) -> None:
     """`verify`, and a reader: everything that dataset.json lists must be there."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), mock.patch.object(verify, "run_local", serially):
+    with contextlib.redirect_stdout(said), mock.patch.object(inspection, "run_local", serially):
         code = verify.main([str(out)])
     samples = members_read = 0
     for split in read_dataset(out).splits.values():

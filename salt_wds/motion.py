@@ -50,7 +50,7 @@ class Plan:
 
 
 SHORT = Plan(
-    clips=3000, unseen=600, teacher_steps=600, student_steps=600, probe_epochs=20, supervised_epochs=0, seeds=(0,)
+    clips=3600, unseen=600, teacher_steps=800, student_steps=1000, probe_epochs=20, supervised_epochs=0, seeds=(0,)
 )
 FULL = Plan(
     clips=6000,

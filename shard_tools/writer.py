@@ -80,7 +80,7 @@ class ShardWriter:
             if written < size:  # the disk is all but full, or a signal came
                 rest = memoryview(b"".join(parts))[written:]
                 while rest:
-                    rest = rest[self._file.write(rest) :]
+                    rest = rest[os.writev(self._file.fileno(), (rest,)) :]
             if self._offset - self._on_its_way >= _SEND:
                 self._send()
         except OSError as problem:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -354,45 +354,45 @@ def test_too_little_room_is_told_before_the_work(videos: Path, tmp_path: Path, m
         pack_here(videos, "--out", tmp_path / "out")
 
 
-class FullFile:
-    """A file on a disk with room for so many bytes."""
-
-    def __init__(self, path: Path, room: int) -> None:
-        self.raw = path.open("wb", buffering=0)
-        self.room = room
-
-    def write(self, data: bytes) -> int:
-        if len(data) > self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.room -= len(data)
-        return self.raw.write(data)
-
-    def flush(self) -> None:
-        pass
-
-    def fileno(self) -> int:
-        return self.raw.fileno()
-
-    def close(self) -> None:
-        self.raw.close()
-
-
 SAMPLE = SampleInfo("a", "train", None, None, None, (), SourceFile("a.webm", 1, "0" * 16),
                     Video("vp9", 2, 2, 1, 12.0, "bt601", "limited"))  # fmt: skip
 
 
 @pytest.mark.parametrize("room", [0, 512, 1000, 2000, 8000])
-def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(tmp_path: Path, room: int) -> None:
-    def write() -> None:
-        with ShardWriter(tmp_path, "train-000000.tar") as writer:
-            writer._file.close()
-            writer._file = FullFile(writer._temporary, room)
-            writer.add(SAMPLE, "webm", bytes(3000))
+def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    writev, left = os.writev, room
 
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write()
+    def to_a_full_disk(descriptor: int, parts: Sequence[bytes]) -> int:
+        """As much as there is room for, as the kernel does."""
+        nonlocal left
+        data = b"".join(parts)[:left]
+        if not data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(data)
+        return writev(descriptor, [data])
+
+    monkeypatch.setattr(os, "writev", to_a_full_disk)
+    with (
+        pytest.raises(OSError, match="No space left on device") as caught,
+        ShardWriter(tmp_path, "train-000000.tar") as writer,
+    ):
+        writer.add(SAMPLE, "webm", bytes(3000))
+    assert left == 0
     assert caught.value.filename == str(tmp_path / "train-000000.tar")
     assert not list(tmp_path.iterdir())
+
+
+def test_writes_that_are_cut_short_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shard() -> bytes:
+        with ShardWriter(tmp_path, "train-000000.tar") as writer:
+            writer.add(SAMPLE, "webm", bytes(range(250)) * 12)
+        return (tmp_path / "train-000000.tar").read_bytes()
+
+    whole, writev = shard(), os.writev
+    monkeypatch.setattr(os, "writev", lambda descriptor, parts: writev(descriptor, [b"".join(parts)[:700]]))
+    assert shard() == whole
 
 
 def test_files_are_on_the_disk_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,10 +213,11 @@ def test_what_is_not_there_is_refused_with_its_key(make_config, settings, messag
     [
         ("probe.epoch=3", "probe.epoch: unknown key; the nearest valid key is probe.epochs"),
         ("data.eval_shard=x", "data.eval_shard: unknown key; the nearest valid key is data.eval_shards"),
-        ("probe.warmup_epochs=20", "probe.warmup_epochs: must be less than the 20 epochs"),
+        ("probe.warmup_epochs=40", "probe.warmup_epochs: must be less than the 40 epochs"),
         ("probe.lrs=[]", "probe.lrs: "),
         ("probe.lrs=[1e-3, 1e-3]", "probe.lrs: names a value twice"),
-        ("probe.selection_share=0.0", "probe.selection_share: must be above 0 to choose among 6 probes"),
+        ("supervised.epochs=1", "supervised.warmup_epochs: must be less than the 1 epochs"),
+        ("probe.selection_share=0.0", "probe.selection_share: must be above 0 to choose among 4 probes"),
         ("optim.lr=1", "optim: unknown key; sections are data, probe, knn, time_arrow"),
     ],
 )

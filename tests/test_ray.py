@@ -189,7 +189,7 @@ class RayPacking:
         self.look()
         os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
         _, stderr = self.process.communicate(timeout=60)
-        wait_until(lambda: not alive(self.family), timeout=60)  # Ray's agents look for their parent now and then
+        wait_until(lambda: not alive(self.family))
         return self.process.returncode, stderr
 
 

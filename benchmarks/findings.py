@@ -30,7 +30,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "dense": {"student.mode": "dense"},
     "l1": {"loss.kind": "l1"},
     "targets as they are": {"loss.target_norm": "none"},
-    "tube masks": {"mask.kind": "tube"},
     "75 % masked": {"mask.ratio": 0.75},
 }
 TEACHERS: dict[str, dict[str, Any]] = {"teacher with tube masks": {"mask.kind": "tube"}}

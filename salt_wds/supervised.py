@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from salt_wds.attentive import AttentiveProbes, losses_of
+from salt_wds.attentive import AttentiveProbes, StackedAdamW, losses_of
 from salt_wds.catalog import Catalog
-from salt_wds.config import Config
+from salt_wds.config import Config, OptimConfig
 from salt_wds.encoders import FrozenEncoder, student_of
 from salt_wds.loader import Loader
+from salt_wds.optim import build_optimizer, set_learning_rate
 from salt_wds.probe_config import ProbeConfig
 from salt_wds.probing import learning_rate_factor
 
@@ -46,11 +47,9 @@ def supervised_of(
     network = encoder.network.train().requires_grad_(True)
     head = AttentiveProbes(1, encoder.width, config.probe.heads, classes, seed).to(device)
     learned = [*network.parameters(), *head.parameters()]
-    groups = [
-        {"params": [p for p in learned if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    rates = OptimConfig(lr=settings.lr, min_lr=0.0, weight_decay=settings.weight_decay)
+    optimizer = build_optimizer(network, rates, fused=False)
+    head_optimizer = StackedAdamW(head, [(settings.lr, settings.weight_decay)])
     steps = math.ceil(settings.epochs * catalog.num_samples / run_config.data.batch_size)
     bf16 = run_config.train.precision == "bf16"
     loader = Loader(run_config, ledger, catalog=catalog, lend=True)
@@ -67,9 +66,9 @@ def supervised_of(
             losses_of(head(tokens), labels).sum().backward()
             nn.utils.clip_grad_norm_(learned, _CLIP)
             factor = learning_rate_factor(step / steps * settings.epochs, settings.warmup_epochs, settings.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = factor * settings.lr
+            set_learning_rate(optimizer, factor * settings.lr)
             optimizer.step()
+            head_optimizer.step(factor)
             optimizer.zero_grad()
     network.eval().requires_grad_(False)
     return dataclasses.replace(encoder, name="supervised")

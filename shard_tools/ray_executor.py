@@ -39,6 +39,9 @@ def require_ray() -> None:
 def ray_cluster(workers: int | None) -> Iterator[int]:
     """Join the cluster of RAY_ADDRESS, or start one of `workers` CPUs here; leave or stop it at the end.
 
+    Ray kills what a program left running when it leaves. Tasks are never cancelled one by one: cancelling one that ends
+    at that moment aborts the whole program (Ray's "Tried to complete task that was not pending", seen with 2.60).
+
     Yields:
         How many tasks are to run at once: `workers`, by default all CPUs.
     """
@@ -136,8 +139,8 @@ def run_ray(
 ) -> Iterator[tuple[Task, Result | WorkerDiedError]]:
     """Run `function` on every task, yielding (task, result) as they finish; `function` must be importable on all nodes.
 
-    Within `ray_cluster`. An exception of `function` is raised here. Closing the iterator (an exception, Ctrl-C) kills
-    what runs. A task whose process died runs once more when nothing else does.
+    Within `ray_cluster`, whose end ends what still runs (after an exception, Ctrl-C). An exception of `function` is
+    raised here. A task whose process died runs once more when nothing else does.
     """
     import ray
 
@@ -159,18 +162,13 @@ def _run(call: Any, function: Any, tasks: Sequence[Task], in_flight: int) -> Ite
 
     pending: dict[Any, Task] = {}
     left = list(reversed(tasks))
-    try:
-        while left or pending:
-            while left and len(pending) < in_flight:
-                task = left.pop()
-                pending[call.remote(function, task)] = task
-            [done], _ = ray.wait(list(pending), num_returns=1)
-            result = _result(done)
-            yield pending.pop(done), result
-    finally:
-        for unfinished in pending:
-            with contextlib.suppress(ray.exceptions.RayError):  # the cluster is gone, and with it the task
-                ray.cancel(unfinished, force=True)
+    while left or pending:
+        while left and len(pending) < in_flight:
+            task = left.pop()
+            pending[call.remote(function, task)] = task
+        [done], _ = ray.wait(list(pending), num_returns=1)
+        result = _result(done)
+        yield pending.pop(done), result
 
 
 def _result(reference: Any) -> Any:

@@ -106,12 +106,23 @@ def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pyte
         list(run_ray(here_only.square, range(3), cluster))
 
 
-def test_closing_the_iterator_ends_the_tasks(cluster: int, tmp_path: Path) -> None:
-    iterator = run_ray(functools.partial(tell_pid_and_wait, tmp_path), range(4), cluster)
-    next(iterator)
-    wait_until(lambda: list(tmp_path.iterdir()))
-    iterator.close()
-    wait_until(lambda: not alive(int(path.name) for path in tmp_path.iterdir()))
+def leave_while_tasks_run(folder: Path) -> None:
+    with ray_cluster(None) as workers:
+        next(run_ray(functools.partial(tell_pid_and_wait, folder), range(4), workers))
+        wait_until(lambda: list(folder.iterdir()))
+
+
+def test_leaving_the_cluster_ends_the_tasks(cluster: int, tmp_path: Path) -> None:
+    """Another program joins, and goes away in the middle of its tasks; the cluster goes on."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    code = f"import test_ray, pathlib; test_ray.leave_while_tasks_run(pathlib.Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": address}, check=True, timeout=60)
+    pids = {int(path.name) for path in tmp_path.iterdir()}
+    assert pids
+    wait_until(lambda: not alive(pids))
+    assert dict(run_ray(square, range(3), cluster)) == {n: n * n for n in range(3)}
 
 
 def test_few_tasks_are_in_flight(cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import argparse
 import harness
 
 from salt_wds.metrics import read_metrics
-from salt_wds.motion import CONFIGS, command
+from salt_wds.motion import CONFIGS, as_arguments, command, train
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "dense": {"student.mode": "dense"},
@@ -75,29 +75,16 @@ def main() -> int:
 
 
 def _train(config: str, motion: Path, run: Path, seed: int, steps: int, changed: dict[str, Any]) -> None:
-    settings = {
-        "data.shards": motion / "learn" / "shards",
-        "train.run_dir": run,
-        "train.seed": seed,
-        "train.steps": steps,
-    }
-    words = [word for key, value in (settings | changed).items() for word in ("--set", f"{key}={value}")]
-    command("salt_wds.train", "--config", CONFIGS / config, *words)
+    settings = {"data.shards": motion / "learn/shards", "train.run_dir": run, "train.seed": seed, "train.steps": steps}
+    train(config, settings | changed)
 
 
 def _probe(motion: Path, run: Path, seed: int, epochs: int) -> dict[str, float]:
-    settings = {"data.shards": motion / "learn" / "shards", "data.eval_shards": motion / "unseen" / "shards",
+    settings = {"data.shards": motion / "learn/shards", "data.eval_shards": motion / "unseen/shards",
                 "data.eval_split": "train", "probe.epochs": epochs, "probe.seed": seed}  # fmt: skip
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    config = CONFIGS / "probe_motion.toml"
     command(
-        "salt_wds.probe",
-        "--config",
-        CONFIGS / "probe_motion.toml",
-        "--run",
-        run,
-        "--encoders",
-        "student,teacher",
-        *words,
+        "salt_wds.probe", "--config", config, "--run", run, "--encoders", "student,teacher", *as_arguments(settings)
     )
     encoders = json.loads((run / "probes" / "probe_motion.json").read_text())["encoders"]
     return {"top1": encoders["student"]["top1"], "teacher_top1": encoders["teacher"]["top1"]}

@@ -103,10 +103,10 @@ def _generate(folder: Path, clips: int, seed: int) -> Path:
 def _one_seed(out: Path, plan: Plan, seed: int, learn: Path, unseen: Path) -> dict[str, Any]:
     """Both stages and the probes of one seed: the probes' JSON."""
     teacher, student = out / f"teacher-{seed}", out / f"student-{seed}"
-    _train("motion_teacher.toml", {
+    train("motion_teacher.toml", {
         "data.shards": learn, "train.run_dir": teacher, "train.seed": seed, "train.steps": plan.teacher_steps,
     })  # fmt: skip
-    _train("motion_student.toml", {
+    train("motion_student.toml", {
         "data.shards": learn, "teacher.weights": teacher, "train.run_dir": student, "train.seed": seed,
         "train.steps": plan.student_steps,
     })  # fmt: skip
@@ -114,15 +114,17 @@ def _one_seed(out: Path, plan: Plan, seed: int, learn: Path, unseen: Path) -> di
         "data.shards": learn, "data.eval_shards": unseen, "data.eval_split": "train",
         "probe.epochs": plan.probe_epochs, "probe.seed": seed, "supervised.epochs": plan.supervised_epochs,
     }  # fmt: skip
-    command("salt_wds.probe", "--config", CONFIGS / "probe_motion.toml", "--run", student, *_settings(probe))
+    command("salt_wds.probe", "--config", CONFIGS / "probe_motion.toml", "--run", student, *as_arguments(probe))
     return json.loads((student / "probes" / "probe_motion.json").read_text())
 
 
-def _train(config: str, settings: dict[str, Any]) -> None:
-    command("salt_wds.train", "--config", CONFIGS / config, *_settings(settings))
+def train(config: str, settings: dict[str, Any]) -> None:
+    """Train with a configuration of this repository's, by its file name, and settings of one's own."""
+    command("salt_wds.train", "--config", CONFIGS / config, *as_arguments(settings))
 
 
-def _settings(settings: dict[str, Any]) -> list[str]:
+def as_arguments(settings: dict[str, Any]) -> list[str]:
+    """`--set KEY=VALUE` for each."""
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 

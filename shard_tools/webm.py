@@ -1,72 +1,229 @@
-"""Where the packets of a VP9 video lie in a WebM or Matroska file, without FFmpeg's demuxer.
+"""VP9 in WebM or Matroska, read without FFmpeg's demuxer: where its packets lie, and what a probe wants to know.
 
-Opening a container with FFmpeg probes its streams, which takes as long as decoding four frames of a small clip. Here the
-elements are walked, no more: whatever is unusual (several video tracks, lacing, compressed or encrypted packets, lengths
-that are not known) gives None, and FFmpeg opens the file. Sources: RFC 8794 (EBML), RFC 9559 (Matroska).
+Opening a container with FFmpeg probes its streams, which takes as long as decoding four frames of a small clip, and ten
+times as long as everything else that packing does with it. Here the elements are walked, no more: whatever is unusual
+(several video tracks, lacing, compressed or encrypted packets, lengths that are not known, elements that are rare, a
+header and a first frame that differ) gives None, and FFmpeg is asked. What is not None is what FFmpeg says, which also
+gives up where subtitles are damaged; those are passed over here.
+Sources: RFC 8794 (EBML), RFC 9559 (Matroska), VP9 Bitstream & Decoding Process Specification 0.6, sections 6.2 and 7.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
+
+from shard_tools.format import Video
 
 _EBML, _SEGMENT, _TRACKS, _TRACK, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0x1F43B675
-_NUMBER, _TYPE, _CODEC, _ENCODINGS = 0xD7, 0x83, 0x86, 0x6D80
 _SIMPLE_BLOCK, _BLOCK_GROUP, _BLOCK = 0xA3, 0xA0, 0xA1
+_VOID, _CRC = 0xEC, 0xBF
+_NUMBER, _TYPE, _CODEC, _ENCODINGS, _FRAME_NS, _PICTURE = 0xD7, 0x83, 0x86, 0x6D80, 0x23E383, 0xE0
+_WIDTH, _HEIGHT, _COLOUR, _MATRIX, _RANGE = 0xB0, 0xBA, 0x55B0, 0x55B1, 0x55B9
+
+# Least and most of the header's numbers: versions, and bytes of ids and sizes.
+_HEADER = {0x4286: (1, 1), 0x42F7: (1, 1), 0x42F2: (4, 4), 0x42F3: (8, 8), 0x4287: (1, 4), 0x4285: (1, 3)}
+_DOCTYPE = 0x4282
+_SEEK_HEAD, _SEEK, _SEEK_ID, _SEEK_POSITION = 0x114D9B74, 0x4DBB, 0x53AB, 0x53AC
+_INFO, _TIMESTAMP_SCALE = 0x1549A966, 0x2AD7B1
+# What may stand beside what is read. Of the segment: cues, tags.
+_IN_SEGMENT = {_SEEK_HEAD, _INFO, _TRACKS, _CLUSTER, 0x1C53BB6B, 0x1254C367, _VOID, _CRC}
+_IN_CLUSTER = {_SIMPLE_BLOCK, _BLOCK_GROUP, 0xE7, 0xA7, 0xAB, _VOID, _CRC}  # time, position, size of the one before
+_IN_GROUP = {_BLOCK, 0x9B, 0xFB, 0x75A2, _VOID, _CRC}  # duration, reference, padding
+# Of the video track: id, flags, language, names, additions. Of the picture: interlaced, display size.
+_IN_TRACK = {
+    _NUMBER,
+    _TYPE,
+    _CODEC,
+    _FRAME_NS,
+    _PICTURE,
+    0x73C5,
+    0x88,
+    0x55AA,
+    0x9C,
+    0x22B59C,
+    0x536E,
+    0x258688,
+    0x55EE,
+    _VOID,
+}
+_IN_PICTURE = {_WIDTH, _HEIGHT, _COLOUR, 0x9A, 0x54B0, 0x54BA, 0x54B2, _VOID}
+_IN_COLOUR = {_MATRIX, _RANGE, 0x55B2, 0x55B3, 0x55B4, 0x55B7, 0x55B8, 0x55BA, 0x55BB, _VOID}  # depth, siting, transfer
+
 _VIDEO, _LACING = 1, 0x06
+_MOST_RATE = 30_000  # FFmpeg's bound for both parts of a frame rate
+# Matrix by VP9's color_space (0: not said; 1 and 3: bt601's), and by Matroska's, which has ITU-T H.273's numbers.
+_VP9_MATRICES = {0: None, 1: "bt601", 2: "bt709", 3: "bt601"}
+_MATRICES = {1: "bt709", 5: "bt601", 6: "bt601"}
+_RANGES = {1: "limited", 2: "full"}
+
+Packets = list[tuple[int, int]]  # offset and size of each, in file order
+_Fields = dict[int, bytes]
 
 
 class _Unusual(Exception):
     """Something that only a real demuxer should read."""
 
 
-def vp9_packets(payload: bytes) -> list[tuple[int, int]] | None:
+def vp9_packets(payload: bytes) -> Packets | None:
     """Offset and size of every packet of the file's one video track, in file order; None if that is not to be had here."""
     try:
-        (first, _, end), (second, start, stop) = (*_elements(payload, 0, len(payload), most=2),)
-        if (first, second) != (_EBML, _SEGMENT) or end > start:
-            return None
-        track, found = None, []
-        for name, begin, after in _elements(payload, start, stop):
-            if name == _TRACKS:
-                track = _video_track(payload, begin, after)
-            elif name == _CLUSTER:
-                if track is None:
-                    return None
-                found += _blocks(payload, begin, after, track)
-        return found or None
-    except (_Unusual, IndexError, ValueError):
+        return _parse(payload)[1]
+    except (_Unusual, LookupError, ValueError):
         return None
 
 
-def _video_track(payload: bytes, begin: int, end: int) -> int:
-    """Number of the only video track, which is VP9."""
-    numbers = []
-    for name, start, stop in _elements(payload, begin, end):
-        if name == _TRACK:
-            fields = {child: payload[at:after] for child, at, after in _elements(payload, start, stop)}
-            if int.from_bytes(fields.get(_TYPE, b""), "big") == _VIDEO:
-                if fields.get(_CODEC, b"").rstrip(b"\0") != b"V_VP9" or _ENCODINGS in fields:
-                    raise _Unusual
-                numbers.append(int.from_bytes(fields[_NUMBER], "big") if _NUMBER in fields else 0)
-    if len(numbers) != 1 or not 0 < numbers[0] < 127:
+def vp9_video(payload: bytes) -> Video | None:
+    """What FFmpeg says of the one video track, which is VP9; None where only FFmpeg knows."""
+    try:
+        track, packets = _parse(payload)
+        return _video(payload, track, packets)
+    except (_Unusual, LookupError, ValueError):
+        return None
+
+
+def _video(payload: bytes, track: _Fields, packets: Packets) -> Video:
+    if not _IN_TRACK.issuperset(track):
         raise _Unusual
-    return numbers[0]
+    picture = _fields(track[_PICTURE], _IN_PICTURE)
+    colour = _fields(picture[_COLOUR], _IN_COLOUR) if _COLOUR in picture else {}
+    width, height, matrix, colour_range = _first_frame(payload[packets[0][0] :][:9])
+    said = (
+        _number(picture[_WIDTH]),
+        _number(picture[_HEIGHT]),
+        _MATRICES[_number(colour[_MATRIX])] if _MATRIX in colour else None,
+        _RANGES[_number(colour[_RANGE])] if _RANGE in colour else "limited",
+    )
+    if said != (width, height, matrix, colour_range):
+        raise _Unusual
+    return Video("vp9", width, height, len(packets), _rate(_number(track[_FRAME_NS])), matrix or "bt601", colour_range)
 
 
-def _blocks(payload: bytes, begin: int, end: int, track: int) -> Iterator[tuple[int, int]]:
-    """The track's packets in a cluster (or a group in it)."""
-    for name, start, stop in _elements(payload, begin, end):
-        if name == _BLOCK_GROUP:
-            yield from _blocks(payload, start, stop, track)
-        elif name in (_SIMPLE_BLOCK, _BLOCK) and payload[start] == 0x80 | track:
-            if payload[start + 3] & _LACING or stop - start <= 4:  # track, two bytes of time, flags
+def _first_frame(header: bytes) -> tuple[int, int, str | None, str]:
+    """Width, height, matrix (None: not said) and range of a key frame of profile 0."""
+    if header[0] & 0b1111_1100 != 0b1000_0000 or header[1:4] != b"\x49\x83\x42" or len(header) < 9:
+        raise _Unusual
+    bits = int.from_bytes(
+        header[4:], "big"
+    )  # 3 of color_space, 1 of color_range, 16 of each size less one, 4 of others
+    width, height = (bits >> 20 & 0xFFFF) + 1, (bits >> 4 & 0xFFFF) + 1
+    return width, height, _VP9_MATRICES[bits >> 37], "full" if bits >> 36 & 1 else "limited"
+
+
+def _rate(frame_ns: int) -> float:
+    """Frames a second: the closest fraction of small numbers, as a container's nanoseconds are rounded."""
+    if not 10**6 <= frame_ns <= 10**9:
+        raise _Unusual
+    return round(float(1 / Fraction(frame_ns, 10**9).limit_denominator(_MOST_RATE)), 6)
+
+
+# --- elements -----------------------------------------------------------------------------------------------------
+
+
+def _parse(payload: bytes) -> tuple[_Fields, Packets]:
+    """The fields of the one video track, and its packets."""
+    (first, begin, end), (second, start, stop) = (*_elements(payload, 0, len(payload)),)
+    if (first, second) != (_EBML, _SEGMENT):
+        raise _Unusual
+    _check_header(_fields(payload[begin:end]))
+    tracks: dict[int, _Fields] = {}
+    packets: Packets = []
+    for name, begin, end in _elements(payload, start, stop):
+        if name == _CLUSTER:
+            packets += _blocks(payload, begin, end, tracks, _IN_CLUSTER)
+        elif name == _TRACKS and not tracks:
+            tracks = _tracks(payload[begin:end])
+        elif name == _SEEK_HEAD:
+            _check_seek_head(payload, start, begin, end)
+        elif name == _INFO:
+            info = _fields(payload[begin:end])
+            if _TIMESTAMP_SCALE in info:
+                _number(info[_TIMESTAMP_SCALE])
+        elif name == _TRACKS or name not in _IN_SEGMENT:
+            raise _Unusual
+    if not packets:
+        raise _Unusual
+    [track] = (track for track in tracks.values() if track)
+    return track, packets
+
+
+def _check_header(header: _Fields) -> None:
+    for name, content in header.items():
+        if name == _DOCTYPE:
+            if content.rstrip(b"\0") not in (b"webm", b"matroska"):
                 raise _Unusual
-            yield start + 4, stop - start - 4
+        else:
+            least, most = _HEADER[name]
+            if not least <= _number(content) <= most:
+                raise _Unusual
 
 
-def _elements(payload: bytes, start: int, end: int, most: int | None = None) -> Iterator[tuple[int, int, int]]:
+def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None:
+    """FFmpeg goes where it points."""
+    for name, start, stop in _elements(payload, begin, end):
+        if name == _SEEK:
+            fields = _fields(payload[start:stop])
+            if not payload.startswith(fields[_SEEK_ID], segment + _number(fields[_SEEK_POSITION])):
+                raise _Unusual
+        elif name not in (_VOID, _CRC):
+            raise _Unusual
+
+
+def _tracks(content: bytes) -> dict[int, _Fields]:
+    """All tracks by the byte that begins their blocks; the fields of the only video track, which is VP9, none of others."""
+    tracks: dict[int, _Fields] = {}
+    for name, start, stop in _elements(content, 0, len(content)):
+        if name == _TRACK:
+            fields = _fields(content[start:stop])
+            number = _number(fields[_NUMBER])
+            if 0x80 | number in tracks or not 0 < number < 0x7F:
+                raise _Unusual
+            tracks[0x80 | number] = fields if _number(fields[_TYPE]) == _VIDEO else {}
+        elif name not in (_VOID, _CRC):
+            raise _Unusual
+    [track] = (track for track in tracks.values() if track)
+    if track[_CODEC].rstrip(b"\0") != b"V_VP9" or _ENCODINGS in track:
+        raise _Unusual
+    return tracks
+
+
+def _blocks(
+    payload: bytes, begin: int, end: int, tracks: dict[int, _Fields], known: set[int]
+) -> Iterator[tuple[int, int]]:
+    """The video track's packets in a cluster (or a group in it)."""
+    for name, start, stop in _elements(payload, begin, end):
+        if name not in known:
+            raise _Unusual
+        if name in (_SIMPLE_BLOCK, _BLOCK):
+            if tracks[payload[start]]:
+                if payload[start + 3] & _LACING or stop - start <= 4:  # track, two bytes of time, flags
+                    raise _Unusual
+                yield start + 4, stop - start - 4
+        elif name == _BLOCK_GROUP:
+            yield from _blocks(payload, start, stop, tracks, _IN_GROUP)
+        elif stop - start > 8 and name != _VOID:  # all others are numbers
+            raise _Unusual
+
+
+def _fields(data: bytes, known: set[int] | None = None) -> _Fields:
+    """The content of the elements that fill `data`, by id; each once, but for padding."""
+    fields: _Fields = {}
+    for name, start, stop in _elements(data, 0, len(data)):
+        if (name in fields and name != _VOID) or (known is not None and name not in known):
+            raise _Unusual
+        fields[name] = data[start:stop]
+    return fields
+
+
+def _number(content: bytes) -> int:
+    if not 1 <= len(content) <= 8:  # nothing stands for the element's default
+        raise _Unusual
+    return int.from_bytes(content, "big")
+
+
+def _elements(payload: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Id, and begin and end of the content, of the elements that fill `start` to `end`."""
-    while start < end and most != 0:
+    while start < end:
         length = 9 - payload[start].bit_length()
         name = int.from_bytes(payload[start : start + length], "big")
         start += length
@@ -77,4 +234,3 @@ def _elements(payload: bytes, start: int, end: int, most: int | None = None) -> 
             raise _Unusual  # a length that is not known (all ones), or does not fit
         yield name, start, start + size
         start += size
-        most = None if most is None else most - 1

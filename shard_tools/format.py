@@ -131,7 +131,7 @@ class SampleInfo:
         for name in ("frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+        return _ENCODER.encode(record).encode()
 
     def in_index(self) -> dict[str, Any]:
         """What the sample's index row repeats of it."""
@@ -145,6 +145,7 @@ class SampleInfo:
         }
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _SAMPLE = pydantic.TypeAdapter(SampleInfo)
 
 

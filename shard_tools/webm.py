@@ -10,6 +10,7 @@ Sources: RFC 8794 (EBML), RFC 9559 (Matroska), VP9 Bitstream & Decoding Process 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -85,20 +86,24 @@ def vp9_video(payload: bytes) -> Video | None:
 def _video(payload: bytes, track: _Fields, packets: Packets) -> Video:
     if not _IN_TRACK.issuperset(track):
         raise _Unusual
-    picture = _fields(track[_PICTURE], _IN_PICTURE)
-    colour = _fields(picture[_COLOUR], _IN_COLOUR) if _COLOUR in picture else {}
-    width, height, matrix, colour_range = _first_frame(payload[packets[0][0] :][:9])
-    said = (
-        _number(picture[_WIDTH]),
-        _number(picture[_HEIGHT]),
-        _MATRICES[_number(colour[_MATRIX])] if _MATRIX in colour else None,
-        _RANGES[_number(colour[_RANGE])] if _RANGE in colour else "limited",
-    )
-    if said != (width, height, matrix, colour_range):
+    start = packets[0][0]
+    width, height, matrix, colour_range = first = _first_frame(payload[start : start + 9])
+    if _picture(track[_PICTURE]) != first:
         raise _Unusual
     return Video("vp9", width, height, len(packets), _rate(_number(track[_FRAME_NS])), matrix or "bt601", colour_range)
 
 
+@functools.lru_cache  # few differ
+def _picture(content: bytes) -> tuple[int, int, str | None, str]:
+    """Width, height, matrix (None: not said) and range that the container declares."""
+    picture = _fields(content, _IN_PICTURE)
+    colour = _fields(picture[_COLOUR], _IN_COLOUR) if _COLOUR in picture else {}
+    matrix = _MATRICES[_number(colour[_MATRIX])] if _MATRIX in colour else None
+    colour_range = _RANGES[_number(colour[_RANGE])] if _RANGE in colour else "limited"
+    return _number(picture[_WIDTH]), _number(picture[_HEIGHT]), matrix, colour_range
+
+
+@functools.lru_cache
 def _first_frame(header: bytes) -> tuple[int, int, str | None, str]:
     """Width, height, matrix (None: not said) and range of a key frame of profile 0."""
     if header[0] & 0b1111_1100 != 0b1000_0000 or header[1:4] != b"\x49\x83\x42" or len(header) < 9:
@@ -110,6 +115,7 @@ def _first_frame(header: bytes) -> tuple[int, int, str | None, str]:
     return width, height, _VP9_MATRICES[bits >> 37], "full" if bits >> 36 & 1 else "limited"
 
 
+@functools.lru_cache
 def _rate(frame_ns: int) -> float:
     """Frames a second: the closest fraction of small numbers, as a container's nanoseconds are rounded."""
     if not 10**6 <= frame_ns <= 10**9:
@@ -125,7 +131,7 @@ def _parse(payload: bytes) -> tuple[_Fields, Packets]:
     (first, begin, end), (second, start, stop) = (*_elements(payload, 0, len(payload)),)
     if (first, second) != (_EBML, _SEGMENT):
         raise _Unusual
-    _check_header(_fields(payload[begin:end]))
+    _check_header(payload[begin:end])
     tracks: dict[int, _Fields] = {}
     packets: Packets = []
     for name, begin, end in _elements(payload, start, stop):
@@ -147,8 +153,9 @@ def _parse(payload: bytes) -> tuple[_Fields, Packets]:
     return track, packets
 
 
-def _check_header(header: _Fields) -> None:
-    for name, content in header.items():
+@functools.lru_cache
+def _check_header(header: bytes) -> None:
+    for name, content in _fields(header).items():
         if name == _DOCTYPE:
             if content.rstrip(b"\0") not in (b"webm", b"matroska"):
                 raise _Unusual

@@ -99,8 +99,8 @@ class Shards:
                     parts = {k: xxhash.xxh3_64_hexdigest(v) for k, v in sample.items() if not k.startswith("__")}
                     samples[sample["__key__"]] = parts
             except Exception as error:  # whatever it is: the question is whether there is one
-                raised = f"{type(error).__name__}: {error}"[:200]
-        return samples, raised or (str(caught[0].message)[:200] if caught else None)
+                raised = f"{type(error).__name__}: {error}"
+        return samples, raised or (str(caught[0].message) if caught else None)
 
     def covering(self, tar: str, start: int, end: int) -> frozenset[str]:
         """Keys of the samples (headers and padding included) that have bytes in [start, end)."""
@@ -319,7 +319,7 @@ def one_trial(shards: Shards, kind: Callable[[Shards, random.Random], Fault], rn
         "right_shard": right_shard,
         "right_key": right_key,
         "webdataset": webdataset_outcome(shards.samples, samples, raised),
-        "webdataset_said": raised and raised.replace(str(shards.folder), "SHARDS"),
+        "webdataset_said": raised and raised.replace(str(shards.folder), "SHARDS")[:200],
         "webdataset_samples": len(samples),
     }
 

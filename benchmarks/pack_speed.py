@@ -3,11 +3,11 @@
     python benchmarks/pack_speed.py --clips CLIPS --files 20000 --workers 2 --out benchmarks/results/pack_speed.json
 
 In each round, one after the other, on the same files, all of which are read once before each (so they come from the
-page cache): GNU `tar` followed by an fsync of the archive (one process; it cannot use more); probing alone, with FFmpeg's
-demuxer and as pack does it, as many processes as workers, each with its share of the files, the slowest one's loop
-counted without its start; and `shard_tools.pack --frames source`, the whole command, start and all. The ratio is pack to
-the larger of tar and FFmpeg's probing, medians of the rounds; a second one is to the larger of tar and pack's own probing.
-Pack with one worker is for the scaling. Memory is the peak of the largest worker process.
+page cache): GNU `tar` followed by an fsync of the archive (one process; it cannot use more); probing alone, with
+FFmpeg's demuxer and as pack does it, as many processes as workers, each with its share of the files, the slowest one's
+loop counted without its start; and `shard_tools.pack --frames source`, the whole command, start and all. The ratio is
+pack to the larger of tar and FFmpeg's probing, medians of the rounds; a second one is to the larger of tar and pack's
+own probing. Pack with one worker is for the scaling. Memory is the peak of the largest worker process.
 
 Exit code 1 if the first ratio is above 1.15 or a worker took 300 MB.
 """
@@ -48,7 +48,7 @@ def main() -> int:
     for name, seconds in result["seconds"].items():
         rate = f"{args.files / seconds:>8,.0f} clips/s  {total / seconds / 1e6:>7,.0f} MB/s"
         print(f"  {name:<14} {seconds:>7.2f} s  {rate}")
-    print(f"  ratio {result['ratio']:.3f} (at most {MOST_RATIO}), to the own probing {result['ratio_to_own_probe']:.3f}; "
+    print(f"  ratio {result['ratio']:.3f} (at most {MOST_RATIO}), own probing {result['ratio_to_own_probe']:.3f}; "
           f"{args.workers} workers against one: x {result['scaling']:.2f}; "
           f"peak of a worker {result['worker_peak_mb']:.0f} MB")  # fmt: skip
     harness.save(result, args.out)

@@ -67,7 +67,7 @@ class _Unusual(Exception):
 
 
 def vp9_packets(payload: bytes) -> Packets | None:
-    """Offset and size of every packet of the file's one video track, in file order; None if that is not to be had here."""
+    """Offset and size of every packet of the file's one video track, in file order; None where only FFmpeg knows."""
     try:
         return _parse(payload)[1]
     except (_Unusual, LookupError, ValueError):
@@ -177,7 +177,7 @@ def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None
 
 
 def _tracks(content: bytes) -> dict[int, _Fields]:
-    """All tracks by the byte that begins their blocks; the fields of the only video track, which is VP9, none of others."""
+    """All tracks by the byte that begins their blocks; the fields of the one video track, which is VP9, none of others."""
     tracks: dict[int, _Fields] = {}
     for name, start, stop in _elements(content, 0, len(content)):
         if name == _TRACK:

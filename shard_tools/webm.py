@@ -177,7 +177,7 @@ def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None
 
 
 def _tracks(content: bytes) -> dict[int, _Fields]:
-    """All tracks by the byte that begins their blocks; the fields of the one video track, which is VP9, none of others."""
+    """All tracks by the byte that begins their blocks; the fields of the one that is video, and VP9."""
     tracks: dict[int, _Fields] = {}
     for name, start, stop in _elements(content, 0, len(content)):
         if name == _TRACK:

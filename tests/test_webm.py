@@ -1,4 +1,4 @@
-"""VP9 in WebM is probed without FFmpeg, and what is said of it is what FFmpeg says, also of damaged and unusual files."""
+"""VP9 in WebM, probed without FFmpeg: what is said is what FFmpeg says, also of damaged and unusual files."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from salt_wds.decode import Decoder, VideoInfo, get_decoder
 from salt_wds.order import Order, Place, sample_rng
 from salt_wds.reader import Reader
 from salt_wds.views import choose_frames, random_crop
-from shard_tools.container import decode_frames, open_video
+from shard_tools.container import decode_frames, open_video, padded_packet
 from shard_tools.format import COLOURS, TIERS, Video
 from shard_tools.tiers import to_jpeg_colour
 
@@ -177,7 +177,7 @@ def quality(work: Path) -> dict[str, Any]:
             assert len(decoded) == len(jpegs) == len(raw) == row.num_frames, key
             for picture, jpeg, bytes_kept in zip(decoded, jpegs, raw, strict=True):
                 lossless &= b"".join(plane.tobytes() for plane in picture) == bytes_kept
-                [kept] = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
+                [kept] = av.CodecContext.create("mjpeg", "r").decode(padded_packet(jpeg))
                 levels.append(psnr(planes(kept)[0], to_jpeg_colour(picture, video)[0]))
     return {
         "clips": clips,

@@ -33,7 +33,7 @@ from salt_wds.pipeline import make_order
 from salt_wds.reader import HashMismatchError, Reader
 from salt_wds.views import training_view
 from shard_tools.command import end_with_parent
-from shard_tools.container import decode_frames, open_video
+from shard_tools.container import decode_frames, open_video, padded_packet
 from shard_tools.format import FRAME_TIERS
 
 _BUSY = ("read", "decode", "crop", "augment", "collate")
@@ -155,7 +155,7 @@ def _decode_and_drop(payload: bytes | Iterator[memoryview], ext: str, last: int)
         decoder = av.CodecContext.create("mjpeg", "r")
         decoder.thread_count = 1
         for jpeg in payload:
-            decoder.decode(av.Packet(jpeg))
+            decoder.decode(padded_packet(jpeg))
         return
     with open_video(payload) as container:
         for number, _ in enumerate(decode_frames(container)):

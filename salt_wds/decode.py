@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from shard_tools.command import CommandError
-from shard_tools.container import Planes, colour_of, decode_frames, frame_decoder, open_video, planes_of
+from shard_tools.container import Planes, colour_of, decode_frames, frame_decoder, open_video, padded_packet, planes_of
 from shard_tools.format import COLOURS, FRAME_TIERS
 from shard_tools.webm import vp9_packets
 
@@ -101,7 +101,7 @@ class PyavDecoder:
         view, wanted = memoryview(payload), frozenset(numbers)
         with self._vp9 as decoder:
             for number, (start, size) in enumerate(packets[: numbers[-1] + 1]):
-                frames = decoder.decode(av.Packet(view[start : start + size]))
+                frames = decoder.decode(padded_packet(view[start : start + size]))
                 if len(frames) != 1:
                     raise DecodeError(f"packet {number} of {len(packets)} gives {len(frames)} frames")
                 if number in wanted:
@@ -186,7 +186,7 @@ class MjpegDecoder:
     def _pictures(self, payload: Iterable[bytes | memoryview], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
         with self._mjpeg as decoder:
             for jpeg in payload:
-                frames = decoder.decode(av.Packet(jpeg))
+                frames = decoder.decode(padded_packet(jpeg))
                 if len(frames) != 1:
                     raise DecodeError(f"a JPEG of {len(jpeg)} bytes gives {len(frames)} pictures")
                 yield planes_of(frames[0], info.width, info.height, colour_range)

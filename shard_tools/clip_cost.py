@@ -13,7 +13,7 @@ import av
 import cv2
 import numpy as np
 
-from shard_tools.container import Planes, decode_frames, open_video, planes_of
+from shard_tools.container import Planes, decode_frames, open_video, padded_packet, planes_of
 from shard_tools.format import SampleInfo, frame_span
 from shard_tools.frames import BadVideoError
 from shard_tools.tiers import Payload
@@ -59,7 +59,7 @@ def from_mjpeg(info: SampleInfo, payload: Payload, numbers: list[int]) -> Iterat
     decoder = av.CodecContext.create("mjpeg", "r")
     decoder.thread_count = 1
     for jpeg in _stored_frames(info, payload, numbers):
-        for frame in decoder.decode(av.Packet(jpeg)):
+        for frame in decoder.decode(padded_packet(jpeg)):
             yield planes_of(frame, info.video.width, info.video.height, info.video.range)
 
 

@@ -53,6 +53,16 @@ def frame_decoder(codec: str) -> av.VideoCodecContext:
     return decoder
 
 
+def padded_packet(data: bytes | memoryview) -> av.Packet:
+    """A packet with a copy of `data` for a decoder, and behind it the zeros up to which FFmpeg may read.
+
+    `av.Packet(data)` would point at `data` itself: of a damaged frame FFmpeg reads on into whatever follows it.
+    """
+    packet = av.Packet(len(data))
+    packet.update(data)
+    return packet
+
+
 def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) -> Planes:
     """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views without padding, valid as long as the frame is.
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from av.video.reformatter import ColorRange, Colorspace
 
-from shard_tools.container import open_video
+from shard_tools.container import open_video, padded_packet
 from shard_tools.format import FRAME_TIERS, Video, frame_span
 from shard_tools.frames import BadVideoError, probe
 
@@ -110,7 +110,7 @@ def _mjpeg_frames(payload: bytes, record: dict[str, Any], numbers: list[int]) ->
     decoder = av.CodecContext.create("mjpeg", "r")
     for number in numbers:
         start, end = frame_span(record, number, len(payload))
-        yield from decoder.decode(av.Packet(payload[start:end]))
+        yield from decoder.decode(padded_packet(payload[start:end]))
 
 
 def _y4m_frames(payload: bytes, record: dict[str, Any], numbers: list[int]) -> Iterator[av.VideoFrame]:

@@ -17,7 +17,7 @@ import av
 import xxhash
 
 from shard_tools.command import one_line
-from shard_tools.container import frame_decoder, open_video
+from shard_tools.container import frame_decoder, open_video, padded_packet
 from shard_tools.format import (
     DATASET_FILE,
     FRAME_TIERS,
@@ -183,7 +183,7 @@ def _packets_wrong(payload: bytes, expected: int) -> str | None:
     if packets is None:
         return None
     decoder = frame_decoder("vp9")
-    found = sum(len(decoder.decode(av.Packet(payload[at : at + size]))) for at, size in packets)
+    found = sum(len(decoder.decode(padded_packet(payload[at : at + size]))) for at, size in packets)
     return None if found == len(packets) == expected else f"its packets give {found} frames, {expected} are promised"
 
 
@@ -200,7 +200,7 @@ def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:
         if xxhash.xxh3_64_hexdigest(payload[start:end]) != hashes[number]:
             return f"frame {number} does not match its hash in {sample.key}.json"
         if ext == "mjpeg":
-            pictures = av.CodecContext.create("mjpeg", "r").decode(av.Packet(payload[start:end]))
+            pictures = av.CodecContext.create("mjpeg", "r").decode(padded_packet(payload[start:end]))
             if [(p.width, p.height) for p in pictures] != [(sample.video.width, sample.video.height)]:
                 return f"frame {number} is no JPEG of the promised size"
     return None

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.container import Planes, decode_frames, frame_decoder, open_video, planes_of
+from shard_tools.container import Planes, decode_frames, frame_decoder, open_video, padded_packet, planes_of
 from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.frames import BadVideoError
 from shard_tools.sources import Source
@@ -161,7 +161,7 @@ def _close(pictures: list[Planes], jpegs: list[bytes]) -> bool:
     most = 255**2 / 10 ** (LEAST_PSNR_DB / 10)  # mean squared deviation
     decoder = frame_decoder("mjpeg")
     for picture, jpeg in zip(pictures, jpegs, strict=True):
-        (frame,) = decoder.decode(av.Packet(jpeg))
+        (frame,) = decoder.decode(padded_packet(jpeg))
         height, width = picture[0].shape
         for plane, decoded in zip(picture, planes_of(frame, width, height, "full"), strict=True):
             if cv2.norm(plane, decoded, cv2.NORM_L2SQR) > most * plane.size:

@@ -2,9 +2,8 @@
 
 Opening a container with FFmpeg probes its streams, which takes as long as decoding four frames of a small clip, and ten
 times as long as everything else that packing does with it. Here the elements are walked, no more: whatever is unusual
-(several video tracks, lacing, compressed or encrypted packets, lengths that are not known, elements that are rare, a
-header and a first frame that differ) gives None, and FFmpeg is asked. What is not None is what FFmpeg says, which also
-gives up where subtitles are damaged; those are passed over here.
+(several video tracks, sound, lacing, compressed or encrypted packets, lengths that are not known, elements that are
+rare, a header and a first frame that differ) gives None, and FFmpeg is asked. What is not None is what FFmpeg says.
 Sources: RFC 8794 (EBML), RFC 9559 (Matroska), VP9 Bitstream & Decoding Process Specification 0.6, sections 6.2 and 7.2.
 """
 
@@ -19,7 +18,7 @@ from shard_tools.format import Video
 _EBML, _SEGMENT, _TRACKS, _TRACK, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0x1F43B675
 _SIMPLE_BLOCK, _BLOCK_GROUP, _BLOCK = 0xA3, 0xA0, 0xA1
 _VOID, _CRC = 0xEC, 0xBF
-_NUMBER, _TYPE, _CODEC, _ENCODINGS, _FRAME_NS, _PICTURE = 0xD7, 0x83, 0x86, 0x6D80, 0x23E383, 0xE0
+_UID, _NUMBER, _TYPE, _CODEC, _ENCODINGS, _FRAME_NS, _PICTURE = 0x73C5, 0xD7, 0x83, 0x86, 0x6D80, 0x23E383, 0xE0
 _WIDTH, _HEIGHT, _COLOUR, _MATRIX, _RANGE = 0xB0, 0xBA, 0x55B0, 0x55B1, 0x55B9
 
 # Least and most of the header's numbers: versions, and bytes of ids and sizes.
@@ -27,31 +26,20 @@ _HEADER = {0x4286: (1, 1), 0x42F7: (1, 1), 0x42F2: (4, 4), 0x42F3: (8, 8), 0x428
 _DOCTYPE = 0x4282
 _SEEK_HEAD, _SEEK, _SEEK_ID, _SEEK_POSITION = 0x114D9B74, 0x4DBB, 0x53AB, 0x53AC
 _INFO, _TIMESTAMP_SCALE = 0x1549A966, 0x2AD7B1
-# What may stand beside what is read. Of the segment: cues, tags.
-_IN_SEGMENT = {_SEEK_HEAD, _INFO, _TRACKS, _CLUSTER, 0x1C53BB6B, 0x1254C367, _VOID, _CRC}
+# What may stand beside what is read. In the segment: cues, tags.
+_IN_SEGMENT = {0x1C53BB6B, 0x1254C367, _VOID, _CRC}
 _IN_CLUSTER = {_SIMPLE_BLOCK, _BLOCK_GROUP, 0xE7, 0xA7, 0xAB, _VOID, _CRC}  # time, position, size of the one before
 _IN_GROUP = {_BLOCK, 0x9B, 0xFB, 0x75A2, _VOID, _CRC}  # duration, reference, padding
-# Of the video track: id, flags, language, names, additions. Of the picture: interlaced, display size.
-_IN_TRACK = {
-    _NUMBER,
-    _TYPE,
-    _CODEC,
-    _FRAME_NS,
-    _PICTURE,
-    0x73C5,
-    0x88,
-    0x55AA,
-    0x9C,
-    0x22B59C,
-    0x536E,
-    0x258688,
-    0x55EE,
-    _VOID,
-}
+# Of a track: flags, language, names, additions. Of the picture: interlaced, display size.
+_IN_ANY_TRACK = {_UID, _NUMBER, _TYPE, _CODEC, 0x88, 0x55AA, 0x9C, 0x22B59C, 0x536E, 0x258688, 0x55EE, _VOID}
+_IN_TRACK = _IN_ANY_TRACK | {_FRAME_NS, _PICTURE}
 _IN_PICTURE = {_WIDTH, _HEIGHT, _COLOUR, 0x9A, 0x54B0, 0x54BA, 0x54B2, _VOID}
 _IN_COLOUR = {_MATRIX, _RANGE, 0x55B2, 0x55B3, 0x55B4, 0x55B7, 0x55B8, 0x55BA, 0x55BB, _VOID}  # depth, siting, transfer
 
-_VIDEO, _LACING = 1, 0x06
+_VIDEO, _SUBTITLES, _METADATA, _LACING = 1, 17, 33, 0x06
+_WEBVTT = {b"D_WEBVTT/SUBTITLES", b"D_WEBVTT/CAPTIONS", b"D_WEBVTT/DESCRIPTIONS", b"D_WEBVTT/METADATA"}
+_LONGEST_HEADER, _LONGEST_PICTURE = 64, 256  # bytes; longer ones are rare, and not to be kept
+_LARGEST = 8192  # pixels a side
 _MOST_RATE = 30_000  # FFmpeg's bound for both parts of a frame rate
 # Matrix by VP9's color_space (0: not said; 1 and 3: bt601's), and by Matroska's, which has ITU-T H.273's numbers.
 _VP9_MATRICES = {0: None, 1: "bt601", 2: "bt709", 3: "bt601"}
@@ -67,7 +55,10 @@ class _Unusual(Exception):
 
 
 def vp9_packets(payload: bytes) -> Packets | None:
-    """Offset and size of every packet of the file's one video track, in file order; None where only FFmpeg knows."""
+    """Offset and size of every packet of the file's one video track, in file order; None where only FFmpeg knows.
+
+    In a file with sound that is damaged FFmpeg may find fewer.
+    """
     try:
         return _parse(payload)[1]
     except (_Unusual, LookupError, ValueError):
@@ -77,20 +68,24 @@ def vp9_packets(payload: bytes) -> Packets | None:
 def vp9_video(payload: bytes) -> Video | None:
     """What FFmpeg says of the one video track, which is VP9; None where only FFmpeg knows."""
     try:
-        track, packets = _parse(payload)
-        return _video(payload, track, packets)
+        return _video(payload, *_parse(payload))
     except (_Unusual, LookupError, ValueError):
         return None
 
 
-def _video(payload: bytes, track: _Fields, packets: Packets) -> Video:
-    if not _IN_TRACK.issuperset(track):
+def _video(payload: bytes, tracks: list[_Fields], packets: Packets) -> Video:
+    video, *others = tracks
+    if not _IN_TRACK.issuperset(video) or not all(_is_webvtt(other) for other in others):
         raise _Unusual
-    start = packets[0][0]
+    if len(video[_PICTURE]) > _LONGEST_PICTURE:
+        raise _Unusual
+    start, size = packets[0]
+    if payload[start + size - 1] & 0xE0 == 0xC0:  # several frames in one: which of them shows, FFmpeg knows
+        raise _Unusual
     width, height, matrix, colour_range = first = _first_frame(payload[start : start + 9])
-    if _picture(track[_PICTURE]) != first:
+    if _picture(video[_PICTURE]) != first:
         raise _Unusual
-    return Video("vp9", width, height, len(packets), _rate(_number(track[_FRAME_NS])), matrix or "bt601", colour_range)
+    return Video("vp9", width, height, len(packets), _rate(_number(video[_FRAME_NS])), matrix or "bt601", colour_range)
 
 
 @functools.lru_cache  # few differ
@@ -108,10 +103,10 @@ def _first_frame(header: bytes) -> tuple[int, int, str | None, str]:
     """Width, height, matrix (None: not said) and range of a key frame of profile 0."""
     if header[0] & 0b1111_1100 != 0b1000_0000 or header[1:4] != b"\x49\x83\x42" or len(header) < 9:
         raise _Unusual
-    bits = int.from_bytes(
-        header[4:], "big"
-    )  # 3 of color_space, 1 of color_range, 16 of each size less one, 4 of others
+    bits = int.from_bytes(header[4:], "big")  # 3 of color_space, 1 of color_range, twice 16 of a size less one, 4 more
     width, height = (bits >> 20 & 0xFFFF) + 1, (bits >> 4 & 0xFFFF) + 1
+    if max(width, height) > _LARGEST:
+        raise _Unusual
     return width, height, _VP9_MATRICES[bits >> 37], "full" if bits >> 36 & 1 else "limited"
 
 
@@ -126,31 +121,30 @@ def _rate(frame_ns: int) -> float:
 # --- elements -----------------------------------------------------------------------------------------------------
 
 
-def _parse(payload: bytes) -> tuple[_Fields, Packets]:
-    """The fields of the one video track, and its packets."""
+def _parse(payload: bytes) -> tuple[list[_Fields], Packets]:
+    """The fields of all tracks, the one with video first, and its packets."""
     (first, begin, end), (second, start, stop) = (*_elements(payload, 0, len(payload)),)
-    if (first, second) != (_EBML, _SEGMENT):
+    if (first, second) != (_EBML, _SEGMENT) or end - begin > _LONGEST_HEADER:
         raise _Unusual
     _check_header(payload[begin:end])
-    tracks: dict[int, _Fields] = {}
+    tracks: list[_Fields] = []
+    kinds: dict[int, int] = {}
     packets: Packets = []
     for name, begin, end in _elements(payload, start, stop):
-        if name == _CLUSTER:
-            packets += _blocks(payload, begin, end, tracks, _IN_CLUSTER)
+        if name == _CLUSTER and tracks:
+            packets += _blocks(payload, begin, end, kinds, _IN_CLUSTER)
         elif name == _TRACKS and not tracks:
             tracks = _tracks(payload[begin:end])
+            kinds = _kinds(tracks)
         elif name == _SEEK_HEAD:
             _check_seek_head(payload, start, begin, end)
         elif name == _INFO:
-            info = _fields(payload[begin:end])
-            if _TIMESTAMP_SCALE in info:
-                _number(info[_TIMESTAMP_SCALE])
-        elif name == _TRACKS or name not in _IN_SEGMENT:
+            _check_info(_fields(payload[begin:end]))
+        elif name not in _IN_SEGMENT:
             raise _Unusual
     if not packets:
         raise _Unusual
-    [track] = (track for track in tracks.values() if track)
-    return track, packets
+    return tracks, packets
 
 
 @functools.lru_cache
@@ -176,38 +170,68 @@ def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None
             raise _Unusual
 
 
-def _tracks(content: bytes) -> dict[int, _Fields]:
-    """All tracks by the byte that begins their blocks; the fields of the one that is video, and VP9."""
-    tracks: dict[int, _Fields] = {}
+def _check_info(info: _Fields) -> None:
+    if _TIMESTAMP_SCALE in info and not 1 <= _number(info[_TIMESTAMP_SCALE]) < 1 << 31:
+        raise _Unusual
+
+
+def _tracks(content: bytes) -> list[_Fields]:
+    """The fields of all tracks; the first is the only one that is video, and VP9."""
+    tracks = []
     for name, start, stop in _elements(content, 0, len(content)):
         if name == _TRACK:
-            fields = _fields(content[start:stop])
-            number = _number(fields[_NUMBER])
-            if 0x80 | number in tracks or not 0 < number < 0x7F:
-                raise _Unusual
-            tracks[0x80 | number] = fields if _number(fields[_TYPE]) == _VIDEO else {}
+            tracks.append(_fields(content[start:stop]))
         elif name not in (_VOID, _CRC):
             raise _Unusual
-    [track] = (track for track in tracks.values() if track)
-    if track[_CODEC].rstrip(b"\0") != b"V_VP9" or _ENCODINGS in track:
+    tracks.sort(key=lambda track: _number(track[_TYPE]) != _VIDEO)
+    video, *others = tracks
+    if video[_CODEC].rstrip(b"\0") != b"V_VP9" or _ENCODINGS in video:
+        raise _Unusual
+    if _number(video[_TYPE]) != _VIDEO or any(_number(track[_TYPE]) == _VIDEO for track in others):
         raise _Unusual
     return tracks
 
 
-def _blocks(
-    payload: bytes, begin: int, end: int, tracks: dict[int, _Fields], known: set[int]
-) -> Iterator[tuple[int, int]]:
+def _kinds(tracks: list[_Fields]) -> dict[int, int]:
+    """_VIDEO, _SUBTITLES for WebVTT, or 0, for the byte that begins a track's blocks."""
+    kinds: dict[int, int] = {}
+    for track in tracks:
+        number = _number(track[_NUMBER])
+        if 0x80 | number in kinds or not 0 < number < 0x7F:
+            raise _Unusual
+        kinds[0x80 | number] = _VIDEO if not kinds else _SUBTITLES if _is_webvtt(track) else 0
+    return kinds
+
+
+def _is_webvtt(track: _Fields) -> bool:
+    """Subtitles or the like, as WebM has them."""
+    known = _IN_ANY_TRACK.issuperset(track) and track[_CODEC] in _WEBVTT
+    return known and _number(track[_TYPE]) in (_SUBTITLES, _METADATA)
+
+
+def _is_cue(content: bytes) -> bool:
+    """A line of identifier, one of settings, and text: at anything else FFmpeg ends the file."""
+    lines = content.split(b"\n", 2)
+    return b"\r" not in content and len(lines) == 3 and bool(lines[2].rstrip(b"\n"))
+
+
+def _blocks(payload: bytes, begin: int, end: int, kinds: dict[int, int], known: set[int]) -> Iterator[tuple[int, int]]:
     """The video track's packets in a cluster (or a group in it)."""
     for name, start, stop in _elements(payload, begin, end):
         if name not in known:
             raise _Unusual
         if name in (_SIMPLE_BLOCK, _BLOCK):
-            if tracks[payload[start]]:
-                if payload[start + 3] & _LACING or stop - start <= 4:  # track, two bytes of time, flags
-                    raise _Unusual
+            kind = kinds[payload[start]]
+            if kind and (payload[start + 3] & _LACING or stop - start <= 4):  # track, two bytes of time, flags
+                raise _Unusual
+            if kind == _VIDEO:
                 yield start + 4, stop - start - 4
+            elif kind == _SUBTITLES and not _is_cue(payload[start + 4 : stop]):
+                raise _Unusual
         elif name == _BLOCK_GROUP:
-            yield from _blocks(payload, start, stop, tracks, _IN_GROUP)
+            if sum(child == _BLOCK for child, _, _ in _elements(payload, start, stop)) != 1:
+                raise _Unusual
+            yield from _blocks(payload, start, stop, kinds, _IN_GROUP)
         elif stop - start > 8 and name != _VOID:  # all others are numbers
             raise _Unusual
 

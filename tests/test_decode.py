@@ -217,6 +217,28 @@ def test_unusual_files_are_left_to_the_demuxer():
         assert all(at > 0 and at + size <= len(payload) for at, size in vp9_packets(bytes(damaged)) or ())
 
 
+def test_damaged_packets_give_the_pictures_that_the_container_gives():
+    """What follows a packet in the file has no part in them: FFmpeg reads on at the end of a damaged one."""
+    payload, rng, damaged = make_video(320, 240, 12), np.random.default_rng(0), 0
+    info = with_packets(payload)
+    for _ in range(30):
+        start, size = vp9_packets(payload)[rng.integers(12)]
+        at = start + rng.integers(16, size)
+        changed = payload[:at] + bytes((payload[at] ^ 1 << rng.integers(8),)) + payload[at + 1 :]
+        outcomes = []
+        for known in (info, info_of(payload)):  # with its colour known, the packets are used
+            try:
+                outcomes.append(all_pictures(PyavDecoder(), changed, known, list(range(12))))
+            except (av.FFmpegError, DecodeError):
+                outcomes.append(None)
+        if None in outcomes:
+            assert outcomes == [None, None]
+        else:
+            assert_same(*outcomes)
+            damaged += 1
+    assert damaged > 10
+
+
 def test_a_kept_decoder_forgets_a_damaged_clip_and_one_that_was_left_early():
     good, other = make_video(64, 64, 12), make_video(96, 48, 12)
     info = with_packets(good)

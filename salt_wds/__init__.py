@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +12,9 @@ if TYPE_CHECKING:
     from salt_wds.exported import VideoEncoder
 
 __version__ = "0.1.0"
+
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of a command that still loads: Ctrl-C ends it without a traceback
 
 
 def load_encoder(folder: str | Path) -> VideoEncoder:

@@ -17,13 +17,13 @@ from salt_wds.bench_loader import bench_loader, forecast_table, loader_table, si
 from salt_wds.bench_step import Grid, bench_step, step_table
 from salt_wds.config import Config, load_config
 from salt_wds.step import COMPILE_MODES
-from shard_tools.command import OK, CommandError, run
+from shard_tools.command import OK, CommandError, Parser, run
 
 _EXIT_CODES = "Exit codes: 0 measured; 2 usage or configuration."
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.bench",
         description="Measure the loader, the step, or both together. Options of each: `... bench loader --help`.",
         epilog=_EXIT_CODES,

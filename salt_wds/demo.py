@@ -6,7 +6,6 @@ the student know motions that they were never told of. `--full` is the motion be
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from pathlib import Path
@@ -16,13 +15,13 @@ import matplotlib
 
 from salt_wds.metrics import read_metrics
 from salt_wds.motion import CONFIGS, FULL, SHORT, markdown, run_motion
-from shard_tools.command import OK, CommandError, run
+from shard_tools.command import OK, CommandError, Parser, run
 
 _MARK = ".demo"  # only folders with this file in them are ever removed
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m salt_wds.demo", description="The whole road on generated video.")
+    parser = Parser(prog="python -m salt_wds.demo", description="The whole road on generated video.")
     parser.add_argument(
         "--out", type=Path, help="folder for everything, emptied first (default runs/demo; runs/motion with --full)"
     )

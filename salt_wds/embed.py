@@ -27,7 +27,7 @@ from salt_wds.policy import LoaderStopped
 from salt_wds.video_files import look_at_files
 from salt_wds.views import Views
 from shard_tools import ledger
-from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, one_line, run
 from shard_tools.format import DATASET_FILE, read_dataset, write_atomic
 from shard_tools.ledger import Failure
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.embed",
         description="One vector a video, the mean over tokens and views: a parquet file with the columns key (the path below "
         "VIDEOS, or the key in the data set), split, label, class, num_frames and embedding.",

@@ -5,7 +5,6 @@ OUT is written beside and renamed, after its weights were loaded back and gave t
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -30,7 +29,7 @@ from salt_wds.exported import (
 )
 from salt_wds.model_card import licence_of, model_card
 from salt_wds.pixels import IMAGENET_MEAN, IMAGENET_STD
-from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, run
 from shard_tools.format import sync_folder
 
 TOLERANCE = 1e-3  # of a token, which a norm has brought to a scale of 1; what is written and read back is equal
@@ -41,7 +40,7 @@ class ParityError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.export",
         description="Write the encoder of a run as safetensors, config.json and a model card; load it with "
         "salt_wds.load_encoder(OUT).",

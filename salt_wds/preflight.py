@@ -6,7 +6,6 @@ teacher and student, one forward and backward pass. `tests/test_dataloader_prefl
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from salt_wds.masks import num_masked
 from salt_wds.models import build_models, pick_device
 from salt_wds.policy import LoaderStopped
 from salt_wds.tuning import tuned_step
-from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, run
 from shard_tools.format import COLOURS, DATASET_FILE
 
 STRESS_BATCHES = 30
@@ -39,7 +38,7 @@ class CheckFailed(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.preflight",
         description="Check data set, workers, shared memory and models before a long run.",
         epilog="Exit codes: 0 all checks hold; 1 a check does not; 2 usage or configuration.",

@@ -30,7 +30,7 @@ from salt_wds.probe_results import head_results, neighbour_results, plot_confusi
 from salt_wds.probing import Measured, Trained, measure, train_probes
 from salt_wds.supervised import supervised_of
 from salt_wds.views import Views
-from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, run
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _LOADER_SETTINGS = ("batch_size", "num_workers", "prefetch_factor", "crop_scale"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.probe",
         description="Measure a run's frozen encoder, its teacher and a random one by the same probes.",
         epilog="Writes RUN/probes/NAME.json, NAME being that of the configuration file, and a picture of what each encoder "

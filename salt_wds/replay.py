@@ -5,18 +5,17 @@ The run itself depends on neither: its metrics.jsonl is the truth, this shows it
 
 from __future__ import annotations
 
-import argparse
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from salt_wds.board import Board, scalars
 from salt_wds.metrics import read_metrics
-from shard_tools.command import OK, CommandError, one_line, run
+from shard_tools.command import OK, CommandError, Parser, one_line, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.replay",
         description="Show the metrics of a run in TensorBoard or Weights & Biases.",
         epilog="Exit codes: 0 written; 2 usage, no metrics, or wandb missing or not reached.",

@@ -6,7 +6,6 @@ Several runs stand beside each other.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections import Counter
@@ -19,12 +18,12 @@ from salt_wds.models import pick_device
 from salt_wds.report_page import build_page
 from salt_wds.run_record import RunRecord, moment, read_record
 from salt_wds.verdicts import verdicts
-from shard_tools.command import OK, PROBLEMS, run
+from shard_tools.command import OK, PROBLEMS, Parser, run
 from shard_tools.format import write_atomic
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.report",
         description="Write report.html of a run, or of several side by side.",
         epilog="Exit codes: 0 written; 1 written, but pictures are missing (each named, with the reason); 2 usage, or no run.",

@@ -98,7 +98,8 @@ def _check_nothing_is_lost(run_dir: Path, checkpoint_every: int) -> None:
     if lines and lines[-1]["step"] > checkpoint_every:
         raise CommandError(
             f"{run_dir}: its metrics reach step {lines[-1]['step']}, but there is no checkpoint to resume from; bring back "
-            f"{run_dir / 'checkpoints'}, or choose another train.run_dir"
+            f"{run_dir / 'checkpoints'}, or, where a full disk kept every one from being written, remove {run_dir} to "
+            "begin anew"
         )
 
 

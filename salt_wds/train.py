@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from pathlib import Path
 
-from shard_tools.command import run
+from shard_tools.command import Parser, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m salt_wds.train",
         description="Train a student video encoder against a frozen teacher.",
         epilog="Exit codes: 0 all steps done; 1 stopped by failures (named), a loss that is not finite or a rank that is "

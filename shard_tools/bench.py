@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.command import OK, CommandError, end_with_parent, run
+from shard_tools.command import OK, CommandError, Parser, end_with_parent, run
 from shard_tools.format import Dataset, index_name, read_dataset, read_index
 from shard_tools.tiers import EXPECTED_GROWTH
 
@@ -77,7 +77,7 @@ class Measurement:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.bench",
         description="Measure the drive under a packed data set: whole shards and single samples, cold and warm. "
         "Nothing is written and nothing decoded.",

@@ -6,6 +6,7 @@ line (what, where, what to do), never as a traceback; a bug of ours keeps its tr
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import multiprocessing
@@ -41,6 +42,13 @@ class CommandError(Exception):
     """A mistake in usage, configuration or surroundings: one line for the user, exit code 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(fail(f"{message}; see {self.prog} --help"))
+
+
 def one_line(text: object) -> str:
     """The text without line breaks: one problem, one line, whatever names and messages hold."""
     return " ".join(str(text).split())
@@ -60,7 +68,9 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
     `CommandError` and operating system errors that a user can mend become one line on stderr and exit 2; Ctrl-C and
     SIGTERM become exit 130. Anything else is a bug of ours and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    signal.signal(signal.SIGTERM, _interrupt)  # a polite kill ends like Ctrl-C
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as shells start what runs in the background
+        signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be printable
     try:
@@ -79,6 +89,13 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
             raise
         code = fail(describe_os_error(error))
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Raise KeyboardInterrupt, once: what is cleaned up because of it is not to be interrupted by a second one."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)  # unlike SIG_IGN, programs that are started do not inherit it
+    raise KeyboardInterrupt
 
 
 def fail(message: str) -> int:

@@ -7,7 +7,6 @@ one rate, and of those samples alone where they do not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shard_tools.command import OK, PROBLEMS, CommandError, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, run
 from shard_tools.contact_sheet import choose_clips, draw_sheet, load_clip
 from shard_tools.format import Dataset, index_name, read_dataset, read_index
 from shard_tools.samples import SampleError, evenly, probed_record, read_record
@@ -27,7 +26,7 @@ _JSON_SAMPLE = 64  # samples whose JSON is read, evenly spaced
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.describe",
         description="Say what is in a packed data set: splits, classes, lengths, sizes. With --sheet, show clips of it.",
         epilog="Exit codes: 0 fine; 1 a sample could not be read or decoded, each named; 2 not a data set.",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
 
 from shard_tools import ledger
-from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, one_line, run
 from shard_tools.ledger import Failure
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.failures",
         description="Summarise the failure records of a training run, a data set, or one ledger file.",
         epilog="Exit codes: 0 no failures; 1 there are failures; 2 nothing to read.",

@@ -25,7 +25,7 @@ import xxhash
 from tqdm import tqdm
 
 from shard_tools import ledger, staging
-from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, one_line, run
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.foreign_index import (
     Scan,
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.index",
         description="Make WebDataset tars of another tool a data set: an index beside each tar, and dataset.json. The "
         "tars are only read. Names that begin with train, val, valid, validation or test say the split; labels are "

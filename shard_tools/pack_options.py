@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from shard_tools.command import Parser
 from shard_tools.format import TIERS
 from shard_tools.plan import MIB, auto_shard_bytes
 from shard_tools.tiers import BEST_QUALITY, LEAST_PSNR_DB, WORST_QUALITY
@@ -17,7 +18,7 @@ _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": MIB, "GIB": 1 << 30, "KB": 10**3
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options of `pack`; `words` are the arguments as given. Leaves with exit code 2 on a usage error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.pack",
         description="Pack a folder of videos into WebDataset shards with an index. Layouts: Something-Something-v2 "
         "as distributed (labels/train.json or train.json, videos in 20bn-something-something-v2/, videos/ or ROOT), "

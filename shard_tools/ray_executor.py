@@ -7,6 +7,7 @@ process is counted here and nowhere else; it sends no usage statistics and start
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import signal
@@ -15,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shard_tools.command import CommandError, one_line
@@ -24,6 +26,10 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _STORE_BYTES = 100 << 20  # for objects on this machine: tasks and results are small, Ray would take a third of memory
+_PR_SET_CHILD_SUBREAPER = 36
+# RFC 9113, section 3.4: both sides begin with a SETTINGS frame (length, type, flags, stream), the client after a line.
+_HTTP2_SETTINGS = b"\x04"
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + bytes(5)
 _CONNECT_S = 10  # Ray itself tries for many minutes
 
 
@@ -52,17 +58,46 @@ def ray_cluster(workers: int | None) -> Iterator[int]:
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    with _nothing_left():
+        try:
+            if address:
+                _check_address(address)
+                _start(address=address, **quiet)
+            else:
+                workers = workers or os.cpu_count() or 1
+                _start(address="local", num_cpus=workers, num_gpus=0, include_dashboard=False,
+                       object_store_memory=_STORE_BYTES, **quiet)  # fmt: skip
+            yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    """End what Ray has started here and not ended: its agents notice only after a while that what they serve is gone."""
+    before = _children()
+    _adopt_orphans(True)
     try:
-        if address:
-            _check_address(address)
-            _start(address=address, **quiet)
-        else:
-            workers = workers or os.cpu_count() or 1
-            _start(address="local", num_cpus=workers, num_gpus=0, include_dashboard=False,
-                   object_store_memory=_STORE_BYTES, **quiet)  # fmt: skip
-        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield
     finally:
-        ray.shutdown()
+        while left := _children() - before:  # those of one that ends become children of this process
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            for pid in left:
+                with contextlib.suppress(ChildProcessError):  # somebody else waited for it
+                    os.waitpid(pid, 0)
+        _adopt_orphans(False)
+
+
+def _children() -> set[int]:
+    """Processes whose parent is this one, those included that ended and that nobody has waited for."""
+    lists = Path("/proc/self/task").glob("*/children")  # a thread's each
+    return {int(pid) for path in lists for pid in path.read_text().split()}
+
+
+def _adopt_orphans(yes: bool) -> None:
+    """Become the parent of all processes below this one whose own parent ends, in place of init (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
 
 
 def _check_address(address: str) -> None:
@@ -73,7 +108,10 @@ def _check_address(address: str) -> None:
     if "://" in address or not host or not port.isdecimal():
         raise CommandError(f"RAY_ADDRESS={address}: give the cluster's HOST:PORT (of `ray start --head`), or unset it")
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
+            connection.sendall(_HTTP2_GREETING)
+            if connection.recv(9)[3:4] != _HTTP2_SETTINGS:
+                raise ConnectionError("something else does: it does not speak gRPC")
     except (OSError, OverflowError) as error:
         raise CommandError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({one_line(error)}); start it, or unset RAY_ADDRESS "
@@ -94,7 +132,8 @@ def _start(**options: Any) -> None:
             problem = error
     where = os.environ.get("RAY_ADDRESS") or "on this machine"
     last = f" ({one_line(said[-1].rpartition('] ')[2])[:200]})" if said else ""
-    raise CommandError(f"Ray ({where}) cannot be used: {one_line(problem)[:300]}{last}")
+    advice = "; set RAY_AUTH_MODE=token, as for the cluster" if "auth" in f"{problem}{last}".lower() else ""
+    raise CommandError(f"Ray ({where}) cannot be used: {one_line(problem)[:300]}{last}{advice}")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools import foreign_check, salvage, shard_check, staging
-from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
+from shard_tools.command import OK, PROBLEMS, CommandError, Parser, one_line, run
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.foreign_index import index_again
 from shard_tools.format import (
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.repair",
         description="Find the damaged shards of a packed data set and make them again, to the byte: intact samples are "
         "kept, the others made again from their source videos.",

@@ -97,7 +97,7 @@ def _ssv2_label_files(root: Path) -> dict[str, Path]:
     for name in (*SPLITS, "labels"):
         for folder in (root / "labels", root, root / "annotations"):
             for candidate in (folder / f"{name}.json", folder / f"{_SSV2_PREFIX}{name}.json"):
-                if name not in found and candidate.is_file():
+                if name not in found and os.path.lexists(candidate):  # what is no file is told when it is read
                     found[name] = candidate
     return found if set(SPLITS) & set(found) else {}
 

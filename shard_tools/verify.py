@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from shard_tools.command import OK, PROBLEMS, run
+from shard_tools.command import OK, PROBLEMS, Parser, run
 from shard_tools.proof import NOTHING, Proof, prove, total_bytes
 
 _VERDICTS = {
@@ -68,7 +68,7 @@ def _say(args: argparse.Namespace, samples: int, shards: int, verdict: str) -> N
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shard_tools.verify",
         description="Check every byte of a packed data set: tars and indexes against the hashes in dataset.json, and that one "
         "against its own; whatever does not fit is looked at header by header and member by member.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,39 @@ def test_what_a_user_can_mend_is_one_line(body: str, code: int, stderr: str) -> 
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_cut_short_what_the_first_began(number: int) -> None:
+    """Impatient users, and batch systems that send one to the group and one to the process."""
+    kill = f"os.kill(os.getpid(), {number})"
+    done = run_main(
+        f"try:\n        {kill}; time.sleep(9)\n    finally:\n        {kill}; time.sleep(.2); print('clean')"
+    )
+    assert (done.returncode, done.stdout) == (130, "clean\n")
+    assert done.stderr == "interrupted; everything committed so far is kept\n"
+
+
+def test_what_the_shell_keeps_from_the_keyboard_stays_so() -> None:
+    """`command &` in a script: it ignores Ctrl-C."""
+    done = run_main("os.kill(os.getpid(), signal.SIGINT); return 0", preexec_fn=ignore_interrupts)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("module", ["shard_tools.pack", "salt_wds.probe"])
+def test_ctrl_c_while_a_command_loads_leaves_no_traceback(module: str, tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize(
     "body", ["raise KeyError('ours')", "raise OSError(errno.EBADF, 'ours')", "raise OSError('ours')"]
 )
@@ -75,6 +109,13 @@ def test_a_reader_that_reads_no_further_stops_the_command_without_noise() -> Non
         assert (done.returncode, done.stderr) == (130, "")
     finally:
         os.close(write)
+
+
+def test_a_usage_error_is_one_line(run_module: RunModule) -> None:
+    done = run_module("shard_tools.verify", "--unknown", check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; see python -m shard_tools.verify --help\n")
 
 
 def test_a_full_disk_behind_stdout_is_one_line() -> None:

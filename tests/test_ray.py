@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -248,6 +249,20 @@ def test_an_address_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, ad
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(CommandError, match=r"RAY_ADDRESS=.*HOST:PORT|no Ray cluster answers there"):
         ray_executor._check_address(address)
+
+
+def test_a_server_that_is_no_cluster_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.0 400 Bad request syntax\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        with pytest.raises(CommandError, match=r"no Ray cluster answers there \(something else does"):
+            ray_executor._check_address(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(videos: Path, tmp_path: Path) -> None:

@@ -142,6 +142,15 @@ def test_an_unusable_label_file_is_named_with_the_remedy(tmp_path: Path, case: s
         found(tmp_path)
 
 
+def test_a_folder_in_place_of_a_label_file_is_no_split_less(tmp_path: Path) -> None:
+    ssv2(tmp_path)
+    path = tmp_path / "labels/validation.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        found(tmp_path)
+
+
 def test_answers_that_are_no_text_are_named(tmp_path: Path) -> None:
     (ssv2(tmp_path) / "labels/test-answers.csv").write_bytes(b"4;\xff\xfe\n")
     with pytest.raises(CommandError, match=r"test-answers\.csv: not UTF-8"):

@@ -124,7 +124,7 @@ def _start(**options: Any) -> None:
     import ray
 
     said: list[str] = []
-    with _interrupts_noticed(), _native_stderr(said):
+    with _sigterm_for_us_alone(), _interrupts_noticed(), _native_stderr(said):
         try:
             ray.init(**options)
             return
@@ -134,6 +134,19 @@ def _start(**options: Any) -> None:
     last = f" ({one_line(said[-1].rpartition('] ')[2])[:200]})" if said else ""
     advice = "; set RAY_AUTH_MODE=token, as for the cluster" if "auth" in f"{problem}{last}".lower() else ""
     raise CommandError(f"Ray ({where}) cannot be used: {one_line(problem)[:300]}{last}{advice}")
+
+
+@contextmanager
+def _sigterm_for_us_alone() -> Iterator[None]:
+    """Processes started in here do not hear a SIGTERM to the whole group, and this one hears it after them.
+
+    It would not survive their end; nor a SIGTERM before Ray's own handler is replaced. Ray does the same with Ctrl-C.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

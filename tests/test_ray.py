@@ -201,26 +201,28 @@ class RayPacking:
         self.look()
         os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
         _, stderr = self.process.communicate(timeout=60)
-        wait_until(lambda: not alive(self.family))
+        assert not alive(self.family)
         return self.process.returncode, stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_pack_interrupted_on_ray_goes_on_locally(
-    videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule
+    videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int
 ) -> None:
     packing = RayPacking(videos, tmp_path / "out")
     wait_until(lambda: packing.look() and list((tmp_path / "out").glob(".packing/*.done")), timeout=60)
-    assert packing.stop(signal.SIGINT, group=True) == (130, "interrupted; everything committed so far is kept\n")
+    assert packing.stop(number, group=True) == (130, "interrupted; everything committed so far is kept\n")
     assert not (tmp_path / "out/dataset.json").exists()
     done = run_module("shard_tools.pack", videos, "--out", tmp_path / "out", *SHARDS)
     assert "continuing: " in done.stdout
     assert contents(tmp_path / "out") == packed_locally
 
 
-def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [False, True])
+def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Path, group: bool) -> None:
     packing = RayPacking(videos, tmp_path / "out")
     wait_until(lambda: len(packing.look()) >= 3, timeout=60)
-    assert packing.stop(signal.SIGTERM, group=False) == (130, "interrupted; everything committed so far is kept\n")
+    assert packing.stop(signal.SIGTERM, group) == (130, "interrupted; everything committed so far is kept\n")
     assert not list((tmp_path / "out").glob(".packing/*.done"))
 
 

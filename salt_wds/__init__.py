@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from typing import TYPE_CHECKING
+
+import shard_tools  # noqa: F401 - first of all: Ctrl-C while a command loads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from salt_wds.exported import VideoEncoder
 
 __version__ = "0.1.0"
-
-if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of a command that still loads: Ctrl-C ends it without a traceback
 
 
 def load_encoder(folder: str | Path) -> VideoEncoder:

@@ -58,7 +58,9 @@ def ray_cluster(workers: int | None) -> Iterator[int]:
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
-    with _nothing_left():
+    others = _children()
+    _adopt_orphans(True)
+    try:
         try:
             if address:
                 _check_address(address)
@@ -67,26 +69,24 @@ def ray_cluster(workers: int | None) -> Iterator[int]:
                 workers = workers or os.cpu_count() or 1
                 _start(address="local", num_cpus=workers, num_gpus=0, include_dashboard=False,
                        object_store_memory=_STORE_BYTES, **quiet)  # fmt: skip
-            yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _nothing_left() -> Iterator[None]:
-    """End what Ray has started here and not ended: its agents notice only after a while that what they serve is gone."""
-    before = _children()
-    _adopt_orphans(True)
-    try:
-        yield
+            rays = _children() - others
+        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     finally:
-        while left := _children() - before:  # those of one that ends become children of this process
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            for pid in left:
-                with contextlib.suppress(ChildProcessError):  # somebody else waited for it
-                    os.waitpid(pid, 0)
+        others = _children() - rays  # with what this program has started meanwhile
+        ray.shutdown()
+        _end_children_but(others)
         _adopt_orphans(False)
+
+
+def _end_children_but(others: set[int]) -> None:
+    """End what Ray has started here and not ended: its agents notice only after a while that what they serve is gone."""
+    while left := _children() - others:  # those of one that ends become children of this process
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):  # somebody else waited for it
+                os.waitpid(pid, 0)
 
 
 def _children() -> set[int]:
@@ -132,7 +132,9 @@ def _start(**options: Any) -> None:
             problem = error
     where = os.environ.get("RAY_ADDRESS") or "on this machine"
     last = f" ({one_line(said[-1].rpartition('] ')[2])[:200]})" if said else ""
-    advice = "; set RAY_AUTH_MODE=token, as for the cluster" if "auth" in f"{problem}{last}".lower() else ""
+    advice = (
+        "; set RAY_AUTH_MODE=token, as for the cluster" if "authentication token" in f"{problem}{last}".lower() else ""
+    )
     raise CommandError(f"Ray ({where}) cannot be used: {one_line(problem)[:300]}{last}{advice}")
 
 

@@ -109,8 +109,12 @@ def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pyte
 
 def leave_while_tasks_run(folder: Path) -> None:
     with ray_cluster(None) as workers:
+        own = subprocess.Popen(["sleep", "60"])
         next(run_ray(functools.partial(tell_pid_and_wait, folder), range(4), workers))
         wait_until(lambda: list(folder.iterdir()))
+    assert own.poll() is None  # what the program itself has started is not Ray's to end
+    own.kill()
+    own.wait()
 
 
 def test_leaving_the_cluster_ends_the_tasks(cluster: int, tmp_path: Path) -> None:

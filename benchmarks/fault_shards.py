@@ -35,7 +35,8 @@ sys.path.insert(0, str(harness.REPOSITORY))
 
 from shard_tools import inspection, verify
 from shard_tools.command import USAGE, CommandError
-from shard_tools.format import index_bytes, index_name, parse_index, read_dataset
+from shard_tools.format import index_name, read_dataset
+from shard_tools.shard_index import index_bytes, parse_index
 from shard_tools.ustar import BLOCK
 
 NUMBERS = ("label", "json_offset", "json_size", "payload_offset", "payload_size", "xxh3_json", "xxh3_payload",

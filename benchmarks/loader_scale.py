@@ -34,7 +34,8 @@ from salt_wds.config import Config, load_config
 from salt_wds.loader import Loader
 from salt_wds.order import Order
 from shard_tools.command import CommandError
-from shard_tools.format import index_bytes, index_name, make_dataset, read_dataset, read_index, write_atomic
+from shard_tools.format import index_name, make_dataset, read_dataset, write_atomic
+from shard_tools.shard_index import index_bytes, read_index
 
 SAMPLES, SHARDS = 220_847, 64
 MAX_INDEX_MB, MAX_FIRST_BATCH_S = 50, 3

@@ -17,7 +17,8 @@ import pyarrow as pa
 import xxhash
 
 from salt_wds.shared import SharedArray
-from shard_tools.format import Dataset, DatasetError, index_name, read_dataset, read_index
+from shard_tools.format import Dataset, DatasetError, index_name, read_dataset
+from shard_tools.shard_index import read_index
 
 
 @dataclass(frozen=True)

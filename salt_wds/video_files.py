@@ -22,9 +22,9 @@ from salt_wds.catalog import Catalog, catalog_of_files
 from salt_wds.workers import prepare_fork_server
 from shard_tools import ledger
 from shard_tools.executors import WorkerDiedError, run_local
-from shard_tools.format import INDEX_SCHEMA
 from shard_tools.frames import BadVideoError, probe
 from shard_tools.ledger import Failure
+from shard_tools.shard_index import INDEX_SCHEMA
 from shard_tools.sources import Source, find_sources
 
 

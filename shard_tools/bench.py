@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from shard_tools.command import OK, CommandError, Parser, end_with_parent, run
-from shard_tools.format import Dataset, index_name, read_dataset, read_index
-from shard_tools.tiers import EXPECTED_GROWTH
+from shard_tools.encoding import EXPECTED_GROWTH
+from shard_tools.format import Dataset, index_name, read_dataset
+from shard_tools.shard_index import read_index
 
 _CHUNK = 1 << 20  # bytes of one read of a whole shard
 _WARM_BYTES = 2 << 30  # what is read again, all readers together: it has to stay in the page cache

@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from shard_tools.command import OK, PROBLEMS, CommandError, Parser, run
 from shard_tools.contact_sheet import choose_clips, draw_sheet, load_clip
-from shard_tools.format import Dataset, index_name, read_dataset, read_index
+from shard_tools.format import Dataset, index_name, read_dataset
 from shard_tools.samples import SampleError, evenly, probed_record, read_record
+from shard_tools.shard_index import read_index
 
 _JSON_SAMPLE = 64  # samples whose JSON is read, evenly spaced
 

@@ -23,12 +23,12 @@ import xxhash
 
 from shard_tools.clip_cost import CLIP_FRAMES, SIZE, STRIDE, clip_seconds
 from shard_tools.command import CommandError, one_line
+from shard_tools.encoding import EXPECTED_GROWTH, SOURCE, Encoding
 from shard_tools.format import TIERS
 from shard_tools.frames import BadVideoError
-from shard_tools.plan import MIB, Plan
-from shard_tools.shard_work import PackJob, read_source
+from shard_tools.plan import MIB, PackJob, Plan
+from shard_tools.shard_task import read_source
 from shard_tools.sources import Source
-from shard_tools.tiers import EXPECTED_GROWTH, SOURCE, Encoding
 from shard_tools.ustar import BLOCK, RECORD, padding, tar_header
 
 _SAMPLES, _FEWEST = 24, 4

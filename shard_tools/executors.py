@@ -48,7 +48,7 @@ def _run_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Generator[tuple[Task, Result], None, tuple[list[Task], list[Task]]]:
     """Run tasks on one pool until all are done or a worker dies; its value is (tasks in flight then, tasks not begun)."""
-    prepare(function)
+    prepare(_module_of(function))
     context = multiprocessing.get_context("forkserver")
     workers = max(1, min(workers, len(tasks)))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
@@ -72,14 +72,21 @@ def _run_pool(
         _kill(pool)
 
 
-def prepare(function: Callable[..., object]) -> None:
-    """Start the process that workers are forked from, and have it load `function`'s module: once for all of them."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    multiprocessing.set_forkserver_preload([function.__module__])
+def prepare(module: str) -> None:
+    """Start the process that workers are forked from, and have it load this module: once for all of them.
+
+    Where it runs already, it stays as it is.
+    """
+    multiprocessing.set_forkserver_preload([module])
     resource_tracker.ensure_running()  # started later, it would unblock what is blocked here
     with _interrupts_deferred():
         forkserver.ensure_running()
+
+
+def _module_of(function: Callable[..., object]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function.__module__
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import av
 import xxhash
 
 from shard_tools.foreign import Entry, Tape, parse_block, split_name, walk
-from shard_tools.format import ShardInfo, index_name, parse_index
+from shard_tools.format import ShardInfo, index_name
 from shard_tools.shard_check import (
     Problem,
     ShardCheck,
@@ -22,6 +22,7 @@ from shard_tools.shard_check import (
     restore_tar,
     video_wrong,
 )
+from shard_tools.shard_index import parse_index
 from shard_tools.ustar import BLOCK, ShardDamage
 
 _BUFFER = 4 << 20

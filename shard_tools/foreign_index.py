@@ -22,9 +22,10 @@ from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.executors import WorkerDiedError
 from shard_tools.foreign import Part, Sample, Tape, read_samples
-from shard_tools.format import FAILURES_FILE, INDEX_SCHEMA, Dataset, ShardInfo, Video, index_bytes
+from shard_tools.format import FAILURES_FILE, Dataset, ShardInfo, Video
 from shard_tools.frames import BadVideoError, probe
 from shard_tools.ledger import Failure
+from shard_tools.shard_index import INDEX_SCHEMA, index_bytes
 from shard_tools.sources import VIDEO_SUFFIXES
 from shard_tools.ustar import ShardDamage
 

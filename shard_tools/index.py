@@ -40,18 +40,17 @@ from shard_tools.foreign_index import (
 from shard_tools.format import (
     DATASET_FILE,
     FAILURES_FILE,
-    INDEX_SCHEMA,
     SPLITS,
     Dataset,
     DatasetError,
     ShardInfo,
-    index_bytes,
     index_name,
     make_dataset,
     read_dataset,
     sync_folder,
     write_atomic,
 )
+from shard_tools.shard_index import INDEX_SCHEMA, index_bytes
 
 _SHOWN = 10  # names printed of a longer list; failures.jsonl has them all
 _SPLIT_PREFIX = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)

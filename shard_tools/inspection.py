@@ -16,8 +16,9 @@ from tqdm import tqdm
 from shard_tools import foreign_check, ledger, shard_check
 from shard_tools.command import CommandError, one_line
 from shard_tools.executors import WorkerDiedError, run_local
-from shard_tools.format import Dataset, ShardInfo, index_name, read_index
+from shard_tools.format import Dataset, ShardInfo, index_name
 from shard_tools.shard_check import PACK_AGAIN, Problem, ShardReport, check_dataset, deep_tasks, repair_command
+from shard_tools.shard_index import read_index
 
 Task = tuple[str, ShardInfo]  # split, shard
 Check = Callable[[Path, tuple[str, ...], Task], ShardReport]

@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
 import shlex
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
 from shard_tools import ledger, staging
 from shard_tools.command import OK, PROBLEMS, CommandError, one_line, run
-from shard_tools.estimate import estimate
-from shard_tools.estimate import lines as estimate_lines
+from shard_tools.encoding import EXPECTED_GROWTH, SOURCE, Encoding
 from shard_tools.executors import prepare, run_local
 from shard_tools.format import FAILURES_FILE, SPLITS, TIERS, ShardInfo, make_dataset, read_dataset
 from shard_tools.ledger import Failure
 from shard_tools.pack_options import parse
-from shard_tools.plan import MIB, Plan, make_plan
+from shard_tools.plan import MIB, PackJob, Plan, make_plan
 from shard_tools.ray_executor import ray_cluster, require_ray, run_ray
-from shard_tools.shard_work import PackJob, pack_shard, write_shards
+from shard_tools.shard_work import WORKER_MODULE, write_shards
 from shard_tools.sources import SourceSet, find_sources
 from shard_tools.staging import PackPlan, ShardResult
-from shard_tools.tiers import EXPECTED_GROWTH, SOURCE, Encoding
 
 _SHOWN = 10  # names printed of a longer list; the files have them all
 
@@ -41,17 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.executor == "ray":
         require_ray()
     elif not args.finish and not args.dry_run:
-        prepare(pack_shard)  # it loads while the plan is made
+        prepare(WORKER_MODULE)  # it loads while the plan is made
     out = args.out or args.root / "shards"
     name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
-    found = find_sources(args.root, args.layout, exclude=out)
-    if args.limit:
-        found = _limited(found, args.limit, args.seed)
-    encoding = Encoding(args.frames, args.quality, args.short_side)
-    growth = EXPECTED_GROWTH[args.frames]
-    sizes = {s.key: round(_size(os.path.join(args.root, s.path)) * growth) for s in found.sources}
-    plan = make_plan(name, found.sources, found.classes, sizes,
-                     encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size)  # fmt: skip
+    with _without_collection():
+        found = find_sources(args.root, args.layout, exclude=out)
+        if args.limit:
+            found = _limited(found, args.limit, args.seed)
+        encoding = Encoding(args.frames, args.quality, args.short_side)
+        growth = EXPECTED_GROWTH[args.frames]
+        sizes = {s.key: round(_size(os.path.join(args.root, s.path)) * growth) for s in found.sources}
+        plan = make_plan(name, found.sources, found.classes, sizes,
+                         encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size)  # fmt: skip
     _print_plan(args.root, out, found, plan, sizes, shown=None if args.dry_run else _SHOWN)
     if args.task:
         _print_slice(plan, *args.task, sizes)
@@ -139,6 +140,16 @@ def _limited(found: SourceSet, limit: int, seed: int) -> SourceSet:
     return dataclasses.replace(found, sources=mixed[:limit])
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """A plan is a million objects and no cycle: looking for cycles among them would take as long as making them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _size(path: str) -> int:
     try:
         status = os.stat(path)
@@ -178,6 +189,9 @@ def _print_estimate(
     sizes: dict[str, int],
 ) -> None:  # fmt: skip
     """Every tier, measured on some of the videos; `planned` and `sizes` are of the one asked for."""
+    from shard_tools.estimate import estimate  # loads the decoders, which else only workers need
+    from shard_tools.estimate import lines as estimate_lines
+
     source_bytes = {key: size / EXPECTED_GROWTH[args.frames] for key, size in sizes.items()}
     plans = {}
     for tier in TIERS:

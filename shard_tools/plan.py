@@ -6,15 +6,15 @@ workers, and a half-finished output is recognised by the plan's hash.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from pathlib import Path
 
 import xxhash
 
-from shard_tools.format import FORMAT_VERSION, SPLITS, shard_name
+from shard_tools.encoding import SOURCE, Encoding
+from shard_tools.format import FORMAT_VERSION, SPLITS, Video, shard_name
 from shard_tools.sources import Source
 from shard_tools.ustar import BLOCK
 
@@ -23,7 +23,6 @@ _AUTO_LARGEST = 256 * MIB
 _AUTO_SMALLEST = 16 * MIB
 _AUTO_SHARDS = 256
 _JSON_ESTIMATE = 2 * BLOCK  # KEY.json is 400-700 bytes for Something-Something-v2
-_CONTENT = attrgetter(*(field.name for field in dataclasses.fields(Source)))  # as astuple, without its copies
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,17 @@ class ShardTask:
     file: str
     split: str
     sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What all shard tasks have in common. `probe` stands in for `frames.probe`, for the sake of tests."""
+
+    root: Path
+    staging: Path
+    dataset: str
+    encoding: Encoding = SOURCE
+    probe: Callable[[bytes], Video] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def make_plan(
     for task in tasks:
         digest.update(task.file.encode())
         for source in task.sources:
-            digest.update(json.dumps([*_CONTENT(source), sizes[source.key]]).encode())
+            digest.update(json.dumps([*source, sizes[source.key]]).encode())
     return Plan(tuple(tasks), digest.hexdigest(), target)
 
 

@@ -17,20 +17,13 @@ import xxhash
 
 from shard_tools import ledger
 from shard_tools.command import CommandError
-from shard_tools.format import (
-    FAILURES_FILE,
-    Dataset,
-    ShardInfo,
-    Video,
-    index_name,
-    parse_index,
-    parse_sample,
-    read_index,
-)
+from shard_tools.encoding import BEST_QUALITY, SOURCE, WORST_QUALITY, Encoding
+from shard_tools.format import FAILURES_FILE, Dataset, ShardInfo, Video, index_name, parse_sample
 from shard_tools.frames import BadVideoError, probe
 from shard_tools.remains import TarRemains, file_hash, fits
+from shard_tools.shard_index import parse_index, read_index
 from shard_tools.sources import Source, find_sources
-from shard_tools.tiers import BEST_QUALITY, SOURCE, WORST_QUALITY, Encoding, make_payload
+from shard_tools.tiers import make_payload
 from shard_tools.ustar import read_members
 from shard_tools.writer import ShardWriter
 

@@ -27,9 +27,9 @@ from shard_tools.format import (
     ShardInfo,
     frame_span,
     index_name,
-    parse_index,
     parse_sample,
 )
+from shard_tools.shard_index import parse_index
 from shard_tools.ustar import BLOCK, Member, ShardDamage, parse_header, read_members
 from shard_tools.webm import vp9_packets
 

@@ -1,106 +1,44 @@
-"""The work of a pack: its shards, each an independent task in a process that may die, and how far it has come."""
+"""The work of a pack: its shards, each an independent task in a process that may die, and how far it has come.
+
+What such a process does is in shard_task.py, which only it loads: decoders and Arrow take as long to load as a thousand
+clips to pack, and this process has the plan to make meanwhile.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from shard_tools import ledger, staging
+from shard_tools import staging
 from shard_tools.command import CommandError
 from shard_tools.executors import WorkerDiedError, run_local
-from shard_tools.format import Video
-from shard_tools.frames import BadVideoError, probe
-from shard_tools.ledger import Failure
-from shard_tools.plan import Plan, ShardTask
+from shard_tools.plan import PackJob, Plan, ShardTask
 from shard_tools.sources import Source
 from shard_tools.staging import ShardResult
-from shard_tools.tiers import SOURCE, Encoding, Payload, make_payload
-from shard_tools.ustar import MAX_MEMBER_BYTES
-from shard_tools.writer import ShardWriter
 
 LOG_INTERVAL_S = 10.0
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
-
-
-@dataclass(frozen=True)
-class PackJob:
-    """What every shard task needs to know. `probe` is a parameter for the sake of tests."""
-
-    root: Path
-    staging: Path
-    dataset: str
-    encoding: Encoding = SOURCE
-    probe: Callable[[bytes], Video] = probe
+WORKER_MODULE = "shard_tools.shard_task"
 
 
 def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset()) -> ShardResult:
-    """Write one shard with its index and its mark of completion into the staging folder.
+    """`shard_task.pack_shard`, loaded where it runs."""
+    from shard_tools import shard_task
 
-    Args:
-        deadly: keys whose probe kills the process; they fail without being tried.
-    """
-    failures = []
-    with ShardWriter(job.staging, task.file) as writer:
-        for source in task.sources:
-            try:
-                if source.key in deadly:
-                    raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
-                data, payload = read_source(job, source)
-            except (OSError, BadVideoError, WorkerDiedError) as error:
-                failures.append(_failure(job, task, source, error))
-                continue
-            writer.add(payload.sample_info(source, data), payload.ext, payload.data)
-    result = ShardResult(writer.info, tuple(failures))
-    staging.mark_done(job.staging, task.file, result)
-    return result
+    return shard_task.pack_shard(job, task, deadly)
 
 
-def read_source(job: PackJob, source: Source) -> tuple[bytes, Payload]:
-    """A source's bytes, and what becomes of them in the job's tier."""
-    path = os.path.join(job.root, source.path)  # a pathlib.Path would cost a sixtieth of the whole
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise BadVideoError("not a file (a folder, pipe or device)")
-    if status.st_size > MAX_MEMBER_BYTES:
-        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
-    with open(path, "rb", buffering=0) as file:
-        data = file.read()
-    payload = make_payload(data, os.path.splitext(path)[1][1:].lower(), job.probe(data), job.encoding)
-    if len(payload.data) > MAX_MEMBER_BYTES:
-        raise BadVideoError(
-            f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"
-        )
-    return data, payload
+def _try_source(job: PackJob, source: Source) -> None:
+    from shard_tools import shard_task
 
-
-def _failure(job: PackJob, task: ShardTask, source: Source, error: Exception) -> Failure:
-    """The record of a source that was not packed.
-
-    Without time and process: failures.jsonl is part of the data set, and the same inputs give the same bytes.
-    """
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return Failure(
-        stage="pack",
-        dataset=job.dataset,
-        shard=task.file,
-        key=source.key,
-        error=type(error).__name__,
-        message=f"{source.path}: {reason}",
-        traceback=ledger.compact_traceback(error),
-        action="skipped",
-    )
+    shard_task.try_source(job, source)
 
 
 def write_shards(
@@ -171,11 +109,6 @@ def _without_deadly(job: PackJob, task: ShardTask, execute: Executor) -> ShardRe
             f"{task.file}: {outcome}, and no single source of it does that; check the memory (dmesg), then run again"
         )
     return outcome
-
-
-def _try_source(job: PackJob, source: Source) -> None:
-    with contextlib.suppress(OSError, BadVideoError):  # packing the shard will say so
-        read_source(job, source)
 
 
 def _check_room(job: PackJob, needed: int) -> None:

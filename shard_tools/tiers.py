@@ -20,18 +20,13 @@ import numpy as np
 import xxhash
 
 from shard_tools.container import Planes, decode_frames, frame_decoder, open_video, padded_packet, planes_of
+from shard_tools.encoding import BEST_QUALITY, LEAST_PSNR_DB, Encoding
 from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.frames import BadVideoError
 from shard_tools.sources import Source
 
-BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
-# Left to choose, the coarsest quality is taken that keeps every plane of every frame this close to what was decoded: a
-# decoder's time goes with the coefficients it finds. 41 dB leaves 1 dB to what is promised, for other decoders' rounding.
-LEAST_PSNR_DB = 41.0
 _COARSEST = 8  # that is chosen
 _LOOK_EVERY = 8  # frames; a quality that fails these is not tried on all
-# Bytes of a tier over bytes of the source, for clips as in Something-Something-v2: what planning shards takes for sizes.
-EXPECTED_GROWTH = {"source": 1, "mjpeg": 5.5, "y4m": 85}
 
 
 @dataclass(frozen=True)
@@ -62,26 +57,6 @@ class Payload:
             frame_offsets=self.frame_offsets,
             frame_xxh3=self.frame_xxh3,
         )
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """A tier and its settings.
-
-    `quality` is of mjpeg, FFmpeg's qscale from 2 (best) to 31, or None: chosen for each video (LEAST_PSNR_DB). With `short_side` frames are shrunk (never enlarged)
-    until the shorter side has so many pixels; not in tier "source".
-    """
-
-    tier: str = "source"
-    quality: int | None = None
-    short_side: int | None = None
-
-    def __str__(self) -> str:
-        quality = f" quality {self.quality or 'auto'}" if self.tier == "mjpeg" else ""
-        return self.tier + quality + (f" short side {self.short_side}" if self.short_side else "")
-
-
-SOURCE = Encoding()
 
 
 def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Payload:

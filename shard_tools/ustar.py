@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BufferedIOBase, RawIOBase
 from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
 BLOCK = 512
@@ -44,17 +43,6 @@ def tar_header(name: str, size: int) -> bytes:
     assert 0 <= size <= MAX_MEMBER_BYTES, size
     checksum = b"%06o\0 " % (_FIXED_SUM + sum(encoded) + sum(digits))
     return b"".join((encoded.ljust(100, b"\0"), _OWNER, digits, _MTIME, checksum, _REST))
-
-
-def tar_headers(names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
-    """`tar_header` of many members at once: (members, BLOCK) uint8. Sizes are at most MAX_MEMBER_BYTES."""
-    template = np.frombuffer(tar_header("", 0), np.uint8)
-    blocks = np.repeat(template[None], len(names), axis=0)
-    blocks[:, :100] = np.array([name.encode() for name in names], "S100").view(np.uint8).reshape(-1, 100)
-    blocks[:, 124:135] = ord("0") + (sizes[:, None] >> 3 * np.arange(10, -1, -1)) % 8
-    sums = _FIXED_SUM + blocks[:, :100].sum(axis=1, dtype=np.int64) + blocks[:, 124:136].sum(axis=1, dtype=np.int64)
-    blocks[:, 148:154] = ord("0") + (sums[:, None] >> 3 * np.arange(5, -1, -1)) % 8
-    return blocks
 
 
 def padding(size: int) -> bytes:

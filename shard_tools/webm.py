@@ -10,6 +10,7 @@ Sources: RFC 8794 (EBML), RFC 9559 (Matroska), VP9 Bitstream & Decoding Process 
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -28,8 +29,8 @@ _SEEK_HEAD, _SEEK, _SEEK_ID, _SEEK_POSITION = 0x114D9B74, 0x4DBB, 0x53AB, 0x53AC
 _INFO, _TIMESTAMP_SCALE = 0x1549A966, 0x2AD7B1
 # What may stand beside what is read. In the segment: cues, tags.
 _IN_SEGMENT = {0x1C53BB6B, 0x1254C367, _VOID, _CRC}
-_IN_CLUSTER = {_SIMPLE_BLOCK, _BLOCK_GROUP, 0xE7, 0xA7, 0xAB, _VOID, _CRC}  # time, position, size of the one before
-_IN_GROUP = {_BLOCK, 0x9B, 0xFB, 0x75A2, _VOID, _CRC}  # duration, reference, padding
+_IN_CLUSTER = {0xE7, 0xA7, 0xAB, _VOID, _CRC}  # time, position, size of the one before
+_IN_GROUP = {0x9B, 0xFB, 0x75A2, _VOID, _CRC}  # duration, reference, padding
 # Of a track: flags, language, names, additions. Of the picture: interlaced, display size.
 _IN_ANY_TRACK = {_UID, _NUMBER, _TYPE, _CODEC, 0x88, 0x55AA, 0x9C, 0x22B59C, 0x536E, 0x258688, 0x55EE, _VOID}
 _IN_TRACK = _IN_ANY_TRACK | {_FRAME_NS, _PICTURE}
@@ -45,6 +46,11 @@ _MOST_RATE = 30_000  # FFmpeg's bound for both parts of a frame rate
 _VP9_MATRICES = {0: None, 1: "bt601", 2: "bt709", 3: "bt601"}
 _MATRICES = {1: "bt709", 5: "bt601", 6: "bt601"}
 _RANGES = {1: "limited", 2: "full"}
+
+# Bytes of a variable-length integer by its first byte, and its largest value by its bytes; more than eight is none.
+_LENGTHS = bytes(9 - byte.bit_length() for byte in range(256))
+_UNKNOWN = (0, *((1 << 7 * length) - 1 for length in range(1, 9)), 0)
+_SHORT_BLOCK = struct.Struct(">BHBxxB")  # id, size, track, time, flags; then its packet
 
 Packets = list[tuple[int, int]]  # offset and size of each, in file order
 _Fields = dict[int, bytes]
@@ -132,7 +138,7 @@ def _parse(payload: bytes) -> tuple[list[_Fields], Packets]:
     packets: Packets = []
     for name, begin, end in _elements(payload, start, stop):
         if name == _CLUSTER and tracks:
-            packets += _blocks(payload, begin, end, kinds, _IN_CLUSTER)
+            _add_packets(packets, payload, begin, end, kinds)
         elif name == _TRACKS and not tracks:
             tracks = _tracks(payload[begin:end])
             kinds = _kinds(tracks)
@@ -215,25 +221,55 @@ def _is_cue(content: bytes) -> bool:
     return b"\r" not in content and len(lines) == 3 and bool(lines[2].rstrip(b"\n"))
 
 
-def _blocks(payload: bytes, begin: int, end: int, kinds: dict[int, int], known: set[int]) -> Iterator[tuple[int, int]]:
-    """The video track's packets in a cluster (or a group in it)."""
-    for name, start, stop in _elements(payload, begin, end):
-        if name not in known:
-            raise _Unusual
-        if name in (_SIMPLE_BLOCK, _BLOCK):
-            kind = kinds[payload[start]]
-            if kind and (payload[start + 3] & _LACING or stop - start <= 4):  # track, two bytes of time, flags
-                raise _Unusual
-            if kind == _VIDEO:
-                yield start + 4, stop - start - 4
-            elif kind == _SUBTITLES and not _is_cue(payload[start + 4 : stop]):
-                raise _Unusual
+def _add_packets(packets: Packets, payload: bytes, begin: int, end: int, kinds: dict[int, int]) -> None:
+    """Append the video track's packets in a cluster."""
+    while (begin := _add_short_blocks(packets, payload, begin, end, next(iter(kinds)))) < end:
+        name, start, begin = next(_elements(payload, begin, end))
+        if name == _SIMPLE_BLOCK:
+            _add_block(packets, payload, start, begin, kinds)
         elif name == _BLOCK_GROUP:
-            if sum(child == _BLOCK for child, _, _ in _elements(payload, start, stop)) != 1:
+            children = [*_elements(payload, start, begin)]
+            if sum(child == _BLOCK for child, _, _ in children) != 1:
                 raise _Unusual
-            yield from _blocks(payload, start, stop, kinds, _IN_GROUP)
-        elif stop - start > 8 and name != _VOID:  # all others are numbers
-            raise _Unusual
+            for child, start, stop in children:
+                if child == _BLOCK:
+                    _add_block(packets, payload, start, stop, kinds)
+                else:
+                    _check_number(child, start, stop, _IN_GROUP)
+        else:
+            _check_number(name, start, begin, _IN_CLUSTER)
+
+
+def _add_short_blocks(packets: Packets, payload: bytes, at: int, end: int, track: int) -> int:
+    """Append the packets from `at` on as long as they are what nearly all elements of a file are; where that ends.
+
+    That is, simple blocks of the video track with 4 to 16,383 bytes, which then are read in one go.
+    """
+    last = end - _SHORT_BLOCK.size
+    while at <= last:
+        name, size, number, flags = _SHORT_BLOCK.unpack_from(payload, at)
+        stop = at + size - 0x3FFD  # the size has a mark, 0x4000; three bytes come before what it counts
+        if name != _SIMPLE_BLOCK or not 0x4004 < size < 0x7FFF or number != track or flags & _LACING or stop > end:
+            break
+        packets.append((at + 7, size - 0x4004))
+        at = stop
+    return at
+
+
+def _add_block(packets: Packets, payload: bytes, start: int, stop: int, kinds: dict[int, int]) -> None:
+    """Append a block's packet, if it is the video track's."""
+    kind = kinds[payload[start]]
+    if kind and (payload[start + 3] & _LACING or stop - start <= 4):  # track, two bytes of time, flags
+        raise _Unusual
+    if kind == _VIDEO:
+        packets.append((start + 4, stop - start - 4))
+    elif kind == _SUBTITLES and not _is_cue(payload[start + 4 : stop]):
+        raise _Unusual
+
+
+def _check_number(name: int, start: int, stop: int, known: set[int]) -> None:
+    if name not in known or (stop - start > 8 and name != _VOID):
+        raise _Unusual
 
 
 def _fields(data: bytes, known: set[int] | None = None) -> _Fields:
@@ -255,13 +291,19 @@ def _number(content: bytes) -> int:
 def _elements(payload: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Id, and begin and end of the content, of the elements that fill `start` to `end`."""
     while start < end:
-        length = 9 - payload[start].bit_length()
-        name = int.from_bytes(payload[start : start + length], "big")
-        start += length
-        length = 9 - payload[start].bit_length()
-        size = int.from_bytes(payload[start : start + length], "big") & ((1 << 7 * length) - 1)
-        start += length
-        if length > 8 or size == (1 << 7 * length) - 1 or start + size > end:
+        name, at = payload[start], start + 1
+        if name < 0x80:  # more than one byte
+            at = start + _LENGTHS[name]
+            name = int.from_bytes(payload[start:at], "big")
+        size = payload[at]
+        if size >= 0x80:
+            start, size, unknown = at + 1, size - 0x80, 0x7F
+        else:
+            start = at + _LENGTHS[size]
+            unknown = _UNKNOWN[start - at]
+            size = int.from_bytes(payload[at:start], "big") & unknown
+        stop = start + size
+        if size == unknown or stop > end:
             raise _Unusual  # a length that is not known (all ones), or does not fit
-        yield name, start, start + size
-        start += size
+        yield name, start, stop
+        start = stop

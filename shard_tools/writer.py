@@ -13,9 +13,12 @@ from typing import Any, Self
 
 import xxhash
 
-from shard_tools.format import SampleInfo, ShardInfo, index_bytes, index_name, sync_folder, write_atomic
+from shard_tools.format import SampleInfo, ShardInfo, index_name, sync_folder, write_atomic
+from shard_tools.shard_index import index_bytes
 from shard_tools.ustar import BLOCK, RECORD, padding, tar_header
 
+_GATHER = 1 << 20  # bytes a write to the file has at least: the kernel then takes large pages, in half of the time
+_MOST_PARTS = os.sysconf("SC_IOV_MAX") - 3  # of one such write
 _SEND = 4 << 20  # bytes between two requests to write to the disk
 
 
@@ -31,10 +34,11 @@ class ShardWriter:
         self._temporary = folder / f".{name}.{os.getpid()}.tmp"
         self._hasher = xxhash.xxh3_64()
         self._rows: list[dict[str, Any]] = []
-        self._offset = self._on_its_way = 0
+        self._parts: list[bytes] = []  # gathered, not written yet
+        self._offset = self._written = self._on_its_way = 0
 
     def __enter__(self) -> Self:
-        self._file = self._temporary.open("wb", buffering=0)  # a sample is one write: a buffer would copy it once more
+        self._file = self._temporary.open("wb", buffering=0)  # a buffer would copy once more
         return self
 
     def add(self, info: SampleInfo, ext: str, payload: bytes) -> None:
@@ -47,7 +51,7 @@ class ShardWriter:
             )
         )  # fmt: skip
         json_offset, payload_offset = self._offset + BLOCK, self._offset + len(front)
-        self._write(front, payload, padding(len(payload)))
+        self._append(front, payload, padding(len(payload)))
         self._rows.append(
             {
                 **info.in_index(),
@@ -70,30 +74,39 @@ class ShardWriter:
         finally:
             self._discard()
 
-    def _write(self, *parts: bytes) -> None:
+    def _append(self, *parts: bytes) -> None:
         for part in parts:
             self._hasher.update(part)
-        size = sum(map(len, parts))
-        self._offset += size
+            self._offset += len(part)
+        self._parts += parts
+        if self._offset - self._written >= _GATHER or len(self._parts) > _MOST_PARTS:
+            self._write()
+
+    def _write(self) -> None:
+        """Write what was gathered."""
+        size = self._offset - self._written
         try:
-            written = os.writev(self._file.fileno(), parts)
+            written = os.writev(self._file.fileno(), self._parts)
             if written < size:  # the disk is all but full, or a signal came
-                rest = memoryview(b"".join(parts))[written:]
+                rest = memoryview(b"".join(self._parts))[written:]
                 while rest:
                     rest = rest[os.writev(self._file.fileno(), (rest,)) :]
-            if self._offset - self._on_its_way >= _SEND:
+            self._parts.clear()
+            self._written = self._offset
+            if self._written - self._on_its_way >= _SEND:
                 self._send()
         except OSError as problem:
             raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
 
     def _send(self) -> None:
         """Have the kernel begin to write to the disk now, and not only when `fsync` waits for it."""
-        os.posix_fadvise(self._file.fileno(), self._on_its_way, self._offset - self._on_its_way, os.POSIX_FADV_DONTNEED)
-        self._on_its_way = self._offset
+        os.posix_fadvise(self._file.fileno(), self._on_its_way, self._written - self._on_its_way, os.POSIX_FADV_DONTNEED)
+        self._on_its_way = self._written
 
     def _commit(self) -> None:
         end = 2 * BLOCK
-        self._write(b"\0" * (end + -(self._offset + end) % RECORD))
+        self._append(b"\0" * (end + -(self._offset + end) % RECORD))
+        self._write()
         self._send()
         index = index_bytes(self._rows)  # while the disk is at work
         os.fsync(self._file.fileno())

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import settings
 
 from shard_tools import pack
-from shard_tools.format import index_name, read_dataset, read_index
+from shard_tools.format import index_name, read_dataset
+from shard_tools.shard_index import read_index
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"

@@ -11,9 +11,10 @@ import pytest
 
 from shard_tools import contact_sheet, describe
 from shard_tools.command import CommandError
-from shard_tools.format import index_name, read_dataset, read_index
+from shard_tools.format import index_name, read_dataset
 from shard_tools.frames import probe
 from shard_tools.samples import to_rgb
+from shard_tools.shard_index import read_index
 from tests.conftest import pack_here
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from shard_tools import bench
 from shard_tools.command import CommandError
+from shard_tools.encoding import EXPECTED_GROWTH
 from shard_tools.format import read_dataset
-from shard_tools.tiers import EXPECTED_GROWTH
 from tests.conftest import contents
 
 

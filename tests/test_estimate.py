@@ -17,12 +17,14 @@ from video_maker import make_video
 from shard_tools import clip_cost, estimate
 from shard_tools.clip_cost import clip_frames
 from shard_tools.command import CommandError
+from shard_tools.encoding import Encoding
 from shard_tools.estimate import Estimate, TierEstimate, Written, choose, verdict
 from shard_tools.format import TIERS, read_dataset
 from shard_tools.frames import BadVideoError, probe
-from shard_tools.shard_work import PackJob, read_source
+from shard_tools.plan import PackJob
+from shard_tools.shard_task import read_source
 from shard_tools.sources import Source, find_sources
-from shard_tools.tiers import Encoding, make_payload
+from shard_tools.tiers import make_payload
 
 Capture = pytest.CaptureFixture[str]
 _UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}

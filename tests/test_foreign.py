@@ -23,8 +23,9 @@ from video_maker import make_video
 from shard_tools import index, inspection, ledger, verify
 from shard_tools.command import CommandError
 from shard_tools.foreign import Tape, read_samples, split_name, walk
-from shard_tools.format import FAILURES_FILE, index_name, read_dataset, read_index
+from shard_tools.format import FAILURES_FILE, index_name, read_dataset
 from shard_tools.ledger import Failure
+from shard_tools.shard_index import read_index
 from shard_tools.ustar import BLOCK, ShardDamage, padding, tar_header
 
 Members = list[tuple[str, bytes]]

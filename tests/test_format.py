@@ -21,18 +21,15 @@ from hypothesis import strategies as st
 from shard_tools import format as contract
 from shard_tools.format import (
     DATASET_FILE,
-    INDEX_SCHEMA,
     KEY_PATTERN,
     DatasetError,
     ShardInfo,
-    index_bytes,
     make_dataset,
     make_key,
-    parse_index,
     read_dataset,
-    read_index,
     write_atomic,
 )
+from shard_tools.shard_index import INDEX_SCHEMA, index_bytes, parse_index, read_index
 from shard_tools.ustar import BLOCK, MAX_MEMBER_BYTES, ShardDamage, padding, parse_header, read_members, tar_header
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=120)  # any text that UTF-8 can hold

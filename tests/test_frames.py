@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shard_tools.encoding import Encoding
 from shard_tools.format import Video
 from shard_tools.frames import BadVideoError, declared_size, probe
-from shard_tools.tiers import Encoding, make_payload
+from shard_tools.tiers import make_payload
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,10 @@ from video_maker import make_video
 from shard_tools import bench, describe, index, inspection, ledger, repair, verify
 from shard_tools.command import CommandError
 from shard_tools.foreign_index import ScanJob
-from shard_tools.format import DATASET_FILE, FAILURES_FILE, Video, index_bytes, index_name, read_dataset, read_index
+from shard_tools.format import DATASET_FILE, FAILURES_FILE, Video, index_name, read_dataset
 from shard_tools.frames import probe
 from shard_tools.ledger import Failure
+from shard_tools.shard_index import index_bytes, read_index
 from shard_tools.ustar import BLOCK
 
 Sample = dict[str, object]

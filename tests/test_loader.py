@@ -27,7 +27,8 @@ from salt_wds.policy import LoaderStopped
 from salt_wds.views import Views
 from shard_tools import ledger
 from shard_tools.command import CommandError
-from shard_tools.format import index_name, read_dataset, read_index
+from shard_tools.format import index_name, read_dataset
+from shard_tools.shard_index import read_index
 
 
 def abort_on_key(sample, key):

@@ -22,8 +22,9 @@ from conftest import RunModule, contents, pack_here
 
 from shard_tools import frames, ledger, pack, pack_options
 from shard_tools.command import CommandError
-from shard_tools.format import INDEX_SCHEMA, Video, index_name, read_dataset
+from shard_tools.format import Video, index_name, read_dataset
 from shard_tools.plan import make_plan
+from shard_tools.shard_index import INDEX_SCHEMA
 from shard_tools.sources import find_sources
 from shard_tools.ustar import MAX_MEMBER_BYTES
 

@@ -15,7 +15,8 @@ from salt_wds.config import load_config
 from salt_wds.training import train
 from shard_tools import ledger, pack, synth
 from shard_tools.command import CommandError
-from shard_tools.format import index_name, read_dataset, read_index
+from shard_tools.format import index_name, read_dataset
+from shard_tools.shard_index import read_index
 
 SMALL = (
     "data.num_workers=0", "data.batch_size=8", "data.train_views=1", "probe.heads=2", "probe.epochs=2",

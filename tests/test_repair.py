@@ -19,7 +19,8 @@ from conftest import REPOSITORY, RunModule, contents, pack_here, serially, wait_
 from test_verify import Copy, Fault
 
 from shard_tools import inspection, ledger, pack, repair, salvage, staging
-from shard_tools.format import DATASET_FILE, index_bytes, index_name, parse_index, read_dataset
+from shard_tools.format import DATASET_FILE, index_name, read_dataset
+from shard_tools.shard_index import index_bytes, parse_index
 from shard_tools.ustar import BLOCK
 from shard_tools.writer import ShardWriter
 

@@ -8,9 +8,10 @@ import pytest
 import video_maker
 import xxhash
 
+from shard_tools.encoding import Encoding
 from shard_tools.format import SampleInfo, SourceFile, frame_span
 from shard_tools.frames import BadVideoError, probe
-from shard_tools.tiers import Encoding, make_payload, to_jpeg_colour
+from shard_tools.tiers import make_payload, to_jpeg_colour
 
 
 def make_video(width, height, frames, pix_fmt="yuv420p", codec="ffv1", container="matroska", **more):

@@ -17,7 +17,8 @@ from salt_wds.training import train
 from salt_wds.validation import Validation
 from shard_tools import ledger
 from shard_tools.command import CommandError
-from shard_tools.format import index_name, read_dataset, read_index
+from shard_tools.format import index_name, read_dataset
+from shard_tools.shard_index import read_index
 
 CPU = torch.device("cpu")
 

@@ -21,19 +21,11 @@ import xxhash
 from conftest import RunModule, contents, pack_here, serially
 
 from shard_tools import inspection, ledger, shard_check, verify
-from shard_tools.format import (
-    DATASET_FILE,
-    Dataset,
-    ShardInfo,
-    index_bytes,
-    index_name,
-    make_dataset,
-    parse_index,
-    read_dataset,
-)
+from shard_tools.format import DATASET_FILE, Dataset, ShardInfo, index_name, make_dataset, read_dataset
 from shard_tools.ledger import Failure
 from shard_tools.proof import prove
 from shard_tools.shard_check import KINDS, Problem, check_shard
+from shard_tools.shard_index import index_bytes, parse_index
 from shard_tools.ustar import BLOCK, padding, tar_header
 
 Rows = list[dict]

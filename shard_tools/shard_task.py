@@ -1,0 +1,82 @@
+"""What a worker of a pack does: one shard of its sources, by a process that may die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+
+from shard_tools import ledger, staging
+from shard_tools.executors import WorkerDiedError
+from shard_tools.frames import BadVideoError, probe
+from shard_tools.ledger import Failure
+from shard_tools.plan import PackJob, ShardTask
+from shard_tools.sources import Source
+from shard_tools.staging import ShardResult
+from shard_tools.tiers import Payload, make_payload
+from shard_tools.ustar import MAX_MEMBER_BYTES
+from shard_tools.writer import ShardWriter
+
+
+def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset()) -> ShardResult:
+    """Write one shard with its index and its mark of completion into the staging folder.
+
+    Args:
+        deadly: keys whose probe kills the process; they fail without being tried.
+    """
+    failures = []
+    with ShardWriter(job.staging, task.file) as writer:
+        for source in task.sources:
+            try:
+                if source.key in deadly:
+                    raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
+                data, payload = read_source(job, source)
+            except (OSError, BadVideoError, WorkerDiedError) as error:
+                failures.append(_failure(job, task, source, error))
+                continue
+            writer.add(payload.sample_info(source, data), payload.ext, payload.data)
+    result = ShardResult(writer.info, tuple(failures))
+    staging.mark_done(job.staging, task.file, result)
+    return result
+
+
+def read_source(job: PackJob, source: Source) -> tuple[bytes, Payload]:
+    """A source's bytes, and what becomes of them in the job's tier."""
+    path = os.path.join(job.root, source.path)  # a pathlib.Path would cost a sixtieth of the whole
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadVideoError("not a file (a folder, pipe or device)")
+    if status.st_size > MAX_MEMBER_BYTES:
+        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
+    with open(path, "rb", buffering=0) as file:
+        data = file.read()
+    payload = make_payload(data, os.path.splitext(path)[1][1:].lower(), (job.probe or probe)(data), job.encoding)
+    if len(payload.data) > MAX_MEMBER_BYTES:
+        raise BadVideoError(
+            f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"
+        )
+    return data, payload
+
+
+def _failure(job: PackJob, task: ShardTask, source: Source, error: Exception) -> Failure:
+    """The record of a source that was not packed.
+
+    Without time and process: failures.jsonl is part of the data set, and the same inputs give the same bytes.
+    """
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Failure(
+        stage="pack",
+        dataset=job.dataset,
+        shard=task.file,
+        key=source.key,
+        error=type(error).__name__,
+        message=f"{source.path}: {reason}",
+        traceback=ledger.compact_traceback(error),
+        action="skipped",
+    )
+
+
+def try_source(job: PackJob, source: Source) -> None:
+    """Read a source as packing does: whether the process survives it is what is asked."""
+    with contextlib.suppress(OSError, BadVideoError):  # packing the shard will say so
+        read_source(job, source)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import pydantic_core
 import xxhash
 
 from shard_tools import __version__
@@ -112,7 +113,7 @@ class SampleInfo:
         for name in ("frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
-        return _ENCODER.encode(record).encode()
+        return pydantic_core.to_json(record)
 
     def in_index(self) -> dict[str, Any]:
         """What the sample's index row repeats of it."""
@@ -124,9 +125,6 @@ class SampleInfo:
             "width": video.width,
             "height": video.height,
         }
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @functools.cache  # made once, where it is needed: it takes a tenth of the time a command takes to load

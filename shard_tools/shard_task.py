@@ -34,7 +34,7 @@ def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset
             except (OSError, BadVideoError, WorkerDiedError) as error:
                 failures.append(_failure(job, task, source, error))
                 continue
-            writer.add(payload.sample_info(source, data), payload.ext, payload.data)
+            writer.add(payload.sample_info(source, data), payload.ext, payload.data, payload.xxh3)
     result = ShardResult(writer.info, tuple(failures))
     staging.mark_done(job.staging, task.file, result)
     return result
@@ -43,19 +43,30 @@ def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset
 def read_source(job: PackJob, source: Source) -> tuple[bytes, Payload]:
     """A source's bytes, and what becomes of them in the job's tier."""
     path = os.path.join(job.root, source.path)  # a pathlib.Path would cost a sixtieth of the whole
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise BadVideoError("not a file (a folder, pipe or device)")
-    if status.st_size > MAX_MEMBER_BYTES:
-        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
-    with open(path, "rb", buffering=0) as file:
-        data = file.read()
+    data = _read_file(path)
     payload = make_payload(data, os.path.splitext(path)[1][1:].lower(), (job.probe or probe)(data), job.encoding)
     if len(payload.data) > MAX_MEMBER_BYTES:
         raise BadVideoError(
             f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"
         )
     return data, payload
+
+
+def _read_file(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would wait for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadVideoError("not a file (a folder, pipe or device)")
+        if status.st_size > MAX_MEMBER_BYTES:
+            raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
+        data = os.read(descriptor, status.st_size + 1)
+        if len(data) == status.st_size:  # as it nearly always is; a read gives 2 GiB at most, and a file may grow
+            return data
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return data + file.read()
+    finally:
+        os.close(descriptor)
 
 
 def _failure(job: PackJob, task: ShardTask, source: Source, error: Exception) -> Failure:

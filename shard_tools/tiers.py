@@ -10,6 +10,7 @@ Frames never pass through RGB, and are numbered as they are decoded: a variable 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,8 +44,14 @@ class Payload:
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
+    @functools.cached_property
+    def xxh3(self) -> int:
+        """XXH3-64 of the bytes."""
+        return xxhash.xxh3_64_intdigest(self.data)
+
     def sample_info(self, source: Source, data: bytes) -> SampleInfo:
         """What KEY.json says of this payload, made of the source file with the bytes `data`."""
+        xxh3 = self.xxh3 if data is self.data else xxhash.xxh3_64_intdigest(data)
         return SampleInfo(
             key=source.key,
             split=source.split,
@@ -52,7 +59,7 @@ class Payload:
             label_text=source.label_text,
             template=source.template,
             placeholders=source.placeholders,
-            source=SourceFile(source.path, len(data), xxhash.xxh3_64_hexdigest(data)),
+            source=SourceFile(source.path, len(data), f"{xxh3:016x}"),
             video=self.video,
             frame_offsets=self.frame_offsets,
             frame_xxh3=self.frame_xxh3,

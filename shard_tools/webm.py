@@ -169,8 +169,9 @@ def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None
     """FFmpeg goes where it points."""
     for name, start, stop in _elements(payload, begin, end):
         if name == _SEEK:
-            fields = _fields(payload[start:stop])
-            if not payload.startswith(fields[_SEEK_ID], segment + _number(fields[_SEEK_POSITION])):
+            (first, to, its_end), (second, at, stop) = _elements(payload, start, stop)
+            target = segment + _number(payload[at:stop])
+            if first != _SEEK_ID or second != _SEEK_POSITION or not payload.startswith(payload[to:its_end], target):
                 raise _Unusual
         elif name not in (_VOID, _CRC):
             raise _Unusual

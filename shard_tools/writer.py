@@ -17,7 +17,7 @@ from shard_tools.format import SampleInfo, ShardInfo, index_name, sync_folder, w
 from shard_tools.shard_index import index_bytes
 from shard_tools.ustar import BLOCK, RECORD, padding, tar_header
 
-_GATHER = 1 << 20  # bytes a write to the file has at least: the kernel then takes large pages, in half of the time
+_GATHER = 1 << 20  # bytes a write to the file has at least: the kernel then takes large pages, which halves its time
 _MOST_PARTS = os.sysconf("SC_IOV_MAX") - 3  # of one such write
 _SEND = 4 << 20  # bytes between two requests to write to the disk
 
@@ -41,8 +41,13 @@ class ShardWriter:
         self._file = self._temporary.open("wb", buffering=0)  # a buffer would copy once more
         return self
 
-    def add(self, info: SampleInfo, ext: str, payload: bytes) -> None:
-        """Append the two members of one sample and its index row. `ext` is without a dot."""
+    def add(self, info: SampleInfo, ext: str, payload: bytes, xxh3: int | None = None) -> None:
+        """Append the two members of one sample and its index row.
+
+        Args:
+            ext: without a dot.
+            xxh3: XXH3-64 of the payload, where it is known.
+        """
         head = info.to_json()
         front = b"".join(
             (
@@ -61,7 +66,7 @@ class ShardWriter:
                 "payload_size": len(payload),
                 "ext": ext,
                 "xxh3_json": xxhash.xxh3_64_intdigest(head),
-                "xxh3_payload": xxhash.xxh3_64_intdigest(payload),
+                "xxh3_payload": xxhash.xxh3_64_intdigest(payload) if xxh3 is None else xxh3,
             }
         )
 
@@ -100,7 +105,9 @@ class ShardWriter:
 
     def _send(self) -> None:
         """Have the kernel begin to write to the disk now, and not only when `fsync` waits for it."""
-        os.posix_fadvise(self._file.fileno(), self._on_its_way, self._written - self._on_its_way, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(
+            self._file.fileno(), self._on_its_way, self._written - self._on_its_way, os.POSIX_FADV_DONTNEED
+        )
         self._on_its_way = self._written
 
     def _commit(self) -> None:

@@ -6,11 +6,11 @@ workers, and a half-finished output is recognised by the plan's hash.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pydantic_core
 import xxhash
 
 from shard_tools.encoding import SOURCE, Encoding
@@ -92,12 +92,9 @@ def make_plan(
         members = sorted((s for s in sources if s.split == split), key=lambda s: (_order(seed, s.key), s.key))
         groups = _fill(members, sizes, target)
         tasks += [ShardTask(shard_name(split, n), split, tuple(group)) for n, group in enumerate(groups)]
-    digest = xxhash.xxh3_128()
-    digest.update(json.dumps([FORMAT_VERSION, name, encoding, seed, target, *classes]).encode())
+    digest = xxhash.xxh3_128(pydantic_core.to_json([FORMAT_VERSION, name, encoding, seed, target, *classes]))
     for task in tasks:
-        digest.update(task.file.encode())
-        for source in task.sources:
-            digest.update(json.dumps([*source, sizes[source.key]]).encode())
+        digest.update(pydantic_core.to_json([task.file, *((*source, sizes[source.key]) for source in task.sources)]))
     return Plan(tuple(tasks), digest.hexdigest(), target)
 
 

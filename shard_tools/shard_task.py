@@ -1,10 +1,12 @@
-"""What a worker of a pack does: one shard of its sources, by a process that may die."""
+"""What a worker of a pack does: shards of their sources, by a process that may die."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from shard_tools import ledger, staging
 from shard_tools.executors import WorkerDiedError
@@ -18,14 +20,26 @@ from shard_tools.ustar import MAX_MEMBER_BYTES
 from shard_tools.writer import ShardWriter
 
 
-def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset()) -> ShardResult:
-    """Write one shard with its index and its mark of completion into the staging folder.
+def pack_shards(job: PackJob, run: Sequence[ShardTask], deadly: frozenset[str] = frozenset()) -> list[ShardResult]:
+    """Write shards with their indexes and marks of completion into the staging folder.
+
+    While one is brought to the disk the next is filled.
 
     Args:
         deadly: keys whose probe kills the process; they fail without being tried.
     """
+    with ThreadPoolExecutor(1) as disk:
+        commits = [disk.submit(_commit, job, task, *_fill(job, task, deadly)) for task in run]
+        return [commit.result() for commit in commits]
+
+
+def _fill(
+    job: PackJob, task: ShardTask, deadly: frozenset[str]
+) -> tuple[ShardWriter, contextlib.ExitStack, list[Failure]]:
+    """A writer with the shard's samples, the block that is to be left to commit it, and what is missing."""
     failures = []
-    with ShardWriter(job.staging, task.file) as writer:
+    with contextlib.ExitStack() as block:
+        writer = block.enter_context(ShardWriter(job.staging, task.file))
         for source in task.sources:
             try:
                 if source.key in deadly:
@@ -35,6 +49,13 @@ def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset
                 failures.append(_failure(job, task, source, error))
                 continue
             writer.add(payload.sample_info(source, data), payload.ext, payload.data, payload.xxh3)
+        return writer, block.pop_all(), failures
+
+
+def _commit(
+    job: PackJob, task: ShardTask, writer: ShardWriter, block: contextlib.ExitStack, failures: list[Failure]
+) -> ShardResult:
+    block.close()
     result = ShardResult(writer.info, tuple(failures))
     staging.mark_done(job.staging, task.file, result)
     return result

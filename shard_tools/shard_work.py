@@ -25,14 +25,15 @@ from shard_tools.staging import ShardResult
 
 LOG_INTERVAL_S = 10.0
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
+Run = tuple[ShardTask, ...]
+_LONGEST_RUN = 4
 WORKER_MODULE = "shard_tools.shard_task"
 
 
-def pack_shard(job: PackJob, task: ShardTask, deadly: frozenset[str] = frozenset()) -> ShardResult:
-    """`shard_task.pack_shard`, loaded where it runs."""
+def _pack_shards(job: PackJob, run: Run, deadly: frozenset[str] = frozenset()) -> list[ShardResult]:
     from shard_tools import shard_task
 
-    return shard_task.pack_shard(job, task, deadly)
+    return shard_task.pack_shards(job, run, deadly)
 
 
 def _try_source(job: PackJob, source: Source) -> None:
@@ -51,11 +52,24 @@ def write_shards(
         print(f"continuing: {len(results)} of {len(plan.tasks)} shards were already written", flush=True)
     _check_room(job, sum(sizes[s.key] for t in todo for s in t.sources))
     with Progress(plan, sizes, todo) as progress:
-        for task, outcome in execute(functools.partial(pack_shard, job), todo, workers):
-            result = _without_deadly(job, task, execute) if isinstance(outcome, WorkerDiedError) else outcome
-            results[task.file] = result
-            progress.add(task, len(result.failures))
+        for run, outcome in execute(functools.partial(_pack_shards, job), _runs(todo, workers), workers):
+            if isinstance(outcome, WorkerDiedError):
+                outcome = [_without_deadly(job, task, execute) for task in run]
+            for task, result in zip(run, outcome, strict=True):
+                results[task.file] = result
+                progress.add(task, len(result.failures))
     return results
+
+
+def _runs(todo: Sequence[ShardTask], workers: int) -> list[Run]:
+    """Shards that one worker writes in turn: several, so that it need not wait for the disk, and one at the end."""
+    runs: list[Run] = []
+    at = 0
+    while at < len(todo):
+        size = min(_LONGEST_RUN, 1 + (len(todo) - at) // (4 * workers))
+        runs.append(tuple(todo[at : at + size]))
+        at += size
+    return runs
 
 
 class Progress:
@@ -100,15 +114,17 @@ class Progress:
 
 
 def _without_deadly(job: PackJob, task: ShardTask, execute: Executor) -> ShardResult:
-    """Pack a shard that killed its process: find the sources that do so, each tried in a process of its own."""
+    """Pack a shard of a run that killed its process: find the sources that do so, each tried in a process of its own."""
+    if (result := staging.done(job.staging, task.file)) is not None:
+        return result
     trials = execute(functools.partial(_try_source, job), task.sources, 1)
     deadly = frozenset(source.key for source, outcome in trials if isinstance(outcome, WorkerDiedError))
-    [(_, outcome)] = execute(functools.partial(pack_shard, job, deadly=deadly), [task], 1)
+    [(_, outcome)] = execute(functools.partial(_pack_shards, job, deadly=deadly), [(task,)], 1)
     if isinstance(outcome, WorkerDiedError):
         raise CommandError(
             f"{task.file}: {outcome}, and no single source of it does that; check the memory (dmesg), then run again"
         )
-    return outcome
+    return outcome[0]
 
 
 def _check_room(job: PackJob, needed: int) -> None:

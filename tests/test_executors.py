@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +48,21 @@ def die_once(folder: Path, number: int) -> int:
 def tell_pid_and_wait(folder: Path, number: int) -> None:
     (folder / str(os.getpid())).touch()
     time.sleep(60)
+
+
+def faults_of_reusing(size: int) -> int:
+    """Page faults of blocks that come and go, sixteen at a time."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        [os.urandom(size) for _ in range(16)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_a_worker_reuses_the_memory_it_freed() -> None:
+    size = 64 << 10
+    [(_, faults)] = run_local(faults_of_reusing, [size], 1)
+    assert faults < 3 * 16 * size // resource.getpagesize()  # those of the first time, and not of a hundred
 
 
 def test_every_task_comes_back_with_its_result() -> None:

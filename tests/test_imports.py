@@ -56,8 +56,16 @@ def test_shard_tools_never_loads_torch(repository):
     assert not {"torch", "salt_wds", "timm", "transformers"} & set(ast.literal_eval(loaded))
 
 
+def test_packing_loads_decoders_and_arrow_only_in_its_workers(repository):
+    code = "import sys; import shard_tools.pack; print(sorted(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"av", "cv2", "numpy", "pyarrow", "ray"} & set(ast.literal_eval(loaded))
+
+
 def test_salt_wds_takes_only_the_contract_from_shard_tools(repository):
-    allowed = {"format", "ledger", "command", "container", "webm"}
+    allowed = {"format", "shard_index", "ledger", "command", "container", "webm"}
     packing = {"video_files": {"sources", "frames", "executors"}}  # it finds and looks at files as packing does
     for path in modules(repository, "salt_wds"):
         for name in imports(path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -54,8 +53,8 @@ def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, s
 @pytest.mark.parametrize(
     "changed",
     [{"name": "other"}, {"seed": 1}, {"encoding": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c", "d"]},
-     {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]}, {"sources": [replace(SOURCES[0], label=2), *SOURCES[1:]]},
-     {"sources": [replace(SOURCES[0], placeholders=("cup",)), *SOURCES[1:]]}],
+     {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]}, {"sources": [SOURCES[0]._replace(label=2), *SOURCES[1:]]},
+     {"sources": [SOURCES[0]._replace(placeholders=("cup",)), *SOURCES[1:]]}],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
 def test_whatever_changes_the_data_set_changes_the_hash(changed: dict) -> None:

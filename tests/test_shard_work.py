@@ -51,6 +51,15 @@ def test_the_figures_are_those_of_the_work_done_now(
     assert capsys.readouterr().out == "2 of 4 shards, 0 clips/s, 0.5 MB/s, ETA 0:00:40, 3 failed\n"
 
 
+@pytest.mark.parametrize(("shards", "workers"), [(0, 2), (1, 8), (7, 2), (79, 2), (290, 32)])
+def test_workers_get_runs_of_shards_in_order_and_single_ones_at_the_end(shards: int, workers: int) -> None:
+    tasks = [ShardTask(str(number), "train", ()) for number in range(shards)]
+    runs = shard_work._runs(tasks, workers)
+    assert [task for run in runs for task in run] == tasks
+    assert all(len(run) == 1 for run in runs[-workers:])
+    assert max(map(len, runs), default=0) <= max(1, min(4, shards // workers))
+
+
 def test_a_terminal_gets_a_bar_with_all_figures(videos: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "shard_tools.pack", videos, "--out", tmp_path / "out", *SHARDS]

@@ -1,4 +1,4 @@
-"""The contract on disk (design, section 3): names, keys, index schema, dataset.json. The tar itself is in ustar.py.
+"""The contract on disk (design, section 3): names, keys, dataset.json. The tar is in ustar.py, the index in shard_index.py.
 
 Both packages read and write data sets through these files and nothing else, so what they say is what the format is:
 

@@ -52,7 +52,7 @@ def write_shards(
         print(f"continuing: {len(results)} of {len(plan.tasks)} shards were already written", flush=True)
     _check_room(job, sum(sizes[s.key] for t in todo for s in t.sources))
     with Progress(plan, sizes, todo) as progress:
-        for run, outcome in execute(functools.partial(_pack_shards, job), _runs(todo, workers), workers):
+        for run, outcome in execute(functools.partial(_pack_shards, job), _runs(job, todo, workers), workers):
             if isinstance(outcome, WorkerDiedError):
                 outcome = [_without_deadly(job, task, execute) for task in run]
             for task, result in zip(run, outcome, strict=True):
@@ -61,12 +61,16 @@ def write_shards(
     return results
 
 
-def _runs(todo: Sequence[ShardTask], workers: int) -> list[Run]:
-    """Shards that one worker writes in turn: several, so that it need not wait for the disk, and one at the end."""
+def _runs(job: PackJob, todo: Sequence[ShardTask], workers: int) -> list[Run]:
+    """Shards that one worker writes in turn: several, so that it need not wait for the disk, and one at the end.
+
+    Where every frame is encoded, the disk waits for the worker, and a shard takes long enough to be told of each.
+    """
+    longest = _LONGEST_RUN if job.encoding.tier == "source" else 1
     runs: list[Run] = []
     at = 0
     while at < len(todo):
-        size = min(_LONGEST_RUN, 1 + (len(todo) - at) // (4 * workers))
+        size = min(longest, 1 + (len(todo) - at) // (4 * workers))
         runs.append(tuple(todo[at : at + size]))
         at += size
     return runs

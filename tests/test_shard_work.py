@@ -14,7 +14,8 @@ import pytest
 from conftest import REPOSITORY, pack_here
 
 from shard_tools import shard_work
-from shard_tools.plan import Plan, ShardTask
+from shard_tools.encoding import Encoding
+from shard_tools.plan import PackJob, Plan, ShardTask
 from shard_tools.sources import Source
 
 SHARDS = ["--shard-size", "64KiB"]
@@ -54,10 +55,12 @@ def test_the_figures_are_those_of_the_work_done_now(
 @pytest.mark.parametrize(("shards", "workers"), [(0, 2), (1, 8), (7, 2), (79, 2), (290, 32)])
 def test_workers_get_runs_of_shards_in_order_and_single_ones_at_the_end(shards: int, workers: int) -> None:
     tasks = [ShardTask(str(number), "train", ()) for number in range(shards)]
-    runs = shard_work._runs(tasks, workers)
+    runs = shard_work._runs(PackJob(Path(), Path(), "x"), tasks, workers)
     assert [task for run in runs for task in run] == tasks
     assert all(len(run) == 1 for run in runs[-workers:])
     assert max(map(len, runs), default=0) <= max(1, min(4, shards // workers))
+    encoded = shard_work._runs(PackJob(Path(), Path(), "x", Encoding("mjpeg")), tasks, workers)
+    assert encoded == [(task,) for task in tasks]
 
 
 def test_a_terminal_gets_a_bar_with_all_figures(videos: Path, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ from salt_wds.order import Order, Place, sample_rng
 from salt_wds.reader import Reader
 from salt_wds.views import choose_frames, random_crop
 from shard_tools.container import decode_frames, open_video, padded_packet
-from shard_tools.format import COLOURS, TIERS, Video
+from shard_tools.encoding import TIERS
+from shard_tools.format import COLOURS, Video
 from shard_tools.tiers import to_jpeg_colour
 
 FRAMES, STRIDE, SIZE, SCALE, RATIO = 16, 2, 224, (0.5, 1.0), (3 / 4, 4 / 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TIERS = ("source", "mjpeg", "y4m")
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
 # Left to choose, the coarsest quality is taken that keeps every plane of every frame this close to what was decoded: a
 # decoder's time goes with the coefficients it finds. 41 dB leaves 1 dB to what is promised, for other decoders' rounding.

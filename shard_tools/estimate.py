@@ -23,10 +23,10 @@ import xxhash
 
 from shard_tools.clip_cost import CLIP_FRAMES, SIZE, STRIDE, clip_seconds
 from shard_tools.command import CommandError, one_line
-from shard_tools.encoding import EXPECTED_GROWTH, SOURCE, Encoding
-from shard_tools.format import TIERS
+from shard_tools.encoding import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
 from shard_tools.frames import BadVideoError
-from shard_tools.plan import MIB, PackJob, Plan
+from shard_tools.plan import PackJob, Plan
+from shard_tools.shard_size import MIB
 from shard_tools.shard_task import read_source
 from shard_tools.sources import Source
 from shard_tools.ustar import BLOCK, RECORD, padding, tar_header

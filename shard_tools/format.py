@@ -37,7 +37,6 @@ FAILURES_FILE = "failures.jsonl"
 SPLITS = ("train", "validation", "test")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0]{1,250}")  # of a shard: inside the folder of the data set
-TIERS = ("source", "mjpeg", "y4m")  # what is stored of a video, see tiers.py
 FRAME_TIERS = ("mjpeg", "y4m")  # those whose frames are found and read one by one; also their extensions
 Y4M_FRAME_MARK = b"FRAME\n"
 COLOURS = (("bt601", "limited"), ("bt601", "full"), ("bt709", "limited"), ("bt709", "full"))  # (matrix, range)

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from shard_tools.command import Parser
-from shard_tools.encoding import BEST_QUALITY, LEAST_PSNR_DB, WORST_QUALITY
-from shard_tools.format import TIERS
-from shard_tools.plan import MIB, auto_shard_bytes
+from shard_tools.encoding import BEST_QUALITY, LEAST_PSNR_DB, TIERS, WORST_QUALITY
+from shard_tools.shard_size import MIB, auto_shard_bytes
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": MIB, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

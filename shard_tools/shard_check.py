@@ -18,10 +18,10 @@ import xxhash
 
 from shard_tools.command import one_line
 from shard_tools.container import frame_decoder, open_video, padded_packet
+from shard_tools.encoding import TIERS
 from shard_tools.format import (
     DATASET_FILE,
     FRAME_TIERS,
-    TIERS,
     Dataset,
     SampleInfo,
     ShardInfo,

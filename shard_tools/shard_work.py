@@ -27,7 +27,6 @@ LOG_INTERVAL_S = 10.0
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
 Run = tuple[ShardTask, ...]
 _LONGEST_RUN = 4
-WORKER_MODULE = "shard_tools.shard_task"
 
 
 def _pack_shards(job: PackJob, run: Run, deadly: frozenset[str] = frozenset()) -> list[ShardResult]:

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 
 from shard_tools.container import Planes, decode_frames, frame_decoder, open_video, padded_packet, planes_of
-from shard_tools.encoding import BEST_QUALITY, LEAST_PSNR_DB, Encoding
-from shard_tools.format import TIERS, SampleInfo, SourceFile, Video, y4m_frame_bytes
+from shard_tools.encoding import BEST_QUALITY, LEAST_PSNR_DB, TIERS, Encoding
+from shard_tools.format import SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.frames import BadVideoError
 from shard_tools.sources import Source
 

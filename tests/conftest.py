@@ -19,7 +19,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from shard_tools import pack
+from shard_tools import pack, packing
 from shard_tools.format import index_name, read_dataset
 from shard_tools.shard_index import read_index
 
@@ -57,7 +57,7 @@ def serially(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int)
 
 def pack_here(*args: object) -> int:
     """Run the pack command in this process, which is faster; its exit code."""
-    with mock.patch.object(pack, "run_local", serially):
+    with mock.patch.object(packing, "run_local", serially):
         return pack.main([str(arg) for arg in args])
 
 

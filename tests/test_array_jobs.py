@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, RunModule, contents, pack_here, wait_until
 
-from shard_tools import pack, staging
+from shard_tools import packing, staging
 from shard_tools.command import CommandError
 from shard_tools.format import read_dataset
 
@@ -214,8 +214,8 @@ def test_a_plain_pack_goes_on_from_slices_and_commits(
 
 @pytest.mark.parametrize(("numbers", "count"), [(range(4), 4), (range(1, 5), 4), ([0], 1), ([1], 1), (range(99), 99)])
 def test_slices_cover_every_shard_once_and_evenly(numbers: range | list[int], count: int) -> None:
-    plan = pack.Plan(tuple(range(14)), "hash", 1)
-    slices = [pack._slice(plan, number, count).tasks for number in numbers]
+    plan = packing.Plan(tuple(range(14)), "hash", 1)
+    slices = [packing._slice(plan, number, count).tasks for number in numbers]
     assert sorted(task for tasks in slices for task in tasks) == list(range(14))
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 

@@ -17,9 +17,9 @@ from video_maker import make_video
 from shard_tools import clip_cost, estimate
 from shard_tools.clip_cost import clip_frames
 from shard_tools.command import CommandError
-from shard_tools.encoding import Encoding
+from shard_tools.encoding import TIERS, Encoding
 from shard_tools.estimate import Estimate, TierEstimate, Written, choose, verdict
-from shard_tools.format import TIERS, read_dataset
+from shard_tools.format import read_dataset
 from shard_tools.frames import BadVideoError, probe
 from shard_tools.plan import PackJob
 from shard_tools.shard_task import read_source

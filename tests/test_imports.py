@@ -57,7 +57,7 @@ def test_shard_tools_never_loads_torch(repository):
 
 
 def test_packing_loads_decoders_and_arrow_only_in_its_workers(repository):
-    code = "import sys; import shard_tools.pack; print(sorted(sys.modules))"
+    code = "import sys; import shard_tools.pack, shard_tools.packing; print(sorted(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
     ).stdout

@@ -11,7 +11,7 @@ from conftest import serially
 from salt_wds import demo, motion
 from salt_wds.config import load_config
 from salt_wds.motion import FULL, SHORT, Plan, markdown
-from shard_tools import pack
+from shard_tools import packing
 from shard_tools.command import CommandError
 
 SMALLEST = Plan(
@@ -71,7 +71,7 @@ def in_this_process(monkeypatch):
         assert importlib.import_module(module).main(words) == 0
 
     monkeypatch.setattr(motion, "command", command)
-    monkeypatch.setattr(pack, "run_local", serially)
+    monkeypatch.setattr(packing, "run_local", serially)
     return typed
 
 

@@ -20,11 +20,12 @@ import pytest
 import xxhash
 from conftest import RunModule, contents, pack_here
 
-from shard_tools import frames, ledger, pack, pack_options
+from shard_tools import frames, ledger, pack_options
 from shard_tools.command import CommandError
 from shard_tools.format import Video, index_name, read_dataset
-from shard_tools.plan import make_plan
+from shard_tools.plan import PackJob, make_plan
 from shard_tools.shard_index import INDEX_SCHEMA
+from shard_tools.shard_work import write_shards
 from shard_tools.sources import find_sources
 from shard_tools.ustar import MAX_MEMBER_BYTES
 
@@ -284,8 +285,8 @@ def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_video
         path.write_bytes(b"deadly" + bytes(1000))
     sizes = {source.key: (some_videos / source.path).stat().st_size for source in found.sources}
     plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=512 << 10)
-    job = pack.PackJob(some_videos, tmp_path, "x", probe=deadly_probe)
-    results = pack.write_shards(job, plan, sizes, workers=1)
+    job = PackJob(some_videos, tmp_path, "x", probe=deadly_probe)
+    results = write_shards(job, plan, sizes, workers=1)
     failures = [failure for result in results.values() for failure in result.failures]
     assert {failure.key for failure in failures} == {path.stem for path in deadly}
     assert {failure.error for failure in failures} == {"WorkerDiedError"}
@@ -304,7 +305,7 @@ def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_vi
     plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=None)
     (some_videos / plan.tasks[0].sources[7].path).write_bytes(b"fatal")
     with pytest.raises(MemoryError):
-        pack.write_shards(pack.PackJob(some_videos, tmp_path, "x", probe=fatal_probe), plan, sizes, workers=1)
+        write_shards(PackJob(some_videos, tmp_path, "x", probe=fatal_probe), plan, sizes, workers=1)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".train", "train"))]
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard_tools.plan import MIB, Plan, auto_shard_bytes, make_plan
+from shard_tools.plan import Plan, make_plan
+from shard_tools.shard_size import MIB, auto_shard_bytes
 from shard_tools.sources import Source
 
 SOURCES = [

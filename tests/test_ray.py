@@ -24,8 +24,9 @@ from shard_tools import frames, pack, ray_executor, staging
 from shard_tools.command import CommandError
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.format import Video
-from shard_tools.plan import make_plan
+from shard_tools.plan import PackJob, make_plan
 from shard_tools.ray_executor import ray_cluster, run_ray
+from shard_tools.shard_work import write_shards
 from shard_tools.sources import find_sources
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is an extra, and not installed here")
@@ -161,8 +162,8 @@ def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(
 
     def packed(name: str, execute: object) -> dict[str, staging.ShardResult]:
         (tmp_path / name / ".packing").mkdir(parents=True)
-        job = pack.PackJob(root, tmp_path / name / ".packing", "x", probe=deadly_probe)
-        return pack.write_shards(job, plan, sizes, 2, execute)
+        job = PackJob(root, tmp_path / name / ".packing", "x", probe=deadly_probe)
+        return write_shards(job, plan, sizes, 2, execute)
 
     results = packed("ray", run_ray)
     [failure] = [failure for result in results.values() for failure in result.failures]

@@ -76,7 +76,7 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("module", ["shard_tools.pack", "salt_wds.probe"])
+@pytest.mark.parametrize("module", ["shard_tools.repair", "salt_wds.probe"])
 def test_ctrl_c_while_a_command_loads_leaves_no_traceback(module: str, tmp_path: Path) -> None:
     (tmp_path / "pydantic.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"

@@ -74,12 +74,12 @@ def _run_pool(
         _kill(pool)
 
 
-def prepare(module: str) -> None:
-    """Start the process that workers are forked from, and have it load this module: once for all of them.
+def prepare(*modules: str) -> None:
+    """Start the process that workers are forked from, and have it load these modules: once for all of them.
 
     Where it runs already, it stays as it is.
     """
-    multiprocessing.set_forkserver_preload([module])
+    multiprocessing.set_forkserver_preload([*modules])
     resource_tracker.ensure_running()  # started later, it would unblock what is blocked here
     with _interrupts_deferred():
         forkserver.ensure_running()

@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.executor == "ray":
         require_ray()
     elif not args.finish and not args.dry_run:
-        prepare("shard_tools.shard_task")  # what workers need takes longest to load: it does so beside all that follows
+        # what workers need takes longest to load: it does so beside all that follows
+        prepare("shard_tools.shard_task", "shard_tools.shard_work")
     from shard_tools.packing import pack
 
     return pack(args)

@@ -107,7 +107,10 @@ class SampleInfo:
     frame_xxh3: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
-        """Canonical bytes: the same sample gives the same bytes. Frame fields are left out where there are none."""
+        """Canonical bytes, as pydantic-core spells them: the same sample gives the same bytes.
+
+        Frame fields are left out where there are none.
+        """
         record = vars(self) | {"source": vars(self.source), "video": vars(self.video)}  # asdict copies all, slowly
         for name in ("frame_offsets", "frame_xxh3"):
             if record[name] is None:

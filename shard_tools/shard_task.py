@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from shard_tools import ledger, staging
 from shard_tools.executors import WorkerDiedError
@@ -19,9 +19,11 @@ from shard_tools.tiers import Payload, make_payload
 from shard_tools.ustar import MAX_MEMBER_BYTES
 from shard_tools.writer import ShardWriter
 
+_IN_ONE_READ = 1 << 30  # bytes; the system reads 2 GiB at most
+
 
 def pack_shards(job: PackJob, run: Sequence[ShardTask], deadly: frozenset[str] = frozenset()) -> list[ShardResult]:
-    """Write shards with their indexes and marks of completion into the staging folder.
+    """Write shards with their indexes and marks of completion into the staging folder, if they are not there.
 
     While one is brought to the disk the next is filled.
 
@@ -29,8 +31,11 @@ def pack_shards(job: PackJob, run: Sequence[ShardTask], deadly: frozenset[str] =
         deadly: keys whose probe kills the process; they fail without being tried.
     """
     with ThreadPoolExecutor(1) as disk:
-        commits = [disk.submit(_commit, job, task, *_fill(job, task, deadly)) for task in run]
-        return [commit.result() for commit in commits]
+        results: list[ShardResult | Future[ShardResult]] = []
+        for task in run:
+            done = staging.done(job.staging, task.file)  # by a worker that died over another shard of the run
+            results.append(done or disk.submit(_commit, job, task, *_fill(job, task, deadly)))
+        return [result if isinstance(result, ShardResult) else result.result() for result in results]
 
 
 def _fill(
@@ -74,18 +79,20 @@ def read_source(job: PackJob, source: Source) -> tuple[bytes, Payload]:
 
 
 def _read_file(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would wait for its writer
+    status = os.stat(path)  # before it is opened: a pipe would wait for its writer
+    if not stat.S_ISREG(status.st_mode):
+        raise BadVideoError("not a file (a folder, pipe or device)")
+    if status.st_size > MAX_MEMBER_BYTES:
+        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadVideoError("not a file (a folder, pipe or device)")
-        if status.st_size > MAX_MEMBER_BYTES:
-            raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
-        data = os.read(descriptor, status.st_size + 1)
-        if len(data) == status.st_size:  # as it nearly always is; a read gives 2 GiB at most, and a file may grow
-            return data
+        if status.st_size < _IN_ONE_READ:  # a file object would cost as much as half of the read
+            data = os.read(descriptor, status.st_size + 1)
+            if len(data) == status.st_size:
+                return data
+            os.lseek(descriptor, 0, os.SEEK_SET)  # it has grown or shrunk since, or a signal came
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            return data + file.read()
+            return file.read()
     finally:
         os.close(descriptor)
 

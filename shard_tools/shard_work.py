@@ -1,7 +1,7 @@
 """The work of a pack: its shards, each an independent task in a process that may die, and how far it has come.
 
-What such a process does is in shard_task.py, which only it loads: decoders and Arrow take as long to load as a thousand
-clips to pack, and this process has the plan to make meanwhile.
+What such a process does is in shard_task.py, which is not loaded here: decoders and Arrow take as long to load as a
+thousand clips to pack, and this process has the plan to make meanwhile.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_shards(
     with Progress(plan, sizes, todo) as progress:
         for run, outcome in execute(functools.partial(_pack_shards, job), _runs(job, todo, workers), workers):
             if isinstance(outcome, WorkerDiedError):
-                outcome = [_without_deadly(job, task, execute) for task in run]
+                outcome = [_alone(job, task, execute) for task in run]
             for task, result in zip(run, outcome, strict=True):
                 results[task.file] = result
                 progress.add(task, len(result.failures))
@@ -116,10 +116,14 @@ class Progress:
         return sum(self._sizes[s.key] + 1 for s in task.sources)  # one for a missing file, too: it is looked for
 
 
+def _alone(job: PackJob, task: ShardTask, execute: Executor) -> ShardResult:
+    """Pack a shard of a run that killed its process, in a process of its own."""
+    [(_, outcome)] = execute(functools.partial(_pack_shards, job), [(task,)], 1)
+    return _without_deadly(job, task, execute) if isinstance(outcome, WorkerDiedError) else outcome[0]
+
+
 def _without_deadly(job: PackJob, task: ShardTask, execute: Executor) -> ShardResult:
-    """Pack a shard of a run that killed its process: find the sources that do so, each tried in a process of its own."""
-    if (result := staging.done(job.staging, task.file)) is not None:
-        return result
+    """Pack a shard that killed its process: find the sources that do so, each tried in a process of its own."""
     trials = execute(functools.partial(_try_source, job), task.sources, 1)
     deadly = frozenset(source.key for source, outcome in trials if isinstance(outcome, WorkerDiedError))
     [(_, outcome)] = execute(functools.partial(_pack_shards, job, deadly=deadly), [(task,)], 1)

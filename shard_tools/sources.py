@@ -157,7 +157,7 @@ def _ssv2_videos(root: Path, found: SourceSet) -> dict[str, str]:
         names.sort(key=lambda name: not name.endswith(".webm"))
         for name in names:
             stem, _, suffix = name.rpartition(".")
-            if f".{suffix.lower()}" not in VIDEO_SUFFIXES or name.startswith("."):
+            if not stem or name.startswith(".") or f".{suffix.lower()}" not in VIDEO_SUFFIXES:
                 continue
             if videos.setdefault(stem, prefix + name) != prefix + name:
                 found.pass_over("another file has the same id", prefix + name)

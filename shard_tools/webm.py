@@ -244,7 +244,7 @@ def _add_packets(packets: Packets, payload: bytes, begin: int, end: int, kinds: 
 def _add_short_blocks(packets: Packets, payload: bytes, at: int, end: int, track: int) -> int:
     """Append the packets from `at` on as long as they are what nearly all elements of a file are; where that ends.
 
-    That is, simple blocks of the video track with 4 to 16,383 bytes, which then are read in one go.
+    That is, simple blocks of the video track with 5 to 16,382 bytes, which then are read in one go.
     """
     last = end - _SHORT_BLOCK.size
     while at <= last:

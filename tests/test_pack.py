@@ -6,6 +6,7 @@ What happens when packing is stopped is in test_interrupted.py.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -13,14 +14,17 @@ import shutil
 import signal
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 import xxhash
 from conftest import RunModule, contents, pack_here
 
-from shard_tools import frames, ledger, pack_options
+from shard_tools import frames, ledger, pack_options, shard_task, staging
 from shard_tools.command import CommandError
 from shard_tools.format import Video, index_name, read_dataset
 from shard_tools.plan import PackJob, make_plan
@@ -277,20 +281,59 @@ def deadly_probe(payload: bytes) -> Video:
     return frames.probe(payload)
 
 
-def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_bytes", [512 << 10, 1])  # one shard, and one a video: workers get several at a time
+def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(
+    some_videos: Path, tmp_path: Path, shard_bytes: int
+) -> None:
     found = find_sources(some_videos, "auto", tmp_path)
     del found.sources[10:]
     deadly = [some_videos / source.path for source in found.sources[3:8:4]]
     for path in deadly:
         path.write_bytes(b"deadly" + bytes(1000))
     sizes = {source.key: (some_videos / source.path).stat().st_size for source in found.sources}
-    plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=512 << 10)
+    plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=shard_bytes)
     job = PackJob(some_videos, tmp_path, "x", probe=deadly_probe)
     results = write_shards(job, plan, sizes, workers=1)
     failures = [failure for result in results.values() for failure in result.failures]
     assert {failure.key for failure in failures} == {path.stem for path in deadly}
     assert {failure.error for failure in failures} == {"WorkerDiedError"}
     assert sum(result.info.samples for result in results.values() if result.info) == 10 - len(deadly)
+
+
+@pytest.mark.parametrize("call", ["fsync", "writev"])
+def test_a_full_disk_amid_a_run_of_shards_leaves_whole_ones_and_nothing_else(
+    some_videos: Path, tmp_path: Path, call: str
+) -> None:
+    """One is brought to the disk while the next is filled: wherever it fails, what has a mark has its files."""
+    (folder := tmp_path / "staging").mkdir()
+    found = find_sources(some_videos, "auto", tmp_path)
+    sizes = dict.fromkeys((source.key for source in found.sources), 1)
+    plan = make_plan("x", found.sources[:8], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
+    job = PackJob(some_videos, folder, "x")
+    real = getattr(os, call)
+    for calls in range(14):
+        left = iter(range(calls))
+
+        def limited(*args: Any, left: Iterator[int] = left) -> Any:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args)
+
+        descriptors = len(os.listdir("/proc/self/fd"))
+        with mock.patch.object(os, call, limited), pytest.raises(OSError, match=r"No space left on device.*-0000"):
+            shard_task.pack_shards(job, plan.tasks[:4])
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        marked = {path.stem for path in folder.glob("*.done")}
+        assert not list(folder.glob(".*"))
+        for stem in marked:
+            assert staging.done(folder, f"{stem}.tar") is not None
+        for path in folder.iterdir():
+            path.unlink()
+        if call == "writev" and calls == 3:
+            break  # a call each
+    results = shard_task.pack_shards(job, plan.tasks[:4])
+    assert [result.info.samples for result in results if result.info] == [1, 1, 1, 1]
+    assert shard_task.pack_shards(job, plan.tasks[:4]) == results  # what is done is not done again
 
 
 def fatal_probe(payload: bytes) -> Video:

@@ -18,7 +18,7 @@ import pytest
 from conftest import REPOSITORY, RunModule, contents, pack_here, serially, wait_until
 from test_verify import Copy, Fault
 
-from shard_tools import inspection, ledger, pack, repair, salvage, staging
+from shard_tools import inspection, ledger, packing, repair, salvage, staging
 from shard_tools.format import DATASET_FILE, index_name, read_dataset
 from shard_tools.shard_index import index_bytes, parse_index
 from shard_tools.ustar import BLOCK
@@ -429,7 +429,7 @@ def test_a_decision_from_before_a_new_pack_is_dropped(
         with pytest.raises(Stop):
             repair_here(copy.folder, "--salvage")
     assert (copy.folder / salvage.STAGING / "commit.json").exists()
-    with mock.patch.object(pack, "_report", return_value=0):
+    with mock.patch.object(packing, "_report", return_value=0):
         pack_here(videos, "--out", copy.folder, "--shard-size", "128KiB", "--overwrite")
     assert repair_here(copy.folder) == 0
     assert contents(copy.folder) == contents(dataset)

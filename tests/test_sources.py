@@ -256,3 +256,10 @@ def test_a_folder_with_nothing_to_pack_is_refused_with_what_was_looked_for(tmp_p
 
 def test_the_layout_can_be_chosen(tmp_path: Path) -> None:
     assert found(ssv2(tmp_path), "folders").classes == ["20bn-something-something-v2"]
+
+
+@pytest.mark.parametrize("name", ["webm", "mp4", ".webm"])
+def test_a_folder_called_like_a_suffix_is_no_video(tmp_path: Path, name: str) -> None:
+    root = ssv2(tmp_path, labels="{}.json", videos=name)
+    with pytest.raises(CommandError, match=r"no videos found.*in layout ssv2"):
+        found(root)

@@ -58,7 +58,9 @@ def _run_pool(
     left = list(reversed(tasks))
     try:
         while left or pending:
-            while left and len(pending) < min(2 * workers, workers + 2):  # submit just ahead: a death then leaves few suspects
+            while left and len(pending) < min(
+                2 * workers, workers + 2
+            ):  # submit just ahead: a death then leaves few suspects
                 with _interrupts_deferred():
                     pending[pool.submit(function, left[-1])] = left[-1]
                 left.pop()

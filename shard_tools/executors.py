@@ -54,13 +54,12 @@ def _run_pool(
     context = multiprocessing.get_context("forkserver")
     workers = max(1, min(workers, len(tasks)))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    ahead = min(2 * workers, workers + 2)  # submitted at once: a death then leaves few suspects
     pending: dict[Future[Result], Task] = {}
     left = list(reversed(tasks))
     try:
         while left or pending:
-            while left and len(pending) < min(
-                2 * workers, workers + 2
-            ):  # submit just ahead: a death then leaves few suspects
+            while left and len(pending) < ahead:
                 with _interrupts_deferred():
                     pending[pool.submit(function, left[-1])] = left[-1]
                 left.pop()

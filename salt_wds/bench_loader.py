@@ -32,9 +32,9 @@ from salt_wds.order import sample_rng
 from salt_wds.pipeline import make_order
 from salt_wds.reader import HashMismatchError, Reader
 from salt_wds.views import training_view
-from shard_tools.command import end_with_parent
 from shard_tools.container import decode_frames, open_video, padded_packet
 from shard_tools.format import FRAME_TIERS
+from shard_tools.worker_process import end_with_parent
 
 _BUSY = ("read", "decode", "crop", "augment", "collate")
 

@@ -29,9 +29,9 @@ from salt_wds.reader import HashMismatchError, Reader
 from salt_wds.shared import SharedArray
 from salt_wds.views import Views, evaluation_view, training_view
 from shard_tools import ledger
-from shard_tools.command import end_with_parent
 from shard_tools.format import COLOURS
 from shard_tools.ledger import Failure
+from shard_tools.worker_process import end_with_parent
 
 Sample = dict[str, Any]
 

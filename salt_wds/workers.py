@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from salt_wds.batches import Batch, build_pipeline
 from salt_wds.pipeline import IN_FLIGHT_COLUMNS, TRIED, PipelineSpec, try_one
 from salt_wds.shared import SharedArray
-from shard_tools.command import end_with_parent
+from shard_tools.worker_process import end_with_parent
 
 _START_S = 60.0  # for a process to start, however short data.timeout_s
 _POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once

@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.command import OK, CommandError, Parser, end_with_parent, run
+from shard_tools.command import OK, CommandError, Parser, run
 from shard_tools.encoding import EXPECTED_GROWTH
 from shard_tools.format import Dataset, index_name, read_dataset
+from shard_tools.page_buffer import page_buffer
 from shard_tools.shard_index import read_index
+from shard_tools.worker_process import end_with_parent
 
 _CHUNK = 1 << 20  # bytes of one read of a whole shard
 _WARM_BYTES = 2 << 30  # what is read again, all readers together: it has to stay in the page cache
@@ -280,7 +282,7 @@ def _reader(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
-    buffer = memoryview(bytearray(_CHUNK))
+    buffer = page_buffer(_CHUNK)
     work, done = Work((), np.empty((0, 3), np.int64)), 0
     pipe.send("here")
     while True:
@@ -288,7 +290,7 @@ def _reader(pipe: Connection) -> None:
         again = given is None
         work = Work(work.files, _last(work.reads[:done], warm_bytes)) if again else given
         if (longest := int(work.reads[:, 2].max())) > len(buffer):
-            buffer = memoryview(bytearray(longest))
+            buffer = page_buffer(longest)
         pipe.send("ready")
         pipe.recv()
         try:

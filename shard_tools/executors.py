@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from typing import TypeVar
 
-from shard_tools.command import end_with_parent
+from shard_tools.worker_process import end_with_parent
 
 _KEPT = 32 << 20  # bytes of freed memory that a worker holds on to
 

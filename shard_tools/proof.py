@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
-from threading import Event, local
-from typing import Any
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, NamedTuple
 
 import xxhash
 
 from shard_tools.commit_mark import DATASET_FILE, FORMAT_VERSION, index_name, own_hash, spelled
+from shard_tools.page_buffer import page_buffer
 
-_CHUNK = 1 << 20  # hashed while it is in a core's second cache, or the third
+_CHUNK = 1 << 19  # hashed while it is in a core's second cache, or the third
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """`proven` are the shards that are, with their indexes, as they were packed; of `shards`, with `samples` in all.
 
     `whole`: all of them are, and nothing stands in the folder that does not belong there.
@@ -52,12 +52,10 @@ def prove(folder: Path, workers: int, progress: Callable[[int], object] = lambda
     if infos is None:
         return NOTHING
     proven = set()
-    with _threads(workers) as (pool, stopped):
-        running = {pool.submit(_is_whole, folder, info, stopped): info for info in infos}
-        for done in as_completed(running):
-            info = running[done]
+    with closing(_read(folder, infos, workers)) as outcomes:
+        for info, whole in outcomes:
             progress(info["bytes"])
-            if done.result():
+            if whole:
                 proven.add(info["file"])
     names = {name for info in infos for name in (info["file"], index_name(info["file"]))}
     strays = {name for name in os.listdir(folder) if name.endswith((".tar", ".parquet"))} - names
@@ -86,26 +84,43 @@ def _listed(folder: Path) -> list[dict[str, Any]] | None:
     return infos if len(names) == len(infos) and all(Path(name).name == name for name in names) else None
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
-    """A pool that ends at once, by way of the event, where an exception (Ctrl-C) ends the block."""
+def _read(
+    folder: Path, infos: list[dict[str, Any]], workers: int
+) -> Generator[tuple[dict[str, Any], bool], None, None]:
+    """Each shard, as it is done, and whether it is whole. Threads of our own: a pool's takes 15 ms more to load."""
+    waiting = deque(sorted(infos, key=lambda info: -info["bytes"]))  # the small ones fill the gaps at the end
+    done: SimpleQueue[tuple[dict[str, Any], bool | BaseException]] = SimpleQueue()
     stopped = Event()
-    pool = ThreadPoolExecutor(count, initializer=_start_thread)
+
+    def work() -> None:
+        buffer = page_buffer(_CHUNK)  # fresh memory for each shard would cost a twentieth of the time
+        while not stopped.is_set():
+            try:
+                info = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                done.put((info, _is_whole(folder, info, buffer, stopped)))
+            except BaseException as error:  # a bug of ours, to be raised where it is waited for
+                done.put((info, error))
+
+    threads = [Thread(target=work, name=f"prove-{number}") for number in range(min(workers, len(infos)))]
     try:
-        yield pool, stopped
-    finally:
+        for thread in threads:
+            thread.start()
+        for _ in infos:
+            info, whole = done.get()
+            if isinstance(whole, BaseException):
+                raise whole
+            yield info, whole
+    finally:  # also after Ctrl-C
         stopped.set()
-        pool.shutdown(cancel_futures=True)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
-_own = local()  # a thread's
-
-
-def _start_thread() -> None:
-    _own.buffer = memoryview(bytearray(_CHUNK))  # fresh memory for each shard would cost a twentieth of the time
-
-
-def _is_whole(folder: Path, info: dict[str, Any], stopped: Event) -> bool:
+def _is_whole(folder: Path, info: dict[str, Any], buffer: memoryview, stopped: Event) -> bool:
     try:
         index = (folder / index_name(info["file"])).read_bytes()
         if xxhash.xxh3_64_hexdigest(index) != info["index_xxh3"]:
@@ -113,7 +128,7 @@ def _is_whole(folder: Path, info: dict[str, Any], stopped: Event) -> bool:
         with (folder / info["file"]).open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != info["bytes"]:
                 return False
-            hasher, buffer = xxhash.xxh3_64(), _own.buffer
+            hasher = xxhash.xxh3_64()
             while (size := file.readinto(buffer)) and not stopped.is_set():
                 hasher.update(buffer[:size])
         return hasher.hexdigest() == info["xxh3"]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from shard_tools.page_buffer import page_buffer
+
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads archives to whole records
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits
@@ -152,7 +154,7 @@ class _Chunks:
 
     def __init__(self, file: RawIOBase | BufferedIOBase, hasher: Any) -> None:
         self._file, self._hasher = file, hasher
-        self._buffer = memoryview(bytearray(_CHUNK))
+        self._buffer = page_buffer(_CHUNK)
         self._at = self._end = 0
 
     def pieces(self, size: int) -> Iterator[memoryview]:

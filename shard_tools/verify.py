@@ -8,7 +8,6 @@ the close look at what is not (inspection.py) takes longer to load than a few GB
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -47,6 +46,8 @@ def _prove(folder: Path, workers: int) -> Proof:
 
 def _inspect(args: argparse.Namespace, depth: str, proof: Proof) -> int:
     """Look closely at what is not proven, and say every problem."""
+    from dataclasses import asdict
+
     from shard_tools.format import read_dataset  # these load pyarrow, pydantic and FFmpeg
     from shard_tools.inspection import named_shards, problems_of
 
@@ -55,7 +56,7 @@ def _inspect(args: argparse.Namespace, depth: str, proof: Proof) -> int:
     count = 0
     for problem in problems_of(args.dir, dataset, args.workers, depth, only, proof.proven):
         count += 1
-        print(json.dumps(dataclasses.asdict(problem)) if args.json else problem, flush=True)
+        print(json.dumps(asdict(problem)) if args.json else problem, flush=True)
     chosen = [i for split in dataset.splits.values() for i in split.shards if only is None or i.file in only]
     fine = _VERDICTS[depth].format("indexed" if dataset.foreign else "packed")
     _say(args, sum(i.samples for i in chosen), len(chosen), f"{count} problem{'s' * (count > 1)}" if count else fine)

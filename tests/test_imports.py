@@ -65,7 +65,7 @@ def test_packing_loads_decoders_and_arrow_only_in_its_workers(repository):
 
 
 def test_salt_wds_takes_only_the_contract_from_shard_tools(repository):
-    allowed = {"format", "shard_index", "ledger", "command", "container", "webm"}
+    allowed = {"format", "shard_index", "ledger", "command", "container", "webm", "worker_process"}
     packing = {"video_files": {"sources", "frames", "executors"}}  # it finds and looks at files as packing does
     for path in modules(repository, "salt_wds"):
         for name in imports(path):

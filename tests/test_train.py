@@ -215,6 +215,15 @@ def test_fewer_steps_than_are_done_is_nothing_to_do(make_config, tmp_path, capsy
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability", "said"), [("bf16", "AVX2", 1), ("bf16", "AVX512", 0), ("fp32", "AVX2", 0)]
+)
+def test_a_processor_that_is_slow_at_bf16_is_said(make_config, capsys, monkeypatch, precision, capability, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert train(make_config(train__precision=precision), dry_run=True) == 0
+    assert capsys.readouterr().out.count("multiplies fp32 several times faster") == said
+
+
 def test_dry_run_writes_nothing(make_config, tmp_path, capsys):
     assert train(make_config(), dry_run=True) == 0
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ it runs alone is given back as dead.
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import signal
 import threading
@@ -123,6 +124,7 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 def _start_worker() -> None:
     _keep_freed_memory()
+    gc.freeze()  # modules stay, and need not be looked at for what can go
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()

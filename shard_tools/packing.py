@@ -41,8 +41,8 @@ def pack(args: argparse.Namespace) -> int:
             found = _limited(found, args.limit, args.seed)
         encoding = Encoding(args.frames, args.quality, args.short_side)
         growth = EXPECTED_GROWTH[args.frames]
-        root = os.fspath(args.root)  # joining a Path takes twice as long
-        sizes = {s.key: round(_size(os.path.join(root, s.path)) * growth) for s in found.sources}
+        root = os.path.join(args.root, "")  # joining a Path takes twice as long
+        sizes = {s.key: round(_size(root + s.path) * growth) for s in found.sources}
         plan = make_plan(name, found.sources, found.classes, sizes,
                          encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size)  # fmt: skip
     _print_plan(args.root, out, found, plan, sizes, shown=None if args.dry_run else _SHOWN)
@@ -139,6 +139,7 @@ def _without_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # nor later on
         gc.enable()
 
 

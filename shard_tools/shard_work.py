@@ -79,11 +79,12 @@ class Progress:
     """A bar on a terminal, a line now and then elsewhere: shards, clips/s, MB/s, time left, failures."""
 
     def __init__(self, plan: Plan, sizes: dict[str, int], todo: Sequence[ShardTask]) -> None:
-        self._sizes = sizes
+        # one more for each, since a missing file is looked for, too
+        self._bytes = {task.file: sum(sizes[s.key] + 1 for s in task.sources) for task in plan.tasks}
         self._shards, self._shards_done = len(plan.tasks), len(plan.tasks) - len(todo)
-        self._left = sum(self._bytes(task) for task in todo)
+        self._left = sum(self._bytes[task.file] for task in todo)
         self._bytes_done = self._clips = self._failed = 0
-        total = sum(self._bytes(task) for task in plan.tasks)
+        total = sum(self._bytes.values())
         self._bar = tqdm(total=total, initial=total - self._left, unit="B", unit_scale=True, desc="pack",
                          disable=not sys.stderr.isatty())  # fmt: skip
         self._started = self._shown = time.monotonic()
@@ -101,19 +102,16 @@ class Progress:
         self._shards_done += 1
         self._clips += len(task.sources)
         self._failed += failed
-        self._bytes_done += self._bytes(task)
-        self._left -= self._bytes(task)
+        self._bytes_done += self._bytes[task.file]
+        self._left -= self._bytes[task.file]
         clips, failures = f"{self._clips / seconds:.0f} clips/s", f"{self._failed} failed"
         self._bar.set_postfix_str(f"{clips}, {failures}", refresh=False)  # the bar itself has MB/s and the time left
-        self._bar.update(self._bytes(task))
+        self._bar.update(self._bytes[task.file])
         if self._bar.disable and now - self._shown >= LOG_INTERVAL_S:
             self._shown = now
             speed = f"{self._bytes_done / seconds / 1e6:.1f} MB/s"
             eta = timedelta(seconds=round(seconds * self._left / self._bytes_done))
             print(f"{self._shards_done} of {self._shards} shards, {clips}, {speed}, ETA {eta}, {failures}", flush=True)
-
-    def _bytes(self, task: ShardTask) -> int:
-        return sum(self._sizes[s.key] + 1 for s in task.sources)  # one for a missing file, too: it is looked for
 
 
 def _alone(job: PackJob, task: ShardTask, execute: Executor) -> ShardResult:

@@ -8,6 +8,7 @@ folders   CLASS/video.mp4, or SPLIT/CLASS/video.mp4 with splits train, validatio
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -184,10 +185,13 @@ def _read_rows(path: Path) -> list[_Row]:
     return _read_json(path, list[_Row], 'a list of objects with an "id"')
 
 
+_adapter = functools.cache(pydantic.TypeAdapter)
+
+
 def _read_json(path: Path, kind: type[Content], expected: str) -> Content:
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put a byte order mark before UTF-8
     try:
-        return pydantic.TypeAdapter(kind).validate_json(data)
+        return _adapter(kind).validate_json(data)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"[{step}]" for step in first["loc"])
@@ -227,6 +231,7 @@ def _ssv2_classes(label_files: dict[str, Path], rows: dict[str, list[_Row]]) -> 
     return sorted(numbers, key=numbers.__getitem__)
 
 
+@functools.lru_cache(1024)  # a few classes have all the videos
 def _without_brackets(template: str) -> str:
     return template.replace("[", "").replace("]", "")
 

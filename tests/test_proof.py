@@ -1,12 +1,18 @@
 """The proof that a data set is whole: given for what was packed, refused for whatever the close look would report."""
 
+import mmap
+import os
 import shutil
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 
+from shard_tools import proof
 from shard_tools.format import DATASET_FILE, index_name, read_dataset
+from shard_tools.page_buffer import page_buffer
 from shard_tools.proof import NOTHING, prove, total_bytes
 
 
@@ -22,10 +28,10 @@ def shards_of(folder):
 @pytest.mark.parametrize("workers", [1, 3, 40])
 def test_what_was_packed_is_proven(dataset, workers):
     infos, read = shards_of(dataset), []
-    proof = prove(dataset, workers, read.append)
-    assert proof.whole
-    assert proof.proven == {info.file for info in infos}
-    assert (proof.shards, proof.samples) == (len(infos), 40)
+    result = prove(dataset, workers, read.append)
+    assert result.whole
+    assert result.proven == {info.file for info in infos}
+    assert (result.shards, result.samples) == (len(infos), 40)
     assert sum(read) == total_bytes(dataset) == sum(info.bytes for info in infos)
 
 
@@ -36,9 +42,9 @@ def test_every_byte_of_a_shard_counts(copy):
         data = path.read_bytes()
         for place in range(0, len(data), len(data) // 23):
             path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-            proof = prove(copy, 2)
-            assert not proof.whole
-            assert proof.proven == {other.file for other in shards_of(copy)} - {info.file}, (path.name, place)
+            result = prove(copy, 2)
+            assert not result.whole
+            assert result.proven == {other.file for other in shards_of(copy)} - {info.file}, (path.name, place)
         path.write_bytes(data)
     assert prove(copy, 2).whole
 
@@ -54,17 +60,17 @@ def test_a_file_of_another_size_or_none_is_not_proven(copy, name, change):
     path.unlink()
     if change is not None:
         path.write_bytes(change(data))
-    proof = prove(copy, 2)
-    assert not proof.whole
-    assert info.file not in proof.proven
-    assert len(proof.proven) == proof.shards - 1
+    result = prove(copy, 2)
+    assert not result.whole
+    assert info.file not in result.proven
+    assert len(result.proven) == result.shards - 1
 
 
 @pytest.mark.parametrize("name", ["stray.tar", "train-000099.parquet"])
 def test_a_stray_file_leaves_every_shard_proven_but_not_the_whole(copy, name):
     (copy / name).touch()
-    proof = prove(copy, 2)
-    assert (len(proof.proven), proof.whole) == (proof.shards, False)
+    result = prove(copy, 2)
+    assert (len(result.proven), result.whole) == (result.shards, False)
 
 
 @pytest.mark.parametrize(
@@ -85,19 +91,47 @@ def test_nothing_is_proven_without_a_data_set(tmp_path):
     assert prove(tmp_path / "missing", 2) == NOTHING
 
 
+def test_shards_longer_than_the_buffer_are_read_to_their_end(copy, monkeypatch):
+    monkeypatch.setattr(proof, "_CHUNK", 1000)
+    assert prove(copy, 2).whole
+    info = shards_of(copy)[0]
+    with (copy / info.file).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    assert prove(copy, 2).proven == {other.file for other in shards_of(copy)} - {info.file}
+
+
 def test_an_exception_ends_the_threads(dataset):
     def interrupted(size):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prove(dataset, 2, interrupted)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prove")]
+
+
+def test_what_goes_wrong_in_a_thread_is_raised(dataset, monkeypatch):
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(proof, "_is_whole", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        prove(dataset, 2)
+
+
+def test_memory_to_read_into_begins_with_a_page():
+    for size in (1, 4096, 1 << 19):
+        buffer = page_buffer(size)
+        assert len(buffer) == size
+        assert np.frombuffer(buffer, np.uint8).ctypes.data % mmap.PAGESIZE == 0
 
 
 def test_a_whole_data_set_is_verified_without_anything_heavy(dataset, repository):
     """Loading these takes longer than reading a GB."""
     code = (
         "import sys; from shard_tools import verify; code = verify.main([sys.argv[1]])\n"
-        "heavy = {'numpy', 'pyarrow', 'pydantic', 'av', 'cv2', 'tqdm'} & set(sys.modules)\n"
+        "heavy = {'numpy', 'pyarrow', 'pydantic', 'av', 'cv2', 'tqdm', 'multiprocessing', 'dataclasses', 'logging'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert code == 0 and not heavy, (code, heavy)"
     )
     done = subprocess.run(

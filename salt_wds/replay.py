@@ -62,7 +62,9 @@ def to_wandb(lines: list[dict[str, Any]], folder: Path, project: str) -> str:
     """
     try:
         import wandb
-    except ImportError:
+
+        wandb.init  # noqa: B018  # without the package, a folder wandb/ that it once left passes for it
+    except (ImportError, AttributeError):
         raise CommandError("--wandb: wandb is not installed; pip install 'salt-wds[wandb]'") from None
     config = folder / "config.toml"
     try:

@@ -18,7 +18,7 @@ from salt_wds.config import Config
 from salt_wds.distributed import World
 from salt_wds.loader import Loader
 from salt_wds.metrics import read_metrics
-from salt_wds.models import Models
+from salt_wds.models import Models, multiplies_bf16_slowly
 from salt_wds.optim import describe_groups
 from shard_tools.command import CommandError
 
@@ -165,9 +165,8 @@ def describe(
 
 
 def _slow_bf16(config: Config, device: torch.device) -> str:
-    """A remark on bf16 where it takes longer than fp32: about 8 times on a processor with AVX2."""
-    if config.train.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return ' (slow: without AVX-512, a processor multiplies fp32 several times faster; train.precision = "fp32")'
+    if config.train.precision == "bf16" and multiplies_bf16_slowly(device):
+        return ' (slow: without AVX-512, a processor is about ten times faster with train.precision = "fp32")'
     return ""
 
 

@@ -33,13 +33,6 @@ _SHOWN = 10  # names printed of a longer list; the files have them all
 
 def pack(args: argparse.Namespace) -> int:
     """Do what the options of `pack` say; the exit code."""
-    try:
-        return _pack(args)
-    finally:
-        gc.unfreeze()
-
-
-def _pack(args: argparse.Namespace) -> int:
     out = args.out or args.root / "shards"
     name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
     with _without_collection():
@@ -146,7 +139,6 @@ def _without_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # nor while it is carried out
         gc.enable()
 
 

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from shard_tools.command import CommandError
 from shard_tools.commit_mark import DATASET_FILE, FORMAT_VERSION, index_name, own_hash, spelled
 from shard_tools.page_buffer import page_buffer
 
 _CHUNK = 1 << 19  # hashed while it is in a core's second cache, or the third
+_FIELDS = {"file": str, "bytes": int, "samples": int, "xxh3": str, "index_xxh3": str}
 
 
 class Proof(NamedTuple):
@@ -78,6 +80,8 @@ def _listed(folder: Path) -> list[dict[str, Any]] | None:
         if record["xxh3"] != own_hash(record) or text != spelled(record):
             return None
         infos = [info for split in record["splits"].values() for info in split["shards"]]
+        if not all(isinstance(info[name], kind) for info in infos for name, kind in _FIELDS.items()):
+            return None
         names = {info["file"] for info in infos}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -87,13 +91,17 @@ def _listed(folder: Path) -> list[dict[str, Any]] | None:
 def _read(
     folder: Path, infos: list[dict[str, Any]], workers: int
 ) -> Generator[tuple[dict[str, Any], bool], None, None]:
-    """Each shard, as it is done, and whether it is whole. Threads of our own: a pool's takes 15 ms more to load."""
+    """Each shard, as it is done, and whether it is whole. Threads of our own: a pool's take 15 ms more to load.
+
+    Raises:
+        OSError: no memory to read into.
+        CommandError: not one thread can be started.
+    """
     waiting = deque(sorted(infos, key=lambda info: -info["bytes"]))  # the small ones fill the gaps at the end
     done: SimpleQueue[tuple[dict[str, Any], bool | BaseException]] = SimpleQueue()
     stopped = Event()
 
-    def work() -> None:
-        buffer = page_buffer(_CHUNK)  # fresh memory for each shard would cost a twentieth of the time
+    def work(buffer: memoryview) -> None:
         while not stopped.is_set():
             try:
                 info = waiting.popleft()
@@ -104,10 +112,14 @@ def _read(
             except BaseException as error:  # a bug of ours, to be raised where it is waited for
                 done.put((info, error))
 
-    threads = [Thread(target=work, name=f"prove-{number}") for number in range(min(workers, len(infos)))]
+    # One buffer a thread: fresh memory for each shard would cost a twentieth of the time. As daemons, since one that
+    # Ctrl-C meets while it is started never comes to its end.
+    threads = [
+        Thread(target=work, args=(page_buffer(_CHUNK),), name=f"prove-{number}", daemon=True)
+        for number in range(min(workers, len(infos)))
+    ]
     try:
-        for thread in threads:
-            thread.start()
+        _start(threads)
         for _ in infos:
             info, whole = done.get()
             if isinstance(whole, BaseException):
@@ -116,8 +128,18 @@ def _read(
     finally:  # also after Ctrl-C
         stopped.set()
         for thread in threads:
-            if thread.ident is not None:
+            if thread.is_alive():
                 thread.join()
+
+
+def _start(threads: list[Thread]) -> None:
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError as error:  # a limit on threads: those there are do it all
+            if not number:
+                raise CommandError(f"{error}; raise the limit on processes (`ulimit -u`)") from None
+            return
 
 
 def _is_whole(folder: Path, info: dict[str, Any], buffer: memoryview, stopped: Event) -> bool:

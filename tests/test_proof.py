@@ -1,5 +1,7 @@
 """The proof that a data set is whole: given for what was packed, refused for whatever the close look would report."""
 
+import errno
+import json
 import mmap
 import os
 import shutil
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from shard_tools import proof
+from shard_tools.command import CommandError
+from shard_tools.commit_mark import own_hash, spelled
 from shard_tools.format import DATASET_FILE, index_name, read_dataset
 from shard_tools.page_buffer import page_buffer
 from shard_tools.proof import NOTHING, prove, total_bytes
@@ -101,13 +105,21 @@ def test_shards_longer_than_the_buffer_are_read_to_their_end(copy, monkeypatch):
     assert prove(copy, 2).proven == {other.file for other in shards_of(copy)} - {info.file}
 
 
-def test_an_exception_ends_the_threads(dataset):
+def test_an_exception_ends_the_threads_amid_what_they_read(dataset, monkeypatch):
+    begun = []
+
+    def endless(folder, info, buffer, stopped):
+        begun.append(info["file"])
+        return True if len(begun) == 1 else stopped.wait(60)
+
     def interrupted(size):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(proof, "_is_whole", endless)
     with pytest.raises(KeyboardInterrupt):
         prove(dataset, 2, interrupted)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prove")]
+    assert len(begun) <= 3 < len(shards_of(dataset))
 
 
 def test_what_goes_wrong_in_a_thread_is_raised(dataset, monkeypatch):
@@ -119,6 +131,42 @@ def test_what_goes_wrong_in_a_thread_is_raised(dataset, monkeypatch):
         prove(dataset, 2)
 
 
+def test_memory_that_is_not_there_is_said(dataset, monkeypatch):
+    def refused(size):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(proof, "page_buffer", refused)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        prove(dataset, 2)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_limit_on_threads_is_kept_to(dataset, monkeypatch, room):
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if len(started) == room:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    if room:
+        assert prove(dataset, 3).whole
+    else:
+        with pytest.raises(CommandError, match="can't start new thread; raise the limit"):
+            prove(dataset, 3)
+
+
+@pytest.mark.parametrize(("field", "value"), [("bytes", "12"), ("bytes", None), ("xxh3", 12), ("file", 3)])
+def test_nothing_is_proven_by_fields_of_another_type(copy, field, value):
+    record = json.loads((copy / DATASET_FILE).read_bytes())
+    record["splits"]["train"]["shards"][0][field] = value
+    record["xxh3"] = own_hash(record)
+    (copy / DATASET_FILE).write_bytes(spelled(record))
+    assert prove(copy, 2) == NOTHING
+
+
 def test_memory_to_read_into_begins_with_a_page():
     for size in (1, 4096, 1 << 19):
         buffer = page_buffer(size)
@@ -126,15 +174,18 @@ def test_memory_to_read_into_begins_with_a_page():
         assert np.frombuffer(buffer, np.uint8).ctypes.data % mmap.PAGESIZE == 0
 
 
+HEAVY = {
+    "numpy", "pyarrow", "pydantic", "av", "cv2", "tqdm", "multiprocessing", "concurrent.futures", "logging", "inspect",
+    "dataclasses",
+}  # fmt: skip
+
+
 def test_a_whole_data_set_is_verified_without_anything_heavy(dataset, repository):
     """Loading these takes longer than reading a GB."""
-    code = (
-        "import sys; from shard_tools import verify; code = verify.main([sys.argv[1]])\n"
-        "heavy = {'numpy', 'pyarrow', 'pydantic', 'av', 'cv2', 'tqdm', 'multiprocessing', 'dataclasses', 'logging'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert code == 0 and not heavy, (code, heavy)"
-    )
+    code = "import sys; from shard_tools import verify; code = verify.main([sys.argv[1]]); print(code, *sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code, dataset], cwd=repository, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, dataset], cwd=repository, capture_output=True, text=True, check=True
     )
-    assert done.returncode == 0, done.stderr
+    code, *modules = done.stdout.splitlines()[-1].split()
+    assert code == "0"
+    assert not HEAVY & set(modules)

@@ -61,14 +61,12 @@ def to_wandb(lines: list[dict[str, Any]], folder: Path, project: str) -> str:
         CommandError: wandb is not installed, or refuses (not logged in, not reached).
     """
     try:
-        import wandb
-
-        wandb.init  # noqa: B018  # without the package, a folder wandb/ that it once left passes for it
-    except (ImportError, AttributeError):
+        from wandb import Error, init  # by name: a folder wandb/, as it leaves them, can be imported, too
+    except ImportError:
         raise CommandError("--wandb: wandb is not installed; pip install 'salt-wds[wandb]'") from None
     config = folder / "config.toml"
     try:
-        logged = wandb.init(
+        logged = init(
             project=project,
             name=folder.resolve().name,
             dir=str(folder),
@@ -78,7 +76,7 @@ def to_wandb(lines: list[dict[str, Any]], folder: Path, project: str) -> str:
             for line in lines:
                 logged.log(dict(scalars(line)), step=line["step"])
             return str(Path(logged.dir).parent) if logged.offline else logged.url
-    except wandb.Error as error:
+    except Error as error:
         raise CommandError(
             f"--wandb: {one_line(error)}; log in with `wandb login`, or set WANDB_MODE=offline"
         ) from None

@@ -152,7 +152,8 @@ def describe(
         f"run       {config.train.run_dir}, steps {start + 1} to {config.train.steps}, seed {config.train.seed}",
         *loader.describe(),
         f"device    {device.type}{gpu}, torch {torch.__version__}, "
-        f"precision {config.train.precision}{_slow_bf16(config, device)}, compile {config.train.compile}, checkpointing {config.train.checkpointing}",
+        f"precision {config.train.precision}{_slow_bf16(config, device)}, "
+        f"compile {config.train.compile}, checkpointing {config.train.checkpointing}",
         f"ranks     {world.size}{f' by {config.train.parallel}' if world.size > 1 else ''}, each with "
         f"{data.batch_size // world.size} of the {data.batch_size} clips of a step, "
         f"{data.batch_size // world.size // count_parts(config, world.size)} at a time",

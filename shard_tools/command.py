@@ -30,7 +30,7 @@ _REMEDIES = {
     errno.EISDIR: "a folder stands where a file is needed; check the path",
     errno.EEXIST: "something else stands there already; name another path",
     errno.EFBIG: "raise the limit on file sizes (`ulimit -f`), or choose smaller files",
-    errno.ENOMEM: "make room in memory, or take fewer --workers",
+    errno.ENOMEM: "make room in memory, or take fewer workers",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
     errno.EIO: "the device reported an input/output error; check the disk (dmesg), then run the same command again",
 }

@@ -49,6 +49,10 @@ def prove(folder: Path, workers: int, progress: Callable[[int], object] = lambda
 
     Args:
         progress: told the bytes of each shard that was read.
+
+    Raises:
+        OSError: no memory to read into.
+        CommandError: not one thread can be started.
     """
     infos = _listed(folder)
     if infos is None:
@@ -91,12 +95,7 @@ def _listed(folder: Path) -> list[dict[str, Any]] | None:
 def _read(
     folder: Path, infos: list[dict[str, Any]], workers: int
 ) -> Generator[tuple[dict[str, Any], bool], None, None]:
-    """Each shard, as it is done, and whether it is whole. Threads of our own: a pool's take 15 ms more to load.
-
-    Raises:
-        OSError: no memory to read into.
-        CommandError: not one thread can be started.
-    """
+    """Each shard, as it is done, and whether it is whole. Threads of our own: a pool's take 15 ms more to load."""
     waiting = deque(sorted(infos, key=lambda info: -info["bytes"]))  # the small ones fill the gaps at the end
     done: SimpleQueue[tuple[dict[str, Any], bool | BaseException]] = SimpleQueue()
     stopped = Event()

@@ -85,9 +85,11 @@ def command(a_run, repository, tmp_path, **environment):
     )
 
 
-def test_without_wandb_one_line_and_exit_2(a_run, repository, tmp_path):
+@pytest.mark.parametrize("content", ["raise ImportError('not here')", ""], ids=["none", "a folder it left"])
+def test_without_wandb_one_line_and_exit_2(a_run, repository, tmp_path, content):
+    """A folder imports as a module in which nothing is."""
     (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "wandb.py").write_text("raise ImportError('not here')")
+    (tmp_path / "hidden" / "wandb.py").write_text(content)
     done = command(a_run, repository, tmp_path, PYTHONPATH=str(tmp_path / "hidden"))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from shard_tools.command import Parser, run
 
@@ -38,5 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     return train(config, resume=args.resume, dry_run=args.dry_run)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code; one of several ranks ends at once, all being written and flushed by then.
+
+    Gloo's threads give back the tensors of the last collective after it has returned. One that wants Python's lock for
+    that while Python shuts down aborts the process (Python below 3.14): exit -6 in place of the code, once in 20 runs.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    run(main)
+    run(main, leave)

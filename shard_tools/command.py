@@ -60,8 +60,8 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{what}" + (f"; {remedy}" if remedy else "")
 
 
-def run(main: Callable[[list[str] | None], int]) -> NoReturn:
-    """Run a command's `main` and leave with its exit code.
+def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run a command's `main` and leave with its exit code, by `sys.exit` unless told otherwise.
 
     `CommandError` and operating system errors that a user can mend become one line on stderr and exit 2; Ctrl-C and
     SIGTERM become exit 130. Anything else is a bug of ours and keeps its traceback.
@@ -86,7 +86,7 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
         if error.errno not in _REMEDIES:
             raise
         code = fail(describe_os_error(error))
-    sys.exit(code)
+    leave(code)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -244,7 +244,7 @@ def test_a_killed_rank_ends_the_others_soon(make_config, repository, tmp_path, v
 
 
 DISTURBED = """
-import os, sys
+import atexit, os, sys
 from salt_wds import policy, step, train
 from shard_tools.command import run
 
@@ -261,7 +261,8 @@ def observe(self, batch):
     real_observe(self, batch)
 
 step.masked_loss, policy.FailurePolicy.observe = masked_loss, observe
-run(train.main)
+atexit.register(print, "Python shuts down")
+run(train.main, train.leave)
 """
 
 
@@ -292,6 +293,8 @@ def test_a_loader_that_gives_up_on_one_rank_stops_all(make_config, repository, t
     got, texts = finish(start_ranks(2, repository, [str(script), "loader", *arguments(make_config("run"))]))
     assert got == [1, 1], texts
     assert "stopped at step 3 by rank 1: rotten shards" in texts[0][1]
+    # Gloo's threads may abort a process that does: seen as exit code -6 of one rank, once in 20 runs.
+    assert not any("Python shuts down" in out for out, _ in texts)
     found = checkpoint.newest(tmp_path / "run/checkpoints")
     assert found is not None
     assert found[1]["step"] == 3

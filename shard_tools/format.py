@@ -20,7 +20,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,17 +285,31 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(paths: Iterable[Path]) -> None:
+    """Bring the content of files to the disk, whoever wrote it."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # say which file: a failed sync alone does not know
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file so that its final name only ever shows the whole content: temporary name, fsync, rename.
 
-    An exception leaves the old file, and no temporary one. Without `durable` a power cut may, too, until `sync_folder`.
+    An exception leaves the old file, and no temporary one. Without `durable` nothing is waited for: until `sync_files`
+    and `sync_folder` a power cut may leave the old file, none, or one without its content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:  # say which file: a failed write alone does not know
         raise OSError(error.errno, error.strerror, str(path)) from error

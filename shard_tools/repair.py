@@ -33,6 +33,7 @@ from shard_tools.format import (
     ShardInfo,
     index_name,
     read_dataset,
+    sync_files,
     sync_folder,
     write_atomic,
 )
@@ -282,6 +283,7 @@ def _put_in_place(job: RepairJob, shard: DamagedShard) -> None:
     if not job.dry_run:
         for name, intact in ((shard.parquet.name, shard.index_intact), (shard.tar.name, shard.tar_intact)):
             if not intact:
+                sync_files([job.scratch / name])
                 (job.scratch / name).rename(job.folder / name)
         sync_folder(job.folder)
     discard(job.scratch, shard.tar.name)

@@ -25,6 +25,7 @@ from shard_tools.format import (
     ShardInfo,
     index_name,
     make_dataset,
+    sync_files,
     sync_folder,
     write_atomic,
 )
@@ -69,7 +70,9 @@ def commit(
         "shards": sorted(new),
         "failures": [dataclasses.asdict(failure) for failure in failures],
     }
-    write_atomic(folder / STAGING / _COMMIT_FILE, json.dumps(decision).encode())
+    scratch = folder / STAGING
+    sync_files(scratch / index_name(shard) for shard, info in new.items() if info is not None)
+    write_atomic(scratch / _COMMIT_FILE, json.dumps(decision).encode())
     finish(folder, old)
 
 

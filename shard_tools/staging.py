@@ -36,10 +36,12 @@ from shard_tools.format import (
     ShardInfo,
     index_name,
     read_dataset,
+    sync_files,
     sync_folder,
     write_atomic,
 )
 from shard_tools.ledger import Failure
+from shard_tools.remains import file_hash
 
 STAGING = ".packing"
 _PLAN_FILE = "plan.json"
@@ -278,21 +280,25 @@ def noted_count(staging: Path) -> int | None:
 
 
 def mark_done(staging: Path, shard: str, result: ShardResult) -> None:
-    """Note that a shard is written, and durable; a note that a power cut takes away costs writing the shard again."""
+    """Note that a shard is written and its tar on the disk. What a power cut takes of note or index, `done` will see."""
     write_atomic(_mark(staging, shard), result.to_json(), durable=False)
 
 
 def done(staging: Path, shard: str) -> ShardResult | None:
-    """What an earlier try noted of a shard; None if it did not come so far, or if what it wrote is gone."""
+    """What an earlier try noted of a shard; None if it did not come so far, or if what it wrote is not there, whole.
+
+    A power cut may have left the note or the index without its content; of a tar that has its name all is there.
+    """
     try:
         result = ShardResult.from_json(_mark(staging, shard).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     # without dataset.json an earlier try may have come to moving files
     places = [staging] if (staging.parent / DATASET_FILE).exists() else [staging, staging.parent]
     if result.info is not None:
         sizes = [(place / shard).stat().st_size for place in places if (place / shard).is_file()]
-        if result.info.bytes not in sizes or not any((place / index_name(shard)).is_file() for place in places):
+        indexes = [file_hash(place / index_name(shard)) for place in places]
+        if result.info.bytes not in sizes or result.info.index_xxh3 not in indexes:
             return None
     return result
 
@@ -311,6 +317,7 @@ def commit(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> None:
         if path.name not in files:
             path.unlink()
     sync_folder(out)
+    sync_files(path for shard in shards if (path := staging / index_name(shard)).exists())
     for name in files:
         if (staging / name).exists():  # else moved by a commit that was interrupted
             (staging / name).rename(out / name)

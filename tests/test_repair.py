@@ -416,6 +416,40 @@ def test_a_stop_before_any_step_of_a_salvage_is_finished_by_the_next_repair(
     check_salvaged(copy, lost)
 
 
+@pytest.mark.parametrize("again", ["--source", "--salvage"])
+def test_what_is_made_again_is_on_the_disk_before_anything_counts_on_it(
+    copy: Copy, videos: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """Else a power cut could leave an index without its content in the place of the old one."""
+    copy.flip(copy.rows[1]["payload_offset"] + 9)
+    if again == "--source":
+        copy.parquet.write_bytes(b"no parquet")
+    fsync, rename, synced, seen = os.fsync, os.rename, [], []
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.dup(descriptor))  # held open: its inode is given to no other file
+
+    def watched_rename(old: Path, new: Path) -> None:
+        kept = {os.fstat(descriptor).st_ino for descriptor in synced}
+        scratch = copy.folder / salvage.STAGING
+        if Path(new).parent == copy.folder:
+            seen.append(Path(new).name)
+            assert os.stat(old).st_ino in kept
+        elif Path(new).name == "commit.json":
+            seen.append("commit.json")
+            assert {path.stat().st_ino for path in scratch.glob("[!.]*")} <= kept
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    assert repair_here(copy.folder, *((again, videos) if again == "--source" else (again,))) == 0
+    places = [copy.parquet.name, copy.tar.name]
+    assert seen == (places if again == "--source" else ["commit.json", *places, DATASET_FILE])
+    for descriptor in synced:
+        os.close(descriptor)
+
+
 def test_a_decision_from_before_a_new_pack_is_dropped(
     copy: Copy, videos: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

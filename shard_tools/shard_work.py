@@ -20,13 +20,14 @@ from shard_tools import staging
 from shard_tools.command import CommandError
 from shard_tools.executors import WorkerDiedError, run_local
 from shard_tools.plan import PackJob, Plan, ShardTask
+from shard_tools.shard_size import MIB
 from shard_tools.sources import Source
 from shard_tools.staging import ShardResult
 
 LOG_INTERVAL_S = 10.0
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
 Run = tuple[ShardTask, ...]
-_LONGEST_RUN = 4
+_RUN_BYTES = 256 * MIB  # seconds of work for one worker, and some 50 ms at its end that are the disk's alone
 
 
 def _pack_shards(job: PackJob, run: Run, deadly: frozenset[str] = frozenset()) -> list[ShardResult]:
@@ -51,7 +52,9 @@ def write_shards(
         print(f"continuing: {len(results)} of {len(plan.tasks)} shards were already written", flush=True)
     _check_room(job, sum(sizes[s.key] for t in todo for s in t.sources))
     with Progress(plan, sizes, todo) as progress:
-        for run, outcome in execute(functools.partial(_pack_shards, job), _runs(job, todo, workers), workers):
+        for run, outcome in execute(
+            functools.partial(_pack_shards, job), _runs(job, plan.shard_bytes, todo, workers), workers
+        ):
             if isinstance(outcome, WorkerDiedError):
                 outcome = [_alone(job, task, execute) for task in run]
             for task, result in zip(run, outcome, strict=True):
@@ -60,12 +63,12 @@ def write_shards(
     return results
 
 
-def _runs(job: PackJob, todo: Sequence[ShardTask], workers: int) -> list[Run]:
+def _runs(job: PackJob, shard_bytes: int, todo: Sequence[ShardTask], workers: int) -> list[Run]:
     """Shards that one worker writes in turn: several, so that it need not wait for the disk, and one at the end.
 
     Where every frame is encoded, the disk waits for the worker, and a shard takes long enough to be told of each.
     """
-    longest = _LONGEST_RUN if job.encoding.tier == "source" else 1
+    longest = max(1, _RUN_BYTES // shard_bytes) if job.encoding.tier == "source" else 1
     runs: list[Run] = []
     at = 0
     while at < len(todo):

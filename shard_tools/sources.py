@@ -157,11 +157,12 @@ def _ssv2_videos(root: Path, found: SourceSet) -> dict[str, str]:
         names = sorted(os.listdir(folder))
         names.sort(key=lambda name: not name.endswith(".webm"))
         for name in names:
-            stem, _, suffix = name.rpartition(".")
-            if not stem or name.startswith(".") or f".{suffix.lower()}" not in VIDEO_SUFFIXES:
+            stem, dot, suffix = name.rpartition(".")
+            if not stem or stem[0] == "." or (dot + suffix).lower() not in VIDEO_SUFFIXES:
                 continue
-            if videos.setdefault(stem, prefix + name) != prefix + name:
-                found.pass_over("another file has the same id", prefix + name)
+            path = prefix + name
+            if videos.setdefault(stem, path) is not path:
+                found.pass_over("another file has the same id", path)
     return videos
 
 

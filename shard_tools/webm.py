@@ -10,6 +10,7 @@ Sources: RFC 8794 (EBML), RFC 9559 (Matroska), VP9 Bitstream & Decoding Process 
 from __future__ import annotations
 
 import functools
+import re
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -39,7 +40,7 @@ _IN_COLOUR = {_MATRIX, _RANGE, 0x55B2, 0x55B3, 0x55B4, 0x55B7, 0x55B8, 0x55BA, 0
 
 _VIDEO, _SUBTITLES, _METADATA, _LACING = 1, 17, 33, 0x06
 _WEBVTT = {b"D_WEBVTT/SUBTITLES", b"D_WEBVTT/CAPTIONS", b"D_WEBVTT/DESCRIPTIONS", b"D_WEBVTT/METADATA"}
-_LONGEST_HEADER, _LONGEST_PICTURE = 64, 256  # bytes; longer ones are rare, and not to be kept
+_LONGEST_HEADER, _LONGEST_INFO, _LONGEST_TRACKS, _LONGEST_PICTURE = 64, 256, 512, 256  # bytes; longer ones are not kept
 _LARGEST = 8192  # pixels a side
 _MOST_RATE = 30_000  # FFmpeg's bound for both parts of a frame rate
 # Matrix by VP9's color_space (0: not said; 1 and 3: bt601's), and by Matroska's, which has ITU-T H.273's numbers.
@@ -50,7 +51,12 @@ _RANGES = {1: "limited", 2: "full"}
 # Bytes of a variable-length integer by its first byte, and its largest value by its bytes; more than eight is none.
 _LENGTHS = bytes(9 - byte.bit_length() for byte in range(256))
 _UNKNOWN = (0, *((1 << 7 * length) - 1 for length in range(1, 9)), 0)
-_SHORT_BLOCK = struct.Struct(">BHBxxB")  # id, size, track, time, flags; then its packet
+# What nearly all elements of a file look like, to be read in one go. Id, size, track, time, flags; then the packet:
+_SHORT_BLOCK = struct.Struct(">BHBxxB")
+_LONG_BLOCK = struct.Struct(">IBxxB")  # id and size in one
+# Id and size, those of SeekID, what is sought, id and size of SeekPosition; then its bytes:
+_SHORT_SEEK = struct.Struct(">HBHB4sHB")
+_UP_TO_UID = re.compile(rb"\xAE(?:[\x80-\xFE]|\x01.{7})\xD7\x81.\x73\xC5\x88", re.DOTALL)  # track, number, an id
 
 Packets = list[tuple[int, int]]  # offset and size of each, in file order
 _Fields = dict[int, bytes]
@@ -140,12 +146,11 @@ def _parse(payload: bytes) -> tuple[list[_Fields], Packets]:
         if name == _CLUSTER and tracks:
             _add_packets(packets, payload, begin, end, kinds)
         elif name == _TRACKS and not tracks:
-            tracks = _tracks(payload[begin:end])
-            kinds = _kinds(tracks)
+            tracks, kinds = _tracks(payload[begin:end])
         elif name == _SEEK_HEAD:
             _check_seek_head(payload, start, begin, end)
         elif name == _INFO:
-            _check_info(_fields(payload[begin:end]))
+            (_check_info if end - begin <= _LONGEST_INFO else _check_info.__wrapped__)(payload[begin:end])
         elif name not in _IN_SEGMENT:
             raise _Unusual
     if not packets:
@@ -167,6 +172,17 @@ def _check_header(header: bytes) -> None:
 
 def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None:
     """FFmpeg goes where it points."""
+    while begin + _SHORT_SEEK.size < end:
+        seek, size, first, first_size, sought, second, digits = _SHORT_SEEK.unpack_from(payload, begin)
+        at = begin + _SHORT_SEEK.size
+        stop = at + digits - 0x80
+        if (seek, first, first_size, second) != (_SEEK, _SEEK_ID, 0x84, _SEEK_POSITION) or stop > end:
+            break
+        if not 0x81 <= digits <= 0x88 or size != digits + 10:
+            break
+        if not payload.startswith(sought, segment + int.from_bytes(payload[at:stop], "big")):
+            raise _Unusual
+        begin = stop
     for name, start, stop in _elements(payload, begin, end):
         if name == _SEEK:
             (first, to, its_end), (second, at, stop) = _elements(payload, start, stop)
@@ -177,13 +193,27 @@ def _check_seek_head(payload: bytes, segment: int, begin: int, end: int) -> None
             raise _Unusual
 
 
-def _check_info(info: _Fields) -> None:
+@functools.lru_cache(1024)  # as many differ as there are lengths of videos
+def _check_info(content: bytes) -> None:
+    info = _fields(content)
     if _TIMESTAMP_SCALE in info and not 1 <= _number(info[_TIMESTAMP_SCALE]) < 1 << 31:
         raise _Unusual
 
 
-def _tracks(content: bytes) -> list[_Fields]:
-    """The fields of all tracks; the first is the only one that is video, and VP9."""
+def _tracks(content: bytes) -> tuple[list[_Fields], dict[int, int]]:
+    """The fields of all tracks, and their kinds; the first is the only one that is video, and VP9.
+
+    The first track's unique id may be zeros in their place. But for that id, which muxers choose at random, few differ.
+    """
+    if len(content) > _LONGEST_TRACKS:
+        return _read_tracks.__wrapped__(content)
+    if uid := _UP_TO_UID.match(content):
+        content = b"".join((uid[0], bytes(8), content[uid.end() + 8 :]))
+    return _read_tracks(content)
+
+
+@functools.lru_cache(1024)
+def _read_tracks(content: bytes) -> tuple[list[_Fields], dict[int, int]]:
     tracks = []
     for name, start, stop in _elements(content, 0, len(content)):
         if name == _TRACK:
@@ -196,7 +226,7 @@ def _tracks(content: bytes) -> list[_Fields]:
         raise _Unusual
     if _number(video[_TYPE]) != _VIDEO or any(_number(track[_TYPE]) == _VIDEO for track in others):
         raise _Unusual
-    return tracks
+    return tracks, _kinds(tracks)
 
 
 def _kinds(tracks: list[_Fields]) -> dict[int, int]:
@@ -224,36 +254,48 @@ def _is_cue(content: bytes) -> bool:
 
 def _add_packets(packets: Packets, payload: bytes, begin: int, end: int, kinds: dict[int, int]) -> None:
     """Append the video track's packets in a cluster."""
-    while (begin := _add_short_blocks(packets, payload, begin, end, next(iter(kinds)))) < end:
+    video = next(iter(kinds))
+    while (begin := _add_simple_blocks(packets, payload, begin, end, video)) < end:
         name, start, begin = next(_elements(payload, begin, end))
         if name == _SIMPLE_BLOCK:
             _add_block(packets, payload, start, begin, kinds)
         elif name == _BLOCK_GROUP:
-            children = [*_elements(payload, start, begin)]
-            if sum(child == _BLOCK for child, _, _ in children) != 1:
-                raise _Unusual
-            for child, start, stop in children:
+            blocks = 0
+            for child, at, stop in _elements(payload, start, begin):
                 if child == _BLOCK:
-                    _add_block(packets, payload, start, stop, kinds)
+                    _add_block(packets, payload, at, stop, kinds)
+                    blocks += 1
                 else:
-                    _check_number(child, start, stop, _IN_GROUP)
+                    _check_number(child, at, stop, _IN_GROUP)
+            if blocks != 1:
+                raise _Unusual
         else:
             _check_number(name, start, begin, _IN_CLUSTER)
 
 
-def _add_short_blocks(packets: Packets, payload: bytes, at: int, end: int, track: int) -> int:
+def _add_simple_blocks(packets: Packets, payload: bytes, at: int, end: int, track: int) -> int:
     """Append the packets from `at` on as long as they are what nearly all elements of a file are; where that ends.
 
-    That is, simple blocks of the video track with 5 to 16,382 bytes, which then are read in one go.
+    That is, simple blocks of the video track whose sizes have two bytes, or three.
     """
-    last = end - _SHORT_BLOCK.size
+    unpack, append, last = _SHORT_BLOCK.unpack_from, packets.append, end - _LONG_BLOCK.size
     while at <= last:
-        name, size, number, flags = _SHORT_BLOCK.unpack_from(payload, at)
-        stop = at + size - 0x3FFD  # the size has a mark, 0x4000; three bytes come before what it counts
-        if name != _SIMPLE_BLOCK or not 0x4004 < size < 0x7FFF or number != track or flags & _LACING or stop > end:
+        name, size, number, flags = unpack(payload, at)
+        if 0x4004 < size < 0x7FFF:  # the mark of two bytes, 0x4000; four bytes are not the packet's
+            begin, size = at + 7, size - 0x4004
+        elif 0x2000 <= size < 0x4000:
+            whole, number, flags = _LONG_BLOCK.unpack_from(payload, at)
+            begin, size = at + 8, (whole & 0x1FFFFF) - 4
+            if not 0 < size < 0x1FFFFF - 4:
+                break
+        else:
             break
-        packets.append((at + 7, size - 0x4004))
-        at = stop
+        if name != _SIMPLE_BLOCK or number != track or flags & _LACING:
+            break
+        append((begin, size))
+        at = begin + size
+    if at > end:
+        raise _Unusual
     return at
 
 

@@ -16,6 +16,7 @@ from conftest import REPOSITORY, pack_here
 from shard_tools import shard_work
 from shard_tools.encoding import Encoding
 from shard_tools.plan import PackJob, Plan, ShardTask
+from shard_tools.shard_size import MIB
 from shard_tools.sources import Source
 
 SHARDS = ["--shard-size", "64KiB"]
@@ -52,14 +53,18 @@ def test_the_figures_are_those_of_the_work_done_now(
     assert capsys.readouterr().out == "2 of 4 shards, 0 clips/s, 0.5 MB/s, ETA 0:00:40, 3 failed\n"
 
 
-@pytest.mark.parametrize(("shards", "workers"), [(0, 2), (1, 8), (7, 2), (79, 2), (290, 32)])
-def test_workers_get_runs_of_shards_in_order_and_single_ones_at_the_end(shards: int, workers: int) -> None:
+@pytest.mark.parametrize(("shards", "workers"), [(0, 2), (1, 8), (7, 2), (79, 2), (290, 32), (3000, 2)])
+@pytest.mark.parametrize(("mib", "longest"), [(16, 16), (64, 4), (100, 2), (256, 1), (1000, 1)])
+def test_workers_get_runs_of_shards_in_order_and_single_ones_at_the_end(
+    shards: int, workers: int, mib: int, longest: int
+) -> None:
     tasks = [ShardTask(str(number), "train", ()) for number in range(shards)]
-    runs = shard_work._runs(PackJob(Path(), Path(), "x"), tasks, workers)
+    runs = shard_work._runs(PackJob(Path(), Path(), "x"), mib * MIB, tasks, workers)
     assert [task for run in runs for task in run] == tasks
     assert all(len(run) == 1 for run in runs[-workers:])
-    assert max(map(len, runs), default=0) <= max(1, min(4, shards // workers))
-    encoded = shard_work._runs(PackJob(Path(), Path(), "x", Encoding("mjpeg")), tasks, workers)
+    assert max(map(len, runs), default=0) <= max(1, min(longest, shards // workers))
+    assert shards < 3000 or len(runs[0]) == longest
+    encoded = shard_work._runs(PackJob(Path(), Path(), "x", Encoding("mjpeg")), mib * MIB, tasks, workers)
     assert encoded == [(task,) for task in tasks]
 
 

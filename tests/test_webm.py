@@ -68,6 +68,63 @@ def test_a_size_that_the_first_frame_denies_is_left_to_ffmpeg() -> None:
     assert vp9_video(payload[: width + 2] + b"\x41" + payload[width + 3 :]) is None
 
 
+def element(name: str, content: bytes, size_bytes: int = 8) -> bytes:
+    return bytes.fromhex(name) + (len(content) | 1 << 7 * size_bytes).to_bytes(size_bytes, "big") + content
+
+
+def with_blocks(payload: bytes, blocks: list[bytes]) -> bytes:
+    """The file with the same tracks and these blocks, in one cluster."""
+    segment, tracks = payload.index(bytes.fromhex("18538067")), payload.rindex(bytes.fromhex("1654AE6B"))
+    end = payload.index(b"\x1f\x43\xb6\x75", tracks)  # of what lies before the first cluster: tracks, tags
+    cluster = element("1F43B675", element("E7", b"\0", 1) + b"".join(blocks))
+    return payload[:segment] + element("18538067", payload[tracks:end] + cluster)
+
+
+SIZES = [1, 2, 122, 123, 124, 16_377, 16_378, 16_379, 16_380, 16_381, 70_000, 2_097_146, 2_097_147, 2_097_148]
+
+
+@pytest.mark.parametrize("size_bytes", range(1, 9))
+def test_a_size_may_be_written_in_any_number_of_bytes(size_bytes: int) -> None:
+    """All of them but all ones, which says that the size is not known: seven bits of each byte are its own."""
+    payload = make_video(32, 32, 2)
+    start, size = vp9_packets(payload)[0]
+    packets = [payload[start : start + size]]
+    packets += [bytes((0x80,)) * size for size in SIZES if size + 4 < (1 << 7 * size_bytes) - 1]
+    blocks = [
+        element("A3", b"\x81\0\0\x80" + packet, size_bytes if number else 8) for number, packet in enumerate(packets)
+    ]
+    made = with_blocks(payload, blocks)
+    found = vp9_packets(made)
+    assert [made[at : at + size] for at, size in found] == packets
+    assert vp9_video(made) == asked_of_ffmpeg(made)
+    for cut_short in (made[:-1], with_blocks(payload, [*blocks[:-1], blocks[-1][:-1]])):
+        assert vp9_packets(cut_short) is None
+    for odd in (
+        element("A3", b"\x81\0\0\x80", size_bytes),  # without a packet
+        element("A3", b"\x81\0\0\x82packet", size_bytes),  # laced
+        element("A3", b"\x82\0\0\x80packet", size_bytes),  # of a track that is not there
+        b"\xa3" + ((1 << 7 * size_bytes + 1) - 1).to_bytes(size_bytes, "big") + packets[-1],  # of unknown size
+    ):
+        assert vp9_packets(with_blocks(payload, [*blocks, odd])) is None
+
+
+def test_tracks_that_differ_in_more_than_their_unique_id_are_told_apart() -> None:
+    """What is known of one file's tracks is used for the next with the same, whatever their unique ids."""
+    payload = make_video(64, 48, 4)
+    uid = payload.index(b"\x73\xc5\x88") + 3
+    for number in range(3):
+        other = payload[:uid] + number.to_bytes(8, "big") + payload[uid + 8 :]
+        assert vp9_video(other) == asked_of_ffmpeg(other) == vp9_video(payload)
+    rate = payload.index(FRAME_NS) + len(FRAME_NS)
+    slower = (
+        payload[:rate] + (2 * int.from_bytes(payload[rate : rate + 4], "big")).to_bytes(4, "big") + payload[rate + 4 :]
+    )
+    assert vp9_video(slower) == asked_of_ffmpeg(slower)
+    assert vp9_video(slower).fps == vp9_video(payload).fps / 2
+    truncated = payload[: uid + 3]
+    assert vp9_video(truncated) is None
+
+
 def test_damage_gives_what_ffmpeg_says_or_nothing() -> None:
     """Bits and bytes anywhere, mostly in headers; repeated and missing pieces."""
     rng, answered = random.Random(0), 0

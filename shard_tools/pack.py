@@ -1,8 +1,8 @@
 """`python -m shard_tools.pack ROOT`: a folder of videos becomes checked WebDataset shards.
 
-Shards are written by independent processes into a hidden folder beside the result, each durable before it counts as
-done, and moved into place at the end (staging.py). So a pack may be killed at any moment: the same command goes on
-where it stopped, and the result is the same to the byte.
+Shards are written by independent processes into a hidden folder beside the result, and moved into place at the end,
+all of them on the disk by then (staging.py). So a pack may be killed at any moment, also by a power cut: the same
+command goes on where it stopped, and the result is the same to the byte.
 """
 
 from __future__ import annotations

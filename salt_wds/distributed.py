@@ -27,10 +27,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from salt_wds.torchrun import world_size
 from shard_tools.command import CommandError, one_line
 
 T = TypeVar("T")
-_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 _SLACK_S = 60.0  # beyond what a rank may wait for data; compiling does not take the same time everywhere
 _SAME_S = 2.0  # within which several signals are one
 _LOST = ("connection", "closed by peer", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
@@ -124,8 +124,7 @@ def join(device: torch.device, data_timeout_s: float) -> World:
     Raises:
         CommandError: more ranks than GPUs on this machine.
     """
-    launched = all(name in os.environ for name in _ENVIRONMENT)
-    size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    size = world_size()
     if size == 1:
         return World(device)
     if device.type == "cuda":

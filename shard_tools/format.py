@@ -300,8 +300,8 @@ def sync_files(paths: Iterable[Path]) -> None:
 def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file so that its final name only ever shows the whole content: temporary name, fsync, rename.
 
-    An exception leaves the old file, and no temporary one. Without `durable` nothing is waited for: until `sync_files`
-    and `sync_folder` a power cut may leave the old file, none, or one without its content.
+    An exception leaves the old file, and no temporary one. Without `durable` that does not hold for a power cut before
+    `sync_files` and `sync_folder`: it may leave the old file, none, or one without its content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -20,19 +21,26 @@ from shard_tools.ustar import MAX_MEMBER_BYTES
 from shard_tools.writer import ShardWriter
 
 _IN_ONE_READ = 1 << 30  # bytes; the system reads 2 GiB at most
+_AHEAD = 2  # filled shards that wait for the disk: each is an open file, and up to 1 MiB of memory
+_NOT_ITS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of a source that cannot be read
 
 
 def pack_shards(job: PackJob, run: Sequence[ShardTask], deadly: frozenset[str] = frozenset()) -> list[ShardResult]:
     """Write shards with their indexes and marks of completion into the staging folder, if they are not there.
 
-    While one is brought to the disk the next is filled.
+    While one is brought to the disk the next are filled.
 
     Args:
         deadly: keys whose probe kills the process; they fail without being tried.
+
+    Raises:
+        OSError: the disk is full, no more files can be opened, or the like.
     """
     with ThreadPoolExecutor(1) as disk:
         results: list[ShardResult | Future[ShardResult]] = []
         for task in run:
+            if len(results) >= _AHEAD and isinstance(waiting := results[-_AHEAD], Future):
+                waiting.result()
             done = staging.done(job.staging, task.file)  # by a worker that died over another shard of the run
             results.append(done or disk.submit(_commit, job, task, *_fill(job, task, deadly)))
         return [result if isinstance(result, ShardResult) else result.result() for result in results]
@@ -51,6 +59,8 @@ def _fill(
                     raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
                 data, payload = read_source(job, source)
             except (OSError, BadVideoError, WorkerDiedError) as error:
+                if isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT:
+                    raise
                 failures.append(_failure(job, task, source, error))
                 continue
             writer.add(payload.sample_info(source, data), payload.ext, payload.data, payload.xxh3)

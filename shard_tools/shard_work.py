@@ -48,6 +48,8 @@ def write_shards(
     """Results of all tasks by shard name: those an earlier try finished, and the rest, written now."""
     results = {t.file: result for t in plan.tasks if (result := staging.done(job.staging, t.file)) is not None}
     todo = [task for task in plan.tasks if task.file not in results]
+    for task in todo:
+        staging.discard(job.staging, task.file)  # of a note or index that a power cut took; the room is needed
     if results:
         print(f"continuing: {len(results)} of {len(plan.tasks)} shards were already written", flush=True)
     _check_room(job, sum(sizes[s.key] for t in todo for s in t.sources))
@@ -56,10 +58,9 @@ def write_shards(
             functools.partial(_pack_shards, job), _runs(job, plan.shard_bytes, todo, workers), workers
         ):
             if isinstance(outcome, WorkerDiedError):
-                outcome = [_alone(job, task, execute) for task in run]
-            for task, result in zip(run, outcome, strict=True):
-                results[task.file] = result
-                progress.add(task, len(result.failures))
+                outcome = [staging.done(job.staging, task.file) or _alone(job, task, execute) for task in run]
+            results |= {task.file: result for task, result in zip(run, outcome, strict=True)}
+            progress.add(run, sum(len(result.failures) for result in outcome))
     return results
 
 
@@ -98,18 +99,19 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add(self, task: ShardTask, failed: int) -> None:
-        """Count a finished shard."""
+    def add(self, run: Run, failed: int) -> None:
+        """Count finished shards."""
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
-        self._shards_done += 1
-        self._clips += len(task.sources)
+        size = sum(self._bytes[task.file] for task in run)
+        self._shards_done += len(run)
+        self._clips += sum(len(task.sources) for task in run)
         self._failed += failed
-        self._bytes_done += self._bytes[task.file]
-        self._left -= self._bytes[task.file]
+        self._bytes_done += size
+        self._left -= size
         clips, failures = f"{self._clips / seconds:.0f} clips/s", f"{self._failed} failed"
         self._bar.set_postfix_str(f"{clips}, {failures}", refresh=False)  # the bar itself has MB/s and the time left
-        self._bar.update(self._bytes[task.file])
+        self._bar.update(size)
         if self._bar.disable and now - self._shown >= LOG_INTERVAL_S:
             self._shown = now
             speed = f"{self._bytes_done / seconds / 1e6:.1f} MB/s"

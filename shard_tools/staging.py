@@ -1,8 +1,9 @@
 """The output folder of a pack: who may write there, what an earlier try left, and how a finished data set moves in.
 
 Everything is prepared in a hidden folder inside the output folder (`.packing`): `plan.json` says for which plan, a
-shard counts as done when its mark (`SPLIT-000000.done`) is there. Then the files move into place, dataset.json last.
-A pack may be killed between any two of these steps: what is found then is continued, or recognised as garbage.
+shard counts as done when its mark (`SPLIT-000000.done`) is there, and what the mark tells of. Then all is brought to
+the disk, and the files move into place, dataset.json last. A pack may be killed between any two of these steps, also by
+a power cut: what is found then is continued, or recognised as garbage.
 
 Slices of one pack (array jobs) write there at the same time, perhaps from several machines. So `.packing` comes and
 goes by one rename with its plan.json inside, needs no lock for that, and a slice only touches its own shards' files.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
@@ -24,7 +26,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import pydantic
 
 from shard_tools import ledger
 from shard_tools.command import CommandError
@@ -82,9 +85,15 @@ class ShardResult:
 
     @classmethod
     def from_json(cls, data: bytes) -> ShardResult:
-        record: dict[str, Any] = json.loads(data)
-        info = ShardInfo(**record["info"]) if record["info"] else None
-        return cls(info, tuple(Failure(**f) for f in record["failures"]))
+        """The other way round.
+
+        Raises:
+            ValueError: not what `to_json` gives.
+        """
+        return _adapter(cls).validate_json(data, strict=True)
+
+
+_adapter = functools.cache(pydantic.TypeAdapter)
 
 
 @contextmanager
@@ -291,16 +300,29 @@ def done(staging: Path, shard: str) -> ShardResult | None:
     """
     try:
         result = ShardResult.from_json(_mark(staging, shard).read_bytes())
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError):
         return None
-    # without dataset.json an earlier try may have come to moving files
-    places = [staging] if (staging.parent / DATASET_FILE).exists() else [staging, staging.parent]
-    if result.info is not None:
-        sizes = [(place / shard).stat().st_size for place in places if (place / shard).is_file()]
-        indexes = [file_hash(place / index_name(shard)) for place in places]
-        if result.info.bytes not in sizes or result.info.index_xxh3 not in indexes:
-            return None
-    return result
+    there = result.info is None or (result.info.file == shard and _is_there(staging, shard, result.info))
+    return result if there else None
+
+
+def _is_there(staging: Path, shard: str, info: ShardInfo) -> bool:
+    """Whether a shard lies in the staging folder, or an earlier try came to moving it: its index first, then its tar.
+
+    In the output folder, a tar of the same size may be that of the data set which is to be replaced.
+    """
+    out = staging.parent
+    moved = not (out / DATASET_FILE).exists() and file_hash(out / index_name(shard)) == info.index_xxh3
+    if not moved and file_hash(staging / index_name(shard)) != info.index_xxh3:
+        return False
+    tars = [staging / shard, out / shard] if moved else [staging / shard]
+    return any(tar.is_file() and tar.stat().st_size == info.bytes for tar in tars)
+
+
+def discard(staging: Path, shard: str) -> None:
+    """Remove what there is of a shard, and the note that it is done first."""
+    for path in (_mark(staging, shard), staging / index_name(shard), staging / shard):
+        path.unlink(missing_ok=True)
 
 
 def _mark(staging: Path, shard: str) -> Path:
@@ -308,16 +330,22 @@ def _mark(staging: Path, shard: str) -> Path:
 
 
 def commit(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> None:
-    """Move the finished shards into place; dataset.json goes first where an old one is, and comes last."""
+    """Bring the finished shards to the disk, then into place; dataset.json goes first where an old one is, and comes last.
+
+    Raises:
+        OSError: something cannot be written to the disk; an old data set is there as before.
+    """
     staging = out / STAGING
     shards = [info.file for split in dataset.splits.values() for info in split.shards]
     files = [name for shard in shards for name in (index_name(shard), shard)]
+    for shard in shards:
+        _sync(staging, shard)
+    sync_folder(staging)
     (out / DATASET_FILE).unlink(missing_ok=True)
     for path in _shard_files(out):
         if path.name not in files:
             path.unlink()
     sync_folder(out)
-    sync_files(path for shard in shards if (path := staging / index_name(shard)).exists())
     for name in files:
         if (staging / name).exists():  # else moved by a commit that was interrupted
             (staging / name).rename(out / name)
@@ -328,6 +356,18 @@ def commit(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> None:
     sync_folder(out)
     write_atomic(out / DATASET_FILE, dataset.to_json())
     drop(staging)
+
+
+def _sync(staging: Path, shard: str) -> None:
+    """Bring a shard's index and note to the disk, those that are in the staging folder.
+
+    An error is told once, and the next try would believe the page cache: so the shard is to be written again.
+    """
+    try:
+        sync_files(path for path in (staging / index_name(shard), _mark(staging, shard)) if path.exists())
+    except OSError:
+        discard(staging, shard)
+        raise
 
 
 def _shard_files(out: Path) -> list[Path]:

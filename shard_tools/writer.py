@@ -1,11 +1,11 @@
-"""Write one shard and its index, so that the final names only ever show whole files.
+"""Write one shard and its index, so that the final names only ever show whole files, whatever happens to the process.
 
 Other writers finish the file even when an exception passes through, and a crashed pack looks whole. Here leaving the
 `with` block with an exception removes what was written.
 
-The tar is on the disk before it gets its name. The index is not waited for, and neither is the folder: a drive that is
-asked for each small file of each shard writes a tenth slower. Whoever makes a shard part of a data set calls
-`sync_files` on its index before, and `sync_folder` after.
+The tar is on the disk before it gets its name, so that a power cut leaves it whole, too. The index is not waited for,
+and neither is the folder: asked for each small file of each shard, a drive writes more slowly. Whoever makes a shard
+part of a data set calls `sync_files` on its index before, and `sync_folder` after.
 """
 
 from __future__ import annotations

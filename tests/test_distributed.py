@@ -244,9 +244,8 @@ def test_a_killed_rank_ends_the_others_soon(make_config, repository, tmp_path, v
 
 
 DISTURBED = """
-import atexit, os, sys
-from salt_wds import policy, step, train
-from shard_tools.command import run
+import atexit, os, runpy, sys
+from salt_wds import policy, step
 
 what, rank, calls = sys.argv.pop(1), os.environ["RANK"], iter(range(1000))
 real_loss, real_observe = step.masked_loss, policy.FailurePolicy.observe
@@ -262,7 +261,7 @@ def observe(self, batch):
 
 step.masked_loss, policy.FailurePolicy.observe = masked_loss, observe
 atexit.register(print, "Python shuts down")
-run(train.main, train.leave)
+runpy.run_module("salt_wds.train", run_name="__main__")
 """
 
 
@@ -298,6 +297,15 @@ def test_a_loader_that_gives_up_on_one_rank_stops_all(make_config, repository, t
     found = checkpoint.newest(tmp_path / "run/checkpoints")
     assert found is not None
     assert found[1]["step"] == 3
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_rank_whose_output_is_closed_has_its_exit_code(repository, tmp_path, closed, size):
+    redirections = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[closed]
+    command = f'exec "{sys.executable}" -m salt_wds.train --config {tmp_path}/missing.toml {redirections}'
+    world = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0") | {"WORLD_SIZE": size}
+    assert subprocess.run(["sh", "-c", command], cwd=repository, env=os.environ | world, check=False).returncode == 2
 
 
 def test_a_world_of_one_asks_nobody():

@@ -38,43 +38,39 @@ class Stop(BaseException):
     """A power cut: nothing that would clean up gets to do anything."""
 
 
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def halve(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty_index(path: Path) -> None:
-    """The note that says that the shard is done came to the disk on its own."""
-    if path.suffix == ".parquet":
-        empty(path)
-
-
-LOSSES = (None, empty, zero, halve, empty_index)
-
-
 class PowerCut:
     """Lets `steps` changes of the file system pass, then refuses all: the process as good as dies before the next one.
 
     Args:
-        lose: what then happens to the content of every file that was not synced; None: it is on the disk all the same.
+        lose: what then happens to what was not synced, one of LOSSES; None: it is on the disk all the same.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, lose: Callable[[Path], None] | None = None) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, lose: Loss | None = None) -> None:
         self.left: float = float("inf")
         self.passed = self.tries = 0
         self.lose = lose
         self.synced: list[int] = []  # descriptors, held open so that their inodes are not given to other files
+        self.renames: list[tuple[Path, Path]] = []  # whose folder was not synced
+        self.rename = os.rename
         patch.setattr(os, "getpid", lambda: self.tries)  # every try is a process of its own
-        for name in ("rename", "unlink", "rmdir", "mkdir"):
-            patch.setattr(os, name, self.guard(getattr(os, name)))
-        patch.setattr(os, "fsync", self.guard(lambda descriptor: self.synced.append(os.dup(descriptor))))
+        for name, function in {"rename": self._rename, "unlink": os.unlink, "rmdir": os.rmdir, "mkdir": os.mkdir,
+                               "fsync": self._fsync}.items():  # fmt: skip
+            patch.setattr(os, name, self.guard(function))
+
+    def _rename(self, old: Path, new: Path) -> None:
+        if not os.path.exists(new):  # else nothing is left to go back to
+            self.renames.append((Path(old), Path(new)))
+        self.rename(old, new)
+
+    def _fsync(self, descriptor: int) -> None:
+        self.synced.append(os.dup(descriptor))
+        folder = os.fstat(descriptor).st_ino
+        self.renames = [names for names in self.renames if names[1].parent.stat().st_ino != folder]
+
+    def not_synced(self, out: Path) -> list[Path]:
+        """Files whose content is not on the disk."""
+        kept = {os.fstat(descriptor).st_ino for descriptor in self.synced}
+        return [path for path in out.rglob("*") if path.is_file() and path.stat().st_ino not in kept]
 
     def guard(self, function: Callable) -> Callable:
         def step(*args: object, **options: object) -> object:
@@ -90,20 +86,53 @@ class PowerCut:
         self.left, self.passed, self.tries = steps, 0, self.tries + 1
         out = Path(str(arguments[arguments.index("--out") + 1]))
         self.synced += [os.open(path, os.O_RDONLY) for path in out.rglob("*") if path.is_file()]  # of earlier tries
+        self.renames.clear()
         try:
             pack_here(*arguments)
         except Stop:
             pass
         finally:
             self.left = float("inf")
-            kept = {os.fstat(descriptor).st_ino for descriptor in self.synced}
             if self.lose is not None:  # also at the end of a pack: the power may fail just then
-                for path in out.rglob("*"):
-                    if path.is_file() and path.stat().st_ino not in kept:
-                        self.lose(path)
+                self.lose(self, out)
             while self.synced:
                 os.close(self.synced.pop())
         return self.passed
+
+
+Loss = Callable[[PowerCut, Path], None]
+
+
+def emptied(cut: PowerCut, out: Path) -> None:
+    for path in cut.not_synced(out):
+        os.truncate(path, 0)
+
+
+def zeroed(cut: PowerCut, out: Path) -> None:
+    for path in cut.not_synced(out):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def halved(cut: PowerCut, out: Path) -> None:
+    for path in cut.not_synced(out):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def indexes_emptied(cut: PowerCut, out: Path) -> None:
+    """The notes that the shards are done came to the disk on their own."""
+    for path in cut.not_synced(out):
+        if path.suffix == ".parquet":
+            os.truncate(path, 0)
+
+
+def tars_nameless(cut: PowerCut, out: Path) -> None:
+    """So did they, and only the tars' names did not."""
+    for old, new in reversed(cut.renames):
+        if new.suffix == ".tar" and new.exists():
+            cut.rename(new, old)
+
+
+LOSSES = (None, emptied, zeroed, halved, indexes_emptied, tars_nameless)
 
 
 @pytest.fixture
@@ -125,20 +154,26 @@ def reference(few_videos: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("lose", LOSSES)
-@pytest.mark.parametrize("replaced", [False, True], ids=["new", "replacing another data set"])
+@pytest.mark.parametrize(
+    ("size", "replaced"),
+    [("64KiB", None), ("64KiB", "90KiB"), ("1MiB", "1MiB")],
+    ids=["new", "replacing another data set", "replacing one with tars of the same sizes"],
+)
 def test_a_stop_before_any_step_loses_nothing(
-    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool,
-    lose: Callable[[Path], None] | None,
+    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, replaced: str | None,
+    lose: Loss | None,
 ) -> None:  # fmt: skip
+    assert pack_here(few_videos, "--out", tmp_path / "reference", "--shard-size", size) == 1
+    reference = contents(tmp_path / "reference")
     old = tmp_path / "old"
     old.mkdir()
     if replaced:
-        pack_here(few_videos, "--out", old, "--seed", 5, "--shard-size", "90KiB")
+        pack_here(few_videos, "--out", old, "--seed", 5, "--shard-size", replaced)
     before = contents(old)
     cut = PowerCut(monkeypatch, lose)
     for step in itertools.count():
         out = shutil.copytree(old, tmp_path / "out")
-        arguments = [few_videos, "--out", out, "--shard-size", "64KiB", *(["--overwrite"] * replaced)]
+        arguments = [few_videos, "--out", out, "--shard-size", size, *(["--overwrite"] * bool(replaced))]
         if cut.pack(arguments, step) < step:
             break
         now = {name: data for name, data in contents(out).items() if not name.startswith(".")}
@@ -156,7 +191,7 @@ def test_a_stop_before_any_step_loses_nothing(
 @pytest.mark.parametrize("lose", LOSSES)
 def test_many_stops_in_a_row_lose_nothing(
     few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    lose: Callable[[Path], None] | None,
+    lose: Loss | None,
 ) -> None:  # fmt: skip
     cut = PowerCut(monkeypatch, lose)
     rng = random.Random(0)

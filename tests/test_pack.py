@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,100 @@ def test_a_full_disk_amid_a_run_of_shards_leaves_whole_ones_and_nothing_else(
     results = shard_task.pack_shards(job, plan.tasks[:4])
     assert [result.info.samples for result in results if result.info] == [1, 1, 1, 1]
     assert shard_task.pack_shards(job, plan.tasks[:4]) == results  # what is done is not done again
+
+
+def test_few_filled_shards_wait_for_a_slow_disk(
+    some_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is an open file, and some memory."""
+    found = find_sources(some_videos, "auto", tmp_path)
+    sizes = dict.fromkeys((source.key for source in found.sources), 1)
+    plan = make_plan("x", found.sources[:20], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
+    (folder := tmp_path / "staging").mkdir()
+    most = 0
+
+    def slow(descriptor: int) -> None:
+        nonlocal most
+        time.sleep(0.02)
+        most = max(most, len(list(folder.glob(".*.tar.*"))))
+
+    monkeypatch.setattr(os, "fsync", slow)
+    shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+    assert 2 <= most <= 3
+    assert len(list(folder.glob("*.done"))) == 20
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_machine_lacks_is_no_fault_of_a_video(
+    some_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Its loss would stay when the limit is long raised."""
+    found = find_sources(some_videos, "auto", tmp_path)
+    sizes = dict.fromkeys((source.key for source in found.sources), 1)
+    plan = make_plan("x", found.sources[:4], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
+    (folder := tmp_path / "staging").mkdir()
+    real, left = os.open, iter(range(2))
+
+    def limited(path: Any, *args: Any) -> int:
+        if str(path).endswith(".webm") and next(left, None) is None:
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", limited)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+    results = shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+    assert not [failure for result in results for failure in result.failures]
+
+
+def test_a_disk_that_fails_at_the_end_costs_that_shard_and_leaves_the_old_data_set(
+    some_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error while writing back is told once: what is in memory may never come to the disk."""
+    arguments = [some_videos, "--out", tmp_path / "out", "--shard-size", "128KiB"]
+    pack_here(*arguments, "--seed", 5)
+    before = contents(tmp_path / "out")
+    real = os.fsync
+
+    def failing(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith("/train-000002.parquet"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match=r"Input/output error: .*train-000002\.parquet"):
+            pack_here(*arguments, "--overwrite")
+    after = contents(tmp_path / "out")
+    assert {name: data for name, data in after.items() if not name.startswith(staging.STAGING)} == before
+    assert not [name for name in after if "train-000002" in name and name.startswith(staging.STAGING)]
+    assert pack_here(*arguments, "--overwrite") == 0
+    pack_here(some_videos, "--out", tmp_path / "undisturbed", "--shard-size", "128KiB")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"", bytes(300), b"null", b"[]", b"7", b'"x"', b"[" * 100_000, b'{"info": []}', b'{"info": [], "failures": []}',
+        b'{"info": {"file": "train-000000.tar"}, "failures": []}',
+    ],
+)  # fmt: skip
+def test_a_note_that_a_power_cut_spoilt_is_none(some_videos: Path, tmp_path: Path, note: bytes) -> None:
+    found = find_sources(some_videos, "auto", tmp_path)
+    sizes = dict.fromkeys((source.key for source in found.sources), 1)
+    plan = make_plan("x", found.sources[:2], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
+    (folder := tmp_path / "staging").mkdir()
+    result, other = shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+    assert staging.done(folder, "train-000000.tar") == result
+    (folder / "train-000000.done").write_bytes(other.to_json())
+    assert staging.done(folder, "train-000000.tar") is None
+    (folder / "train-000000.done").write_bytes(result.to_json().replace(b'"samples": 1', b'"samples": "x"'))
+    assert staging.done(folder, "train-000000.tar") is None
+    (folder / "train-000000.done").write_bytes(note)
+    assert staging.done(folder, "train-000000.tar") is None
 
 
 def fatal_probe(payload: bytes) -> Video:

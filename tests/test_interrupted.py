@@ -245,10 +245,13 @@ def test_a_finished_shard_that_was_removed_is_written_again(
     out = tmp_path / "out"
     arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
     with monkeypatch.context() as patch:
-        PowerCut(patch).pack(arguments, 16)
-    [*tars] = (out / staging.STAGING).glob("*.tar")
-    assert tars
-    tars[0].unlink()
+        cut = PowerCut(patch)
+        for step in itertools.count():
+            cut.pack(arguments, step)
+            if done := list((out / staging.STAGING).glob("*.done")):
+                break
+            shutil.rmtree(out, ignore_errors=True)
+    done[0].with_suffix(".tar").unlink()
     pack_here(*arguments)
     assert contents(out) == reference
 

@@ -31,7 +31,7 @@ import xxhash
 
 from shard_tools import __version__
 from shard_tools.command import CommandError, one_line
-from shard_tools.commit_mark import DATASET_FILE, FORMAT_VERSION, index_name, own_hash, spelled  # noqa: F401 - names that all know from here
+from shard_tools.commit_mark import DATASET_FILE, FORMAT_VERSION, index_name, own_hash, spelled
 
 FAILURES_FILE = "failures.jsonl"
 SPLITS = ("train", "validation", "test")
@@ -47,6 +47,10 @@ class DatasetError(CommandError):
 
 
 # --- names --------------------------------------------------------------------------------------------------------
+
+
+# How JSON is read into a type, strictly. Made once, where it is needed: it takes a tenth of a command's start.
+adapter = functools.cache(pydantic.TypeAdapter)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -129,18 +133,13 @@ class SampleInfo:
         }
 
 
-@functools.cache  # made once, where it is needed: it takes a tenth of the time a command takes to load
-def _sample_adapter() -> pydantic.TypeAdapter[SampleInfo]:
-    return pydantic.TypeAdapter(SampleInfo)
-
-
 def parse_sample(data: bytes) -> SampleInfo:
     """The content of KEY.json, strictly.
 
     Raises:
         ValueError: not the JSON of a sample, or of a colour that is none of COLOURS.
     """
-    sample = _sample_adapter().validate_json(data, strict=True)
+    sample = adapter(SampleInfo).validate_json(data, strict=True)
     if (sample.video.matrix, sample.video.range) not in COLOURS:
         raise ValueError(f"colour {sample.video.matrix} {sample.video.range} is none of those stored")
     return sample
@@ -261,7 +260,7 @@ def read_dataset(folder: Path) -> Dataset:
         version = json.loads(text).get("format_version")  # asked first: other versions may have other fields
         if version != FORMAT_VERSION:
             raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
-        dataset = pydantic.TypeAdapter(Dataset).validate_json(text, strict=True)
+        dataset = adapter(Dataset).validate_json(text, strict=True)
         for name in (info.file for split in dataset.splits.values() for info in split.shards):
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not a file name")
@@ -283,6 +282,12 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def remove_shard(folder: Path, shard: str) -> None:
+    """Remove what there is of a shard in a folder: its index and its tar."""
+    for name in (index_name(shard), shard):
+        (folder / name).unlink(missing_ok=True)
 
 
 def sync_files(paths: Iterable[Path]) -> None:

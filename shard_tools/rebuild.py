@@ -18,7 +18,7 @@ import xxhash
 from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.encoding import BEST_QUALITY, SOURCE, WORST_QUALITY, Encoding
-from shard_tools.format import FAILURES_FILE, Dataset, ShardInfo, Video, index_name, parse_sample
+from shard_tools.format import FAILURES_FILE, Dataset, ShardInfo, Video, index_name, parse_sample, remove_shard
 from shard_tools.frames import BadVideoError, probe
 from shard_tools.remains import TarRemains, file_hash, fits
 from shard_tools.shard_index import parse_index, read_index
@@ -59,7 +59,7 @@ class DamagedShard:
         """Write the shard to the scratch folder: what it then is, lost samples, and how many were made again."""
         lost: list[tuple[str | None, str]] = []
         self.made = 0
-        discard(scratch, self.info.file)
+        remove_shard(scratch, self.info.file)
         with ShardWriter(scratch, self.info.file) as writer:
             for key, sample in self.samples(proven_only):
                 try:
@@ -256,9 +256,3 @@ def sources_by_key(root: Path | None, layout: str, exclude: Path) -> dict[str, S
         return {source.key: source for source in find_sources(root, layout, exclude).sources} if root else {}
     except (CommandError, OSError):
         return {}
-
-
-def discard(scratch: Path, shard: str) -> None:
-    """Remove what was written of a shard."""
-    for name in (shard, index_name(shard)):
-        (scratch / name).unlink(missing_ok=True)

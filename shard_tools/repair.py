@@ -33,11 +33,12 @@ from shard_tools.format import (
     ShardInfo,
     index_name,
     read_dataset,
+    remove_shard,
     sync_files,
     sync_folder,
     write_atomic,
 )
-from shard_tools.rebuild import DamagedShard, discard, sources_by_key
+from shard_tools.rebuild import DamagedShard, sources_by_key
 from shard_tools.remains import file_hash
 from shard_tools.shard_check import PACK_AGAIN, Problem, check_dataset, restore_tar
 
@@ -245,7 +246,7 @@ def repair_shard(job: RepairJob, task: Task) -> Outcome:
         done = "would be kept" if job.dry_run else "kept"
         detail = f"{done}: {kept} of {info.samples} samples, {made} of them made again from sources"
         return Outcome("salvaged", detail, new, tuple(lost))
-    discard(job.scratch, info.file)
+    remove_shard(job.scratch, info.file)
     if lost:
         hint = "" if job.root else "name the folder of the videos with --source, or "
         detail = f"not repaired: what is lost is named below; {hint}drop them with --salvage"
@@ -286,7 +287,7 @@ def _put_in_place(job: RepairJob, shard: DamagedShard) -> None:
                 sync_files([job.scratch / name])
                 (job.scratch / name).rename(job.folder / name)
         sync_folder(job.folder)
-    discard(job.scratch, shard.tar.name)
+    remove_shard(job.scratch, shard.tar.name)
 
 
 if __name__ == "__main__":

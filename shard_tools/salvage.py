@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.format import (
@@ -23,8 +21,10 @@ from shard_tools.format import (
     FAILURES_FILE,
     Dataset,
     ShardInfo,
+    adapter,
     index_name,
     make_dataset,
+    remove_shard,
     sync_files,
     sync_folder,
     write_atomic,
@@ -84,7 +84,7 @@ def finish(folder: Path, dataset: Dataset) -> Dataset:
     except FileNotFoundError:
         decision = None
     if decision is not None:
-        new = pydantic.TypeAdapter(Dataset).validate_json(decision["dataset"], strict=True)
+        new = adapter(Dataset).validate_json(decision["dataset"], strict=True)
         if dataset.self_hash() == new.self_hash() or _applies(folder, decision, dataset, new):
             _move(folder, decision, new)
             dataset = new
@@ -121,5 +121,4 @@ def _move(folder: Path, decision: dict[str, Any], new: Dataset) -> None:
     write_atomic(folder / DATASET_FILE, new.to_json())
     for shard in decision["shards"]:
         if shard not in listed:  # no sample of it is left
-            for name in (index_name(shard), shard):
-                (folder / name).unlink(missing_ok=True)
+            remove_shard(folder, shard)

@@ -53,10 +53,9 @@ def write_shards(
     if results:
         print(f"continuing: {len(results)} of {len(plan.tasks)} shards were already written", flush=True)
     _check_room(job, sum(sizes[s.key] for t in todo for s in t.sources))
+    runs = _runs(job, plan.shard_bytes, todo, workers)
     with Progress(plan, sizes, todo) as progress:
-        for run, outcome in execute(
-            functools.partial(_pack_shards, job), _runs(job, plan.shard_bytes, todo, workers), workers
-        ):
+        for run, outcome in execute(functools.partial(_pack_shards, job), runs, workers):
             if isinstance(outcome, WorkerDiedError):
                 outcome = [staging.done(job.staging, task.file) or _alone(job, task, execute) for task in run]
             results |= {task.file: result for task, result in zip(run, outcome, strict=True)}

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import pydantic
 
 from shard_tools.command import CommandError, one_line
-from shard_tools.format import DATASET_FILE, SPLITS, make_key
+from shard_tools.format import DATASET_FILE, SPLITS, adapter, make_key
 
 VIDEO_SUFFIXES = frozenset((".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv"))
 _SSV2_PREFIX = "something-something-v2-"
@@ -186,13 +186,10 @@ def _read_rows(path: Path) -> list[_Row]:
     return _read_json(path, list[_Row], 'a list of objects with an "id"')
 
 
-_adapter = functools.cache(pydantic.TypeAdapter)
-
-
 def _read_json(path: Path, kind: type[Content], expected: str) -> Content:
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put a byte order mark before UTF-8
     try:
-        return _adapter(kind).validate_json(data)
+        return adapter(kind).validate_json(data)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"[{step}]" for step in first["loc"])

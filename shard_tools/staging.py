@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
-import functools
 import json
 import os
 import re
@@ -27,8 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydantic
-
 from shard_tools import ledger
 from shard_tools.command import CommandError
 from shard_tools.format import (
@@ -37,8 +34,10 @@ from shard_tools.format import (
     SPLITS,
     Dataset,
     ShardInfo,
+    adapter,
     index_name,
     read_dataset,
+    remove_shard,
     sync_files,
     sync_folder,
     write_atomic,
@@ -90,10 +89,7 @@ class ShardResult:
         Raises:
             ValueError: not what `to_json` gives.
         """
-        return _adapter(cls).validate_json(data, strict=True)
-
-
-_adapter = functools.cache(pydantic.TypeAdapter)
+        return adapter(cls).validate_json(data, strict=True)
 
 
 @contextmanager
@@ -321,8 +317,8 @@ def _is_there(staging: Path, shard: str, info: ShardInfo) -> bool:
 
 def discard(staging: Path, shard: str) -> None:
     """Remove what there is of a shard, and the note that it is done first."""
-    for path in (_mark(staging, shard), staging / index_name(shard), staging / shard):
-        path.unlink(missing_ok=True)
+    _mark(staging, shard).unlink(missing_ok=True)
+    remove_shard(staging, shard)
 
 
 def _mark(staging: Path, shard: str) -> Path:

@@ -21,7 +21,9 @@ from hypothesis import settings
 
 from shard_tools import pack, packing
 from shard_tools.format import index_name, read_dataset
+from shard_tools.plan import PackJob, Plan, make_plan
 from shard_tools.shard_index import read_index
+from shard_tools.sources import find_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"
@@ -53,6 +55,15 @@ def serially(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int)
     """Stands in for `executors.run_local` where processes are not what is tested: the same results, in this process."""
     for task in tasks:
         yield task, function(task)
+
+
+def one_a_shard(root: Path, folder: Path, count: int) -> tuple[PackJob, Plan, dict[str, int]]:
+    """The first videos of a folder, each to be a shard of its own in `folder`, which is made; and their sizes, untrue."""
+    folder.mkdir(exist_ok=True)
+    found = find_sources(root, "auto", folder)
+    sizes = dict.fromkeys((source.key for source in found.sources), 1)
+    plan = make_plan("x", found.sources[:count], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
+    return PackJob(root, folder, "x"), plan, sizes
 
 
 def pack_here(*args: object) -> int:

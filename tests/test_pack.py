@@ -23,7 +23,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from conftest import RunModule, contents, pack_here
+from conftest import RunModule, contents, one_a_shard, pack_here
 
 from shard_tools import frames, ledger, pack_options, shard_task, staging
 from shard_tools.command import CommandError
@@ -306,11 +306,7 @@ def test_a_full_disk_amid_a_run_of_shards_leaves_whole_ones_and_nothing_else(
     some_videos: Path, tmp_path: Path, call: str, a_shard: int
 ) -> None:
     """One is brought to the disk while the next is filled: wherever it fails, what has a mark has its files."""
-    (folder := tmp_path / "staging").mkdir()
-    found = find_sources(some_videos, "auto", tmp_path)
-    sizes = dict.fromkeys((source.key for source in found.sources), 1)
-    plan = make_plan("x", found.sources[:8], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    job = PackJob(some_videos, folder, "x")
+    job, plan, _ = one_a_shard(some_videos, folder := tmp_path / "staging", 8)
     real = getattr(os, call)
     for calls in range(4 * a_shard):
         left = iter(range(calls))
@@ -339,10 +335,7 @@ def test_few_filled_shards_wait_for_a_slow_disk(
     some_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is an open file, and some memory."""
-    found = find_sources(some_videos, "auto", tmp_path)
-    sizes = dict.fromkeys((source.key for source in found.sources), 1)
-    plan = make_plan("x", found.sources[:20], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    (folder := tmp_path / "staging").mkdir()
+    job, plan, _ = one_a_shard(some_videos, folder := tmp_path / "staging", 20)
     most = 0
 
     def slow(descriptor: int) -> None:
@@ -351,7 +344,7 @@ def test_few_filled_shards_wait_for_a_slow_disk(
         most = max(most, len(list(folder.glob(".*.tar.*"))))
 
     monkeypatch.setattr(os, "fsync", slow)
-    shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+    shard_task.pack_shards(job, plan.tasks)
     assert 2 <= most <= 3
     assert len(list(folder.glob("*.done"))) == 20
 
@@ -361,10 +354,7 @@ def test_what_the_machine_lacks_is_no_fault_of_a_video(
     some_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Its loss would stay when the limit is long raised."""
-    found = find_sources(some_videos, "auto", tmp_path)
-    sizes = dict.fromkeys((source.key for source in found.sources), 1)
-    plan = make_plan("x", found.sources[:4], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    (folder := tmp_path / "staging").mkdir()
+    job, plan, _ = one_a_shard(some_videos, tmp_path / "staging", 4)
     real, left = os.open, iter(range(2))
 
     def limited(path: Any, *args: Any) -> int:
@@ -375,8 +365,8 @@ def test_what_the_machine_lacks_is_no_fault_of_a_video(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", limited)
         with pytest.raises(OSError, match=os.strerror(number)):
-            shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
-    results = shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+            shard_task.pack_shards(job, plan.tasks)
+    results = shard_task.pack_shards(job, plan.tasks)
     assert not [failure for result in results for failure in result.failures]
 
 
@@ -415,11 +405,8 @@ def test_a_disk_that_fails_at_the_end_costs_that_shard_and_leaves_the_old_data_s
     ],
 )  # fmt: skip
 def test_a_note_that_a_power_cut_spoilt_is_none(some_videos: Path, tmp_path: Path, note: bytes) -> None:
-    found = find_sources(some_videos, "auto", tmp_path)
-    sizes = dict.fromkeys((source.key for source in found.sources), 1)
-    plan = make_plan("x", found.sources[:2], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    (folder := tmp_path / "staging").mkdir()
-    result, other = shard_task.pack_shards(PackJob(some_videos, folder, "x"), plan.tasks)
+    job, plan, _ = one_a_shard(some_videos, folder := tmp_path / "staging", 2)
+    result, other = shard_task.pack_shards(job, plan.tasks)
     assert staging.done(folder, "train-000000.tar") == result
     (folder / "train-000000.done").write_bytes(other.to_json())
     assert staging.done(folder, "train-000000.tar") is None

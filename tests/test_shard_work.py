@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, pack_here, serially
+from conftest import REPOSITORY, one_a_shard, pack_here, serially
 
 from shard_tools import shard_work
 from shard_tools.encoding import Encoding
 from shard_tools.executors import WorkerDiedError
-from shard_tools.plan import PackJob, Plan, ShardTask, make_plan
+from shard_tools.plan import PackJob, Plan, ShardTask
 from shard_tools.shard_size import MIB
-from shard_tools.sources import Source, find_sources
+from shard_tools.sources import Source
 
 SHARDS = ["--shard-size", "64KiB"]
 
@@ -78,13 +78,8 @@ def test_workers_get_runs_of_shards_in_order_and_single_ones_at_the_end(
     assert encoded == [(task,) for task in tasks]
 
 
-def test_a_death_amid_a_run_costs_the_shards_that_are_done_nothing(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = find_sources(videos, "auto", tmp_path)
-    sizes = {source.key: (videos / source.path).stat().st_size for source in found.sources}
-    plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    job = PackJob(videos, tmp_path, "x")
+def test_a_death_amid_a_run_costs_the_shards_that_are_done_nothing(videos: Path, tmp_path: Path) -> None:
+    job, plan, sizes = one_a_shard(videos, tmp_path, 40)
     began: list[list[str]] = []
 
     def dying(function: Callable, runs: Sequence, workers: int) -> Iterator:
@@ -98,17 +93,14 @@ def test_a_death_amid_a_run_costs_the_shards_that_are_done_nothing(
     first, *others = began
     assert len(first) == 11
     assert others[: len(first) - 3] == [[shard] for shard in first[3:]]
-    assert sum(result.info.samples for result in results.values()) == len(found.sources)
+    assert sum(result.info.samples for result in results.values()) == 40
 
 
 def test_what_no_note_tells_of_makes_room_before_room_is_asked_for(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut may take all the notes of a nearly full disk."""
-    found = find_sources(videos, "auto", tmp_path)
-    sizes = dict.fromkeys((source.key for source in found.sources), 1)
-    plan = make_plan("x", found.sources[:3], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    job = PackJob(videos, tmp_path, "x")
+    job, plan, sizes = one_a_shard(videos, tmp_path, 3)
     shard_work.write_shards(job, plan, sizes, 1, serially)
     (tmp_path / "train-000001.done").unlink()
     seen: list[set[str]] = []

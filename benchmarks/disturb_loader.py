@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from salt_wds.config import load_config
-from salt_wds.loader import Loader
-from shard_tools import ledger
+from salt_wds.data.loader import Loader
+from shard_tools.format import ledger
 
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGSTOP)
 

@@ -33,11 +33,12 @@ import xxhash
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from shard_tools import inspection, verify
-from shard_tools.command import USAGE, CommandError
-from shard_tools.format import index_name, read_dataset
-from shard_tools.shard_index import index_bytes, parse_index
-from shard_tools.ustar import BLOCK
+from shard_tools.common.cli import USAGE, CommandError
+from shard_tools.format.dataset import index_name, read_dataset
+from shard_tools.format.index import index_bytes, parse_index
+from shard_tools.format.tar import BLOCK
+from shard_tools.verify import __main__ as verify
+from shard_tools.verify import inspection
 
 NUMBERS = ("label", "json_offset", "json_size", "payload_offset", "payload_size", "xxh3_json", "xxh3_payload",
            "num_frames", "width", "height")  # fmt: skip

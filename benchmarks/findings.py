@@ -23,8 +23,8 @@ import argparse
 
 import harness
 
-from salt_wds.metrics import read_metrics
-from salt_wds.motion import CONFIGS, as_arguments, command, train
+from salt_wds.demo.motion import CONFIGS, as_arguments, command, train
+from salt_wds.runs.metrics import read_metrics
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "dense": {"student.mode": "dense"},

@@ -94,7 +94,7 @@ def parts(folder: Path, tiny: bool) -> list[Part]:
         Part("end-to-end", together, 200),
         compiled("visible", "full", 180),
         Part("flat-memory", [sys.executable, "benchmarks/flat_memory.py", *map(str, flat)], 200, folder / "flat.json"),
-        Part("tests", module("pytest", "-q", "-rs", *(f"tests/test_{name}.py" for name in names)), 150),
+        Part("tests", module("pytest", "-q", "-rs", *(f"tests/train/test_{name}.py" for name in names)), 150),
         compiled("visible", "selective", 180),
         compiled("dense", "off", 200),
         compiled("dense", "full", 180),

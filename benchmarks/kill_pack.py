@@ -38,10 +38,11 @@ from fault_shards import serially
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from shard_tools import inspection, verify
-from shard_tools.command import INTERRUPTED, OK
-from shard_tools.format import DATASET_FILE, read_dataset
-from shard_tools.staging import STAGING
+from shard_tools.common.cli import INTERRUPTED, OK
+from shard_tools.format.dataset import DATASET_FILE, read_dataset
+from shard_tools.pack.staging import STAGING
+from shard_tools.verify import __main__ as verify
+from shard_tools.verify import inspection
 
 MOMENTS = (*["start"] * 2, *["work"] * 9, "commit")  # a job that comes to its commit is soon complete
 WAYS = ("SIGKILL group", "SIGKILL command", "SIGKILL worker", "SIGKILL group", "SIGKILL worker", "SIGTERM", "SIGINT")

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import harness
 
-from salt_wds import checkpoint
 from salt_wds.config import load_config
-from salt_wds.metrics import read_metrics
+from salt_wds.runs import checkpoint
+from salt_wds.runs.metrics import read_metrics
 
 CHECKPOINT_EVERY = 2
 SETTINGS = [

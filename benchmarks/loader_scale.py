@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import REPOSITORY, module, parser, save, setting, watch, workplace
 
-from salt_wds.catalog import open_catalog
 from salt_wds.config import Config, load_config
-from salt_wds.loader import Loader
-from salt_wds.order import Order
-from shard_tools.command import CommandError
-from shard_tools.format import index_name, make_dataset, read_dataset, write_atomic
-from shard_tools.shard_index import index_bytes, read_index
+from salt_wds.data.catalog import open_catalog
+from salt_wds.data.loader import Loader
+from salt_wds.data.order import Order
+from shard_tools.common.cli import CommandError
+from shard_tools.format.dataset import index_name, make_dataset, read_dataset, write_atomic
+from shard_tools.format.index import index_bytes, read_index
 
 SAMPLES, SHARDS = 220_847, 64
 MAX_INDEX_MB, MAX_FIRST_BATCH_S = 50, 3

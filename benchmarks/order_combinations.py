@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import REPOSITORY, module, parser, save, setting, watch, workplace
 
 from salt_wds.config import load_config
-from salt_wds.loader import Loader
+from salt_wds.data.loader import Loader
 
 BATCH, BATCHES = 24, 20  # divisible by every number of ranks; the 26 training clips come by many times
 

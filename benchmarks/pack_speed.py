@@ -30,7 +30,7 @@ import harness
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from shard_tools.frames import probe, probe_with_ffmpeg
+from shard_tools.video.probe import probe, probe_with_ffmpeg
 
 MOST_RATIO, MOST_MB = 1.15, 300
 

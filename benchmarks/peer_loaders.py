@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 
-from salt_wds.clip_writer import Crop
-from salt_wds.views import choose_frames, random_crop
+from salt_wds.data.crop_resize import Crop
+from salt_wds.data.views import choose_frames, random_crop
 
 FRAMES, STRIDE, SIZE, BATCH = 16, 2, 224, 16
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)

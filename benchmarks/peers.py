@@ -40,9 +40,9 @@ import psutil
 import torch
 from peer_loaders import BATCH, FRAMES, PREFETCH, SIZE, STRIDE
 
-from salt_wds.bench_loader import bare_limit
+from salt_wds.bench.loader import bare_limit
 from salt_wds.config import Config, load_config
-from salt_wds.loader import Loader
+from salt_wds.data.loader import Loader
 
 WORKERS = 2
 RGB = (BATCH, FRAMES, SIZE, SIZE, 3)

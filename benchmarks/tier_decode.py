@@ -30,16 +30,16 @@ import numpy as np
 
 sys.path.insert(0, str(harness.REPOSITORY))
 
-from salt_wds.catalog import Catalog, Row, open_catalog
-from salt_wds.clip_writer import ClipWriter, Crop
-from salt_wds.decode import Decoder, VideoInfo, get_decoder
-from salt_wds.order import Order, Place, sample_rng
-from salt_wds.reader import Reader
-from salt_wds.views import choose_frames, random_crop
-from shard_tools.container import decode_frames, open_video, padded_packet
-from shard_tools.encoding import TIERS
-from shard_tools.format import COLOURS, Video
-from shard_tools.tiers import to_jpeg_colour
+from salt_wds.data.catalog import Catalog, Row, open_catalog
+from salt_wds.data.crop_resize import ClipWriter, Crop
+from salt_wds.data.order import Order, Place, sample_rng
+from salt_wds.data.reader import Reader
+from salt_wds.data.views import choose_frames, random_crop
+from shard_tools.format.dataset import COLOURS, Video
+from shard_tools.video.decode import Decoder, VideoInfo, get_decoder
+from shard_tools.video.encoding import TIERS
+from shard_tools.video.ffmpeg import decode_frames, open_video, padded_packet
+from shard_tools.video.tiers import to_jpeg_colour
 
 FRAMES, STRIDE, SIZE, SCALE, RATIO = 16, 2, 224, (0.5, 1.0), (3 / 4, 4 / 3)
 LEAST = {"mjpeg": 3.0, "y4m": 12.0}
@@ -93,7 +93,7 @@ class Lane:
     reading: float = 0.0
 
     def clip(self) -> None:
-        """The next clip, as salt_wds.pipeline makes it."""
+        """The next clip, as salt_wds.data.pipeline makes it."""
         if not self.requests:
             self.requests = [self.request(self.position + number) for number in range(_BATCH)]
         place, row, frames, crop = self.requests.pop(0)

@@ -9,7 +9,7 @@ import shard_tools  # noqa: F401 - first of all: Ctrl-C while a command loads
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from salt_wds.exported import VideoEncoder
+    from salt_wds.models.exported import VideoEncoder
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,6 @@ def load_encoder(folder: str | Path) -> VideoEncoder:
     Raises:
         CommandError: not such a folder, of another version, or its weights are damaged.
     """
-    from salt_wds.exported import load_encoder  # torch is loaded with it, and `import salt_wds` stays light
+    from salt_wds.models.exported import load_encoder  # torch is loaded with it, and `import salt_wds` stays light
 
     return load_encoder(folder)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shard_tools.command import CommandError
+from shard_tools.common.cli import CommandError
 
 TUBELET, PATCH = 2, 16  # one token is 2 frames x 16 x 16 pixels, in the teacher and in the student
 

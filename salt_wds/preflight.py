@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from salt_wds.batches import Batch
-from salt_wds.budget import shared_memory_used
 from salt_wds.config import Config, load_config
-from salt_wds.loader import Loader
-from salt_wds.masks import num_masked
-from salt_wds.models import build_models, pick_device
-from salt_wds.policy import LoaderStopped
-from salt_wds.tuning import tuned_step
-from shard_tools.command import OK, PROBLEMS, CommandError, Parser, run
-from shard_tools.format import COLOURS, DATASET_FILE
+from salt_wds.data.batches import Batch
+from salt_wds.data.failure_policy import LoaderStopped
+from salt_wds.data.loader import Loader
+from salt_wds.data.masks import num_masked
+from salt_wds.data.memory import shared_memory_used
+from salt_wds.models.build import build_models, pick_device
+from salt_wds.train.tuning import tuned_step
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, run
+from shard_tools.format.dataset import COLOURS, DATASET_FILE
 
 STRESS_BATCHES = 30
 _SLACK = 64 << 20  # bytes; the index, and what other programs do meanwhile

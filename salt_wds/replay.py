@@ -9,9 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from salt_wds.board import Board, scalars
-from salt_wds.metrics import read_metrics
-from shard_tools.command import OK, CommandError, Parser, one_line, run
+from salt_wds.runs.metrics import read_metrics
+from salt_wds.runs.tensorboard import Board, scalars
+from shard_tools.common.cli import OK, CommandError, Parser, one_line, run
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.command import OK, CommandError, Parser, run
-from shard_tools.encoding import EXPECTED_GROWTH
-from shard_tools.format import Dataset, index_name, read_dataset
-from shard_tools.page_buffer import page_buffer
-from shard_tools.shard_index import read_index
-from shard_tools.worker_process import end_with_parent
+from shard_tools.common.cli import OK, CommandError, Parser, run
+from shard_tools.common.files import page_buffer
+from shard_tools.common.worker_process import end_with_parent
+from shard_tools.format.dataset import Dataset, index_name, read_dataset
+from shard_tools.format.index import read_index
+from shard_tools.video.encoding import EXPECTED_GROWTH
 
 _CHUNK = 1 << 20  # bytes of one read of a whole shard
 _WARM_BYTES = 2 << 30  # what is read again, all readers together: it has to stay in the page cache

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from shard_tools import ledger
-from shard_tools.command import OK, PROBLEMS, CommandError, Parser, one_line, run
-from shard_tools.ledger import Failure
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, run
+from shard_tools.format import ledger
+from shard_tools.format.ledger import Failure
 
 
 def main(argv: list[str] | None = None) -> int:

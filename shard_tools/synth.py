@@ -40,7 +40,7 @@ import numpy as np
 from numpy.random import Generator, default_rng  # np.random is imported lazily, and that swallows a Ctrl-C
 from tqdm import tqdm
 
-from shard_tools.command import OK, CommandError, run
+from shard_tools.common.cli import OK, CommandError, run
 
 FPS = 12
 VIDEO_FOLDER = "20bn-something-something-v2"

@@ -19,11 +19,12 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from shard_tools import pack, packing
-from shard_tools.format import index_name, read_dataset
-from shard_tools.plan import PackJob, Plan, make_plan
-from shard_tools.shard_index import read_index
-from shard_tools.sources import find_sources
+from shard_tools.format.dataset import index_name, read_dataset
+from shard_tools.format.index import read_index
+from shard_tools.pack import __main__ as pack
+from shard_tools.pack import packing
+from shard_tools.pack.plan import PackJob, Plan, make_plan
+from shard_tools.video.sources import find_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from salt_wds import checkpoint
 from salt_wds.config import load_config
-from salt_wds.optim import build_optimizer
-from salt_wds.student import build_student
+from salt_wds.models.optim import build_optimizer
+from salt_wds.models.student import build_student
+from salt_wds.runs import checkpoint
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
 SMALL = {

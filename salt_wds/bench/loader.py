@@ -1,0 +1,219 @@
+"""What the loader gives, by stage, and what limits it (`python -m salt_wds.bench loader`).
+
+Beside it, in the same run, the bare limit: as many processes as workers that read and decode the same clips up to the
+last wanted frame and keep nothing. And with --simulate-workers what a node with more cores would give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+
+from salt_wds.bench.forecast import ASSUMPTIONS, Forecast, Measured, forecast
+from salt_wds.config import Config
+from salt_wds.data.batches import TIMED, Batch
+from salt_wds.data.catalog import open_catalog
+from salt_wds.data.loader import Loader
+from salt_wds.data.order import sample_rng
+from salt_wds.data.pipeline import make_order
+from salt_wds.data.reader import HashMismatchError, Reader
+from salt_wds.data.views import training_view
+from shard_tools.common.worker_process import end_with_parent
+from shard_tools.format.dataset import FRAME_TIERS
+from shard_tools.video.ffmpeg import decode_frames, open_video, padded_packet
+
+_BUSY = ("read", "decode", "crop", "augment", "collate")
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
+    """Run the loader, then the bare limit, `seconds` each; figures by name, times in ms a clip of one worker."""
+    measured = measure_loader(config, seconds)
+    limit = bare_limit(config, seconds)
+    return {
+        **measured,
+        "limit_clips_per_sec": limit,
+        "share_of_limit": measured["clips_per_sec"] / limit,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+    }
+
+
+def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
+    """Run the loader for `seconds`, after its prefetched batches have been taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        loader = Loader(config, Path(folder) / "failures.jsonl", lend=True)  # as train
+        started = time.perf_counter()
+        iterator = iter(loader)
+        next(iterator)
+        first = time.perf_counter() - started
+        # What was prefetched while the first batch was waited for would flatter the rate.
+        for _ in islice(iterator, loader.budget.workers * loader.budget.prefetch):
+            pass
+        taken, elapsed = _take_for(iterator, seconds)
+        iterator.close()
+    clips = sum(len(batch["keys"]) for batch in taken)
+    ms: Counter[str] = Counter()
+    for batch in taken:
+        ms.update(batch["ms"])
+    return {
+        "clips_per_sec": clips / elapsed,
+        "ms": {stage: ms[stage] / len(taken) for stage in TIMED},
+        "taking_ms": loader.taking_s * 1e3 / loader.taken_clips,
+        "first_batch_s": first,
+        "workers": loader.budget.workers,
+        "prefetch": loader.budget.prefetch,
+        "batch_size": config.data.batch_size,
+        "batch_bytes": loader.batch_bytes,
+        "clip": [config.data.num_frames, config.data.size, config.data.frame_stride],
+        "tier": ",".join(loader.catalog.extensions),
+        "bytes_a_clip": sum(batch["bytes"] for batch in taken) / clips,
+        "failures": loader.policy.total,
+    }
+
+
+def _take_for(iterator: Iterator[Batch], seconds: float) -> tuple[list[Batch], float]:
+    """Batches of `seconds`, without their pixels, and the time they took."""
+    started, taken = time.perf_counter(), []
+    while (elapsed := time.perf_counter() - started) < seconds:
+        batch = next(iterator)
+        del batch["clips"], batch["mask"]
+        taken.append(batch)
+    return taken, elapsed
+
+
+def simulate(config: Config, also: list[Path], counts: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """Measure one worker (or as many as leave the training process a core) on each data set, and forecast."""
+    workers = max(len(os.sched_getaffinity(0)) - 1, 1)
+    measured = []
+    for shards in (config.data.shards, *map(str, also)):
+        data = config.data.model_copy(update={"shards": shards, "num_workers": workers})
+        result = measure_loader(config.model_copy(update={"data": data}), seconds)
+        busy = sum(result["ms"][stage] for stage in _BUSY)
+        measured.append(
+            Measured(result["tier"], busy, result["taking_ms"], result["bytes_a_clip"], result["batch_bytes"])
+        )
+    found = forecast(measured, counts, config.data.prefetch_factor)
+    return {
+        "measured": [asdict(tier) for tier in measured],
+        "forecast": [asdict(item) for item in found],
+        "assumptions": list(ASSUMPTIONS),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+
+
+def bare_limit(config: Config, seconds: float) -> float:
+    """Clips a second that as many processes as workers can read and decode when they keep nothing."""
+    workers = config.data.num_workers
+    context = multiprocessing.get_context(config.data.start_method)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+        rates = [pool.submit(_decode_only, config, worker, seconds) for worker in range(workers)]
+        return sum(rate.result() for rate in rates)
+
+
+def _decode_only(config: Config, worker: int, seconds: float) -> float:
+    """Clips a second of one process over its share of the positions: the same clips that the loader's worker has."""
+    data = config.data
+    catalog = open_catalog(data.folders, data.split)
+    order, reader = make_order(catalog, data, config.train.seed), Reader(catalog, 0)
+    started, clips = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        position = worker + clips * data.num_workers
+        place = order.locate(position)
+        row = catalog.row(*place)
+        rng = sample_rng(config.train.seed, position)
+        frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
+        with contextlib.suppress(OSError, HashMismatchError, av.FFmpegError):  # the loader, measured before, named them
+            payload = reader.read(place.shard, row, sorted(set(frames.tolist())))[1]
+            _decode_and_drop(payload, row.ext, int(frames[-1]))
+        clips += 1
+    return clips / (time.perf_counter() - started)
+
+
+def _decode_and_drop(payload: bytes | Iterator[memoryview], ext: str, last: int) -> None:
+    if ext == "y4m":
+        for _ in payload:
+            pass
+        return
+    if ext == "mjpeg":
+        decoder = av.CodecContext.create("mjpeg", "r")
+        decoder.thread_count = 1
+        for jpeg in payload:
+            decoder.decode(padded_packet(jpeg))
+        return
+    with open_video(payload) as container:
+        for number, _ in enumerate(decode_frames(container)):
+            if number == last:
+                return
+
+
+# --- what a person reads ------------------------------------------------------------------------------------------
+
+
+def loader_table(result: dict[str, Any]) -> str:
+    frames, size, stride = result["clip"]
+    ms = result["ms"]
+    busy = sum(ms[stage] for stage in _BUSY)
+    gigabytes = result["clips_per_sec"] * result["bytes_a_clip"] / 1e9
+    return "\n".join(
+        (
+            f"loader    {result['clips_per_sec']:8.1f} clips/s of {frames} frames of {size} at stride {stride}, "
+            f"{result['workers']} workers, prefetch {result['prefetch']}, batches of {result['batch_size']}",
+            f"limit     {result['limit_clips_per_sec']:8.1f} clips/s, reading and decoding, keeping nothing: the loader "
+            f"has {result['share_of_limit']:.0%} of it",
+            f"a clip    {busy:8.2f} ms of one worker: "
+            + ", ".join(f"{ms[stage]:.2f} {stage}" for stage in _BUSY)
+            + f"; {ms['wait']:.2f} ms waiting for a free slot",
+            f"taking    {result['taking_ms']:8.2f} ms a clip, of the training process",
+            f"drive     {gigabytes:8.3f} GB/s ({result['bytes_a_clip'] / 1e3:.0f} kB a clip, tier {result['tier']})",
+            f"start     {result['first_batch_s']:8.2f} s to the first batch; {result['failures']} failures",
+            f"verdict   {_verdict(result, busy)}",
+        )
+    )
+
+
+def _verdict(result: dict[str, Any], busy: float) -> str:
+    """What limits, and what to change."""
+    ms = result["ms"]
+    if result["workers"] > (os.cpu_count() or 1):
+        return f"more workers than the {os.cpu_count()} cores: they wait for each other; lower data.num_workers"
+    if result["taking_ms"] * result["clips_per_sec"] > 700:
+        return "the training process limits: it does little else than take batches over; a smaller clip would help"
+    if ms["wait"] > busy:
+        return "workers wait for free slots: batches are not taken fast enough, or raise data.prefetch_factor"
+    if ms["read"] > ms["decode"] + ms["crop"]:
+        return "reading limits: check the drive (python -m shard_tools.bench), or choose a tier with fewer bytes"
+    if result["tier"] in FRAME_TIERS:
+        return "decoding and cropping limit: raise data.num_workers, up to the cores"
+    return "decoding limits: raise data.num_workers up to the cores, or pack with --frames mjpeg or y4m"
+
+
+def forecast_table(result: dict[str, Any]) -> str:
+    lines = [f"{'tier':<8}{'workers':>8}{'clips/s':>10}{'drive GB/s':>12}{'memory GB':>11}  limited by"]
+    for item in (Forecast(**record) for record in result["forecast"]):
+        lines.append(
+            f"{item.tier:<8}{item.workers:>8}{item.clips_per_sec:>10,.0f}{item.drive_gb_per_s:>12.2f}"
+            f"{item.memory_gb:>11.1f}  {item.limited_by}"
+        )
+    for tier in (Measured(**record) for record in result["measured"]):
+        lines.append(
+            f"measured  {tier.tier}: {tier.worker_ms:.2f} ms a clip of one worker, {tier.taking_ms:.3f} ms of the training "
+            f"process, {tier.bytes_a_clip / 1e3:.0f} kB read"
+        )
+    return "\n".join([*lines, *(f"assumed   {assumption}" for assumption in result["assumptions"])])

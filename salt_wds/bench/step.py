@@ -1,0 +1,186 @@
+"""What the step gives (`python -m salt_wds.bench step`): generated clips of the run's shapes, nothing read from a disk.
+
+Timed is what a training step does on the device: teacher, student, backward pass, clipping, AdamW. The rate of torch's
+own large matrix product is measured in the same run: no step can be faster, whatever a data sheet says.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salt_wds.config import Config
+from salt_wds.models.build import Models, build_models, pick_device
+from salt_wds.models.optim import build_optimizer
+from salt_wds.train.flops import matmul_rate
+from salt_wds.train.tuning import TunedStep, synthetic_batch, tuned_step
+
+_WARM_UP = 3  # steps until everything is compiled, and CUDA graphs are recorded and replayed
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried, each with each."""
+
+    modes: tuple[str, ...]
+    checkpointing: tuple[str, ...]
+    compile_modes: tuple[str, ...]
+    teacher: tuple[str, ...]
+
+
+def bench_step(config: Config, grid: Grid, steps: int) -> dict[str, Any]:
+    """One row of figures for each combination; one that runs out of memory is a row that says so."""
+    device = pick_device(config.train.device)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    rate = matmul_rate(device, dtype)
+    rows: list[dict[str, Any]] = []
+    lines: dict[str, list[str]] = {}
+    for mode in grid.modes:
+        of_mode = _with(config, student={"mode": mode})
+        torch.manual_seed(config.train.seed)
+        models = build_models(of_mode, device)
+        for checkpointing, compiled in itertools.product(grid.checkpointing, grid.compile_modes):
+            wanted = _with(of_mode, train={"checkpointing": checkpointing, "compile": compiled})
+            tuned = tuned_step(wanted, models, device, config.data.batch_size)
+            lines.setdefault(mode, tuned.lines)
+            for teacher in grid.teacher:
+                figures = _measure(wanted, models, tuned, device, steps, teacher == "online", rate)
+                named = {"mode": mode, "checkpointing": checkpointing, "compile": compiled, "teacher": teacher}
+                rows.append(named | figures)
+            del tuned
+            _free(models, device)
+        del models
+    return {
+        "rows": rows,
+        "lines": lines,
+        "batch_size": config.data.batch_size,
+        "clip": [config.data.num_frames, config.data.size],
+        "precision": config.train.precision,
+        "steps": steps,
+        "matmul_tflops": rate / 1e12,
+        **machine(device),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device, and the versions that decide its speed."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": gpu or f"cpu, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+    }
+
+
+def make_update(
+    config: Config, student: nn.Module, tuned: TunedStep
+) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor | None], None]:
+    """One training step of a fresh optimiser: `update((clips, colour, mask), targets or None)`."""
+    optimizer = build_optimizer(student, config.optim, fused=True)
+
+    def update(batch: tuple[Tensor, Tensor, Tensor], targets: Tensor | None = None) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        tuned.step(*batch, targets)
+        nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad_norm or float("inf"))
+        optimizer.step()
+
+    return update
+
+
+def time_updates(update: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Seconds a step, after a warm-up."""
+    for _ in range(_WARM_UP):
+        update()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        update()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / steps
+
+
+def _measure(
+    config: Config, models: Models, tuned: TunedStep, device: torch.device, steps: int, online: bool, rate: float
+) -> dict[str, Any]:
+    clips = config.data.batch_size
+    try:
+        batch = synthetic_batch(config, clips, device)
+        targets = None
+        if not online:
+            shape = (clips, tuned.utilisation.workload.masked, models.teacher.width)
+            dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+            targets = torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+        update = make_update(config, models.student, tuned)
+        seconds = time_updates(lambda: update(batch, targets), steps, device)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    flops = tuned.utilisation.workload.flops(teacher=online)
+    peak = tuned.utilisation.peak
+    return {
+        "ran": tuned.step.mode,
+        "clips_per_sec": clips / seconds,
+        "ms": 1e3 * seconds,
+        "gflop_a_clip": flops / 1e9,
+        "mfu": clips * flops / seconds / peak.flops_per_sec if peak else None,
+        "share_of_matmul": clips * flops / seconds / rate,
+        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+    }
+
+
+def _free(models: Models, device: torch.device) -> None:
+    """Nothing of one combination lies in the memory of the next, or in its compiled code."""
+    for p in models.student.parameters():
+        p.grad = None
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _with(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values in these sections."""
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=changed)
+
+
+# --- what a person reads ------------------------------------------------------------------------------------------
+
+
+def step_table(result: dict[str, Any]) -> str:
+    frames, size = result["clip"]
+    return "\n".join(
+        (
+            f"device    {result['device']}, torch {result['versions']['torch']}, {result['precision']}, "
+            f"{result['batch_size']} clips of {frames} frames of {size}; own matrix product "
+            f"{result['matmul_tflops']:.4g} TFLOP/s",
+            *(f"{mode:<9} {line}" for mode, lines in result["lines"].items() for line in lines),
+            f"{'student':<9}{'checkpointing':<15}{'compile':<28}{'teacher':<9}{'clips/s':>9}{'ms':>9}{'MFU':>7}"
+            f"{'of matmul':>11}{'GB':>7}",
+            *_rows(result["rows"]),
+        )
+    )
+
+
+def _rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        named = f"{row['mode']:<9}{row['checkpointing']:<15}"
+        if "error" in row:
+            yield f"{named}{row['compile']:<28}{row['teacher']:<9}{row['error']}"
+            continue
+        ran = row["ran"] if row["ran"] == row["compile"] else f"{row['ran']} (fell back)"
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
+        peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] is not None else "-"
+        yield (
+            f"{named}{ran:<28}{row['teacher']:<9}{row['clips_per_sec']:>9.1f}{row['ms']:>9.1f}{mfu:>7}"
+            f"{row['share_of_matmul']:>11.1%}{peak:>7}"
+        )

@@ -1,0 +1,94 @@
+"""YUV 4:2:0 clips to normalised RGB, on the device and inside the compiled step.
+
+Why here: 1.5 bytes a pixel cross shared memory and the bus instead of 3 (uint8 RGB) or 12 (float32 RGB), and the
+arithmetic fuses into one kernel on the GPU, where it is free. The step copies nothing from the host for it: the colour
+of every clip is an index, and its coefficients are computed on the device.
+
+Shapes: B clips, T frames, S height and width in pixels (even), P = S * S * 3 / 2 bytes of a frame.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shard_tools.format.dataset import COLOURS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Luma weights of red and blue (ITU-R BT.601 and BT.709); everything else follows from them.
+_LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
+
+
+def to_normalised_rgb(clips: Tensor, colour: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """What teacher and student take: RGB less ImageNet's mean, divided by ImageNet's standard deviation.
+
+    Args:
+        clips: uint8 (B, T, P), see `yuv_to_rgb`.
+        colour: int64 (B,), index into `shard_tools.format.COLOURS`.
+        size: S.
+        dtype: of the result; the arithmetic is fp32.
+
+    Returns:
+        (B, 3, T, S, S) of `dtype`.
+    """
+    return torch.stack(_channels(clips, colour, size, IMAGENET_MEAN, IMAGENET_STD), dim=1).to(dtype)
+
+
+def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
+    """YUV 4:2:0 planes to RGB, chroma repeated over its 2 x 2 pixels (as swscale does without scaling).
+
+    Formulas: ITU-R BT.601-7 and BT.709-6, sections on quantisation; full range as in JPEG (JFIF 1.02).
+
+    Args:
+        clips: uint8 (B, T, P); a frame is its planes Y (S * S), U and V (S/2 * S/2 each), one after the other.
+        colour: int64 (B,), index into `shard_tools.format.COLOURS`: matrix and range of each clip.
+        size: S, even.
+
+    Returns:
+        float32 (B, 3, T, S, S) in 0..1, clamped.
+    """
+    return torch.stack(_channels(clips, colour, size, (0.0,) * 3, (1.0,) * 3), dim=1)
+
+
+def _channels(
+    clips: Tensor, colour: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> list[Tensor]:
+    """Red, green and blue in 0..1, less `mean` and divided by `std`, each (B, T, S, S).
+
+    All that is linear goes into one factor of luma and one summand at the chroma's resolution, so that where nothing is
+    compiled, too, full-size arrays are only passed three times a channel.
+    """
+    luma, half = size * size, size // 2
+    planes = clips.to(torch.float32)
+    y = planes[..., :luma].unflatten(-1, (half, 2, half, 2))  # (B, T, S/2, 2, S/2, 2)
+    u, v = planes[..., luma:].unflatten(-1, (2, half, half)).unbind(2)  # (B, T, S/2, S/2) each
+
+    # Limited range keeps luma in 16..235 and chroma in 16..240.
+    limited = _is_any(colour, "limited")
+    y_scale, y_zero = 1 / _pick(limited, 219.0, 255.0), _pick(limited, 16.0, 0.0)
+    chroma_range = _pick(limited, 224.0, 255.0)
+    u, v = (u - 128.0) / chroma_range, (v - 128.0) / chroma_range
+
+    bt709 = _is_any(colour, "bt709")
+    k_red, k_blue = (_pick(bt709, _LUMA["bt709"][i], _LUMA["bt601"][i]) for i in range(2))
+    red, blue = 2 * (1 - k_red) * v, 2 * (1 - k_blue) * u  # each colour less luma
+    green = -(k_red * red + k_blue * blue) / (1 - k_red - k_blue)
+    channels = []
+    for less_luma, m, s in zip((red, green, blue), mean, std, strict=True):
+        summand = (less_luma - y_zero * y_scale - m) / s
+        channel = y * (y_scale / s)[..., None, None] + summand[:, :, :, None, :, None]
+        channels.append(channel.clamp(-m / s, (1 - m) / s).reshape(*clips.shape[:2], size, size))
+    return channels
+
+
+def _is_any(colour: Tensor, word: str) -> Tensor:
+    """(B, 1, 1, 1) bool: clips whose colour has this matrix or range."""
+    hits = [colour == index for index, names in enumerate(COLOURS) if word in names]
+    return torch.stack(hits).any(dim=0)[:, None, None, None]
+
+
+def _pick(condition: Tensor, yes: float, no: float) -> Tensor:
+    """One number a clip, without a constant tensor, which would be copied from the host in every step."""
+    return condition.to(torch.float32) * (yes - no) + no

@@ -1,0 +1,75 @@
+"""`python -m salt_wds.demo` (behind `make demo`): the whole road in a few minutes, on generated video.
+
+It types the commands a user would type, shows them, and ends with one table: how well a random encoder, the teacher and
+the student know motions that they were never told of. `--full` is the motion benchmark, three seeds of all of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from salt_wds.demo.motion import CONFIGS, FULL, SHORT, markdown, run_motion
+from salt_wds.runs.metrics import read_metrics
+from shard_tools.common.cli import OK, CommandError, Parser, run
+
+_MARK = ".demo"  # only folders with this file in them are ever removed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m salt_wds.demo", description="The whole road on generated video.")
+    parser.add_argument(
+        "--out", type=Path, help="folder for everything, emptied first (default runs/demo; runs/motion with --full)"
+    )
+    parser.add_argument("--full", action="store_true", help="the motion benchmark: three seeds of all of it")
+    args = parser.parse_args(argv)
+    out, plan = args.out or Path("runs/motion" if args.full else "runs/demo"), FULL if args.full else SHORT
+    if not CONFIGS.is_dir():
+        raise CommandError(f"{CONFIGS}: not there; the demo runs from a checkout of the repository")
+    _clear(out)
+    started = time.perf_counter()
+    result = run_motion(out, plan)
+    student = out / f"student-{plan.seeds[0]}"
+    plot_loss(read_metrics(student / "metrics.jsonl"), student / "loss.png")
+    print(f"\n{markdown(result)}\n\n{time.perf_counter() - started:.0f} s in all. Where to look:")
+    print(
+        f"  {out / 'motion.json'}   every number behind the table\n  {student / 'loss.png'}   loss and R2 of the student"
+    )
+    print(f"  tensorboard --logdir {out}")
+    print(f"  python -m salt_wds.report {student}")
+    if not args.full:
+        print("This is a short run of one seed; python -m salt_wds.demo --full is the benchmark.")
+    print("With your own videos: python -m shard_tools.pack /path/to/videos, then configs/base.toml")
+    return OK
+
+
+def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
+    """Write a picture of masked loss and R2 over steps."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # a backend must be chosen first
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["loss"] for line in lines])
+    left.set(title="masked loss", xlabel="step", ylim=(0, None))
+    right.plot(steps, [line["r2"] for line in lines])
+    right.axhline(0, linewidth=0.8, color="grey")
+    right.set(title="R2 (0 = predicting the mean)", xlabel="step")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _clear(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise CommandError(f"{out}: not empty, and not made by a demo; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""A folder of loose video files as a catalog, so that the loader reads them as it reads shards.
+
+Every file is looked at once, in processes that may die: what is no whole video is named here, with what packing would say
+of it. The rest is decoded by the loader's workers, with all that protects a run from its samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+from tqdm import tqdm
+
+from salt_wds.data.catalog import Catalog, catalog_of_files
+from salt_wds.data.workers import prepare_fork_server
+from shard_tools.common.processes import WorkerDiedError, run_local
+from shard_tools.format import ledger
+from shard_tools.format.index import INDEX_SCHEMA
+from shard_tools.format.ledger import Failure
+from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.sources import Source, find_sources
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """The videos of a folder, sorted by path; `catalog` is None where none is whole."""
+
+    catalog: Catalog | None
+    failures: tuple[Failure, ...]
+
+
+def look_at_files(folder: Path, layout: str, output: Path, workers: int) -> VideoFiles:
+    """All videos below a folder, with their labels where the layout tells them (see shard_tools.video.sources).
+
+    Args:
+        layout: "auto", "ssv2" or "folders".
+        output: never taken for input.
+
+    Raises:
+        CommandError: no such folder, no videos in it, or unreadable label files.
+    """
+    every = find_sources(folder, "folders", output)
+    labelled = find_sources(folder, layout, output)
+    known = {source.path: source for source in labelled.sources}
+    if labelled.layout == "folders":
+        sources = every.sources
+    else:  # a folder is no class there, and a video need not have a label
+        sources = [known.get(source.path, Source(source.key, source.path, "")) for source in every.sources]
+    failures = [
+        _failure(folder, name, "read", ValueError("its name is not UTF-8 text; rename it"))
+        for name in every.passed_over.get("name that is not UTF-8 text", ())
+    ]
+    rows = []
+    prepare_fork_server()  # these processes need little, but the loader's come from the same server
+    bar = tqdm(total=len(sources), unit="video", desc="look at", disable=not sys.stderr.isatty())
+    with bar:
+        for source, found in run_local(functools.partial(_look_at, folder), sources, workers):
+            bar.update()
+            if isinstance(found, WorkerDiedError):
+                failures.append(_failure(folder, source.path, "crash", found))
+            elif isinstance(found, Failure):
+                failures.append(found)
+            else:
+                rows.append(found)
+    if not rows:
+        return VideoFiles(None, tuple(failures))
+    index = pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=INDEX_SCHEMA)
+    return VideoFiles(catalog_of_files(folder, index, labelled.classes), tuple(failures))
+
+
+def _look_at(folder: Path, source: Source) -> dict[str, Any] | Failure:
+    """The index row of a video file, or why there is none."""
+    path = folder / source.path
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadVideoError("not a file (a folder, pipe or device)")
+        data = path.read_bytes()
+        video = probe(data)
+    except OSError as error:
+        return _failure(folder, source.path, "read", error)
+    except BadVideoError as error:
+        return _failure(folder, source.path, "decode", error)
+    return {
+        "key": source.path,
+        "label": source.label,
+        "json_offset": 0,
+        "json_size": 0,
+        "payload_offset": 0,
+        "payload_size": len(data),
+        "ext": path.suffix[1:].lower(),
+        "xxh3_json": 0,
+        "xxh3_payload": xxhash.xxh3_64_intdigest(data),
+        "num_frames": video.num_frames,
+        "width": video.width,
+        "height": video.height,
+    }
+
+
+def _failure(folder: Path, name: str, stage: str, error: Exception) -> Failure:
+    return Failure(
+        time=ledger.now(),
+        stage=stage,
+        dataset=folder.resolve().name,
+        shard=name,
+        key=name,
+        pid=os.getpid(),
+        error=type(error).__name__,
+        message=(error.strerror if isinstance(error, OSError) else None) or str(error),
+        traceback=ledger.compact_traceback(error),
+        action="skipped",
+    )

@@ -1,0 +1,81 @@
+"""Teacher and student as the configuration describes them, on the device they run on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from salt_wds.config import Config
+from salt_wds.models.from_run import load_run_teacher
+from salt_wds.models.patches import PixelTargets
+from salt_wds.models.student import build_student
+from salt_wds.models.teacher import load_teacher
+from shard_tools.common.cli import CommandError
+
+log = logging.getLogger(__name__)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for train.device.
+
+    Raises:
+        CommandError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError(
+            'train.device = "cuda": torch sees no GPU; check nvidia-smi and the torch build, or use "cpu"'
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def multiplies_bf16_slowly(device: torch.device) -> bool:
+    """Whether a matrix product in bf16 takes about ten times that in fp32: on x86 processors without AVX-512."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two networks, on the device."""
+
+    teacher: nn.Module
+    """Of one interface, a `Teacher` (published weights), a `RunTeacher` (an earlier run's) or `PixelTargets` (none)."""
+    student: nn.Module
+
+
+def build_models(config: Config, device: torch.device) -> Models:
+    """Frozen teacher and fresh student; seed torch first.
+
+    Raises:
+        CommandError: weights missing or of another layout, or sizes that do not fit each other.
+    """
+    teacher = PixelTargets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
+    # Checkpointing is set with the step, which may have to measure it first (tuning).
+    student = build_student(config.student, grid=config.grid, target_width=teacher.width, checkpointing="off")
+    return Models(teacher.to(device), student.to(device).train())
+
+
+def build_teacher(config: Config) -> nn.Module:
+    """The frozen teacher of a run on latents, on the CPU, in the precision it trains with.
+
+    Raises:
+        CommandError: weights missing or of another layout, or sizes that do not fit each other.
+    """
+    found = load_run_teacher(Path(config.teacher.weights).expanduser(), config)
+    if found is not None:
+        teacher, origin = found
+        log.info("teacher: %s", origin)
+    else:
+        teacher = load_teacher(
+            config.teacher.weights,
+            size=config.data.size,
+            num_frames=config.data.num_frames,
+            random_width=config.teacher.random_width,
+            random_depth=config.teacher.random_depth,
+            random_heads=config.teacher.random_heads,
+        )
+    # It is never updated, so it needs no fp32 master copy.
+    return teacher.to(torch.bfloat16) if config.train.precision == "bf16" else teacher

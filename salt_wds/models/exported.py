@@ -1,0 +1,267 @@
+"""An exported encoder: a folder that needs no run, no teacher and no data set, and the module it loads into.
+
+    model.safetensors   the encoder alone, fp32: patch_embed (Conv3d), spatial_ and temporal_positions, blocks, norm
+    config.json         sizes, what a clip must be, where it comes from; size and hash of the weights (EncoderConfig)
+    README.md           a model card
+
+Loading is strict and runs nothing from the folder: JSON and safetensors only.
+
+Shapes: B clips, T frames, H x W pixels of a video, S height and width of a clip, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from pydantic import ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from salt_wds.config import PATCH, TUBELET, NonNegativeInt, PositiveInt, Section, StudentConfig, Text
+from salt_wds.models.student import Encoder, build_encoder
+from salt_wds.runs.checkpoint import save_tensors
+from shard_tools.common.cli import CommandError, one_line
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+MODEL_TYPE = "salt-wds-encoder"
+FORMAT_VERSION = 1
+COLOUR = (
+    "RGB in 0..1, less mean, divided by std; YUV video is converted by its own matrix and range, and where it names "
+    "none as bt601 limited"
+)
+
+Triple = tuple[float, float, float]
+
+
+class WeightsFile(Section):
+    file: Literal["model.safetensors"]
+    bytes: NonNegativeInt
+    sha256: Text
+    """Of the file, as `sha256sum` prints it."""
+
+
+class EncoderConfig(Section):
+    """The content of config.json."""
+
+    model_type: Literal["salt-wds-encoder"] = "salt-wds-encoder"
+    format_version: Literal[1] = 1
+    arch: Text
+    """timm VisionTransformer the encoder was made from; the next three are its sizes."""
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    tubelet: Literal[2] = TUBELET
+    patch: Literal[16] = PATCH
+    grid: tuple[PositiveInt, PositiveInt, PositiveInt]
+    """Tokens along time, height and width; a token's number is (time * height + row) * width + column."""
+    num_frames: PositiveInt
+    frame_stride: PositiveInt
+    """Source frames from one clip frame to the next, as in training."""
+    size: PositiveInt
+    mean: Triple
+    std: Triple
+    colour: Text = COLOUR
+    objective: Text
+    """What it was trained on: "latents" of a teacher, or "pixels"."""
+    mode: Text
+    """student.mode of the run; makes no difference to the encoder."""
+    step: NonNegativeInt
+    """Of the checkpoint."""
+    ema: bool
+    """Whether the weights are the running mean of the student's."""
+    weights: WeightsFile
+    created_by: dict[str, str]
+    """Versions."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.grid != (self.num_frames // TUBELET, self.size // PATCH, self.size // PATCH):
+            raise ValueError(f"grid {self.grid} is not that of {self.num_frames} frames of {self.size}")
+        return self
+
+
+class VideoEncoder(nn.Module):
+    """`encoder(video)` -> tokens; in evaluation mode, without gradients (`requires_grad_(True)` to fine-tune it).
+
+    Attributes: `config`, `width` (D), `num_tokens` (N).
+    """
+
+    def __init__(self, network: Encoder, config: EncoderConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.width, self.num_tokens = network.width, network.num_tokens
+        self.requires_grad_(False).eval()
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Tokens (B, N, D) after the final norm, of normalised video (B, 3, T, S, S) as `preprocess` gives it.
+
+        Raises:
+            ValueError: another shape or type.
+        """
+        c = self.config
+        if not video.is_floating_point() or video.shape[1:] != (3, c.num_frames, c.size, c.size):
+            raise ValueError(
+                f"video is {video.dtype} {tuple(video.shape)}, this encoder takes normalised floats (B, 3, "
+                f"{c.num_frames}, {c.size}, {c.size}); encoder.preprocess(frames) makes them from uint8 RGB"
+            )
+        return self.network(video)
+
+    def pooled(self, video: Tensor) -> Tensor:
+        """One vector a clip, (B, D): the mean over its tokens."""
+        return self(video).mean(dim=1)
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """Frames as decoders give them -> what `forward` takes, (B, 3, T, S, S) of the weights' type, on their device.
+
+        The largest central square of each frame is resized to S x S, bilinearly, or by area where it shrinks to less
+        than half: as in evaluation, which does it on YUV planes, so that pixels differ by the resizing of chroma.
+
+        Args:
+            frames: uint8 RGB (B, T, H, W, 3): every `config.frame_stride`-th frame of the video.
+
+        Raises:
+            ValueError: another shape or type.
+        """
+        c = self.config
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[1] != c.num_frames or frames.shape[4] != 3:
+            raise ValueError(
+                f"frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 RGB (B, {c.num_frames}, H, W, 3): "
+                f"{c.num_frames} frames, one of {c.frame_stride} of the video"
+            )
+        weight = self.network.patch_embed.weight
+        b, t, height, width, _ = frames.shape
+        side = min(height, width)
+        y, x = ((length - side) // 2 for length in (height, width))
+        y, x = y - y % 2, x - x % 2  # as views does, for the sake of chroma
+        square = frames[:, :, y : y + side, x : x + side].to(weight.device).flatten(0, 1)
+        pictures = square.permute(0, 3, 1, 2).float() / 255
+        if side > 2 * c.size:
+            pictures = F.interpolate(pictures, size=(c.size, c.size), mode="area")
+        else:
+            pictures = F.interpolate(pictures, size=(c.size, c.size), mode="bilinear", align_corners=False)
+        return self.normalise(pictures.unflatten(0, (b, t)).transpose(1, 2)).to(weight.dtype)
+
+    def normalise(self, rgb: Tensor) -> Tensor:
+        """RGB (B, 3, T, S, S) in 0..1, less the mean, divided by the standard deviation."""
+        mean, std = (rgb.new_tensor(values).reshape(3, 1, 1, 1) for values in (self.config.mean, self.config.std))
+        return (rgb - mean) / std
+
+
+def load_encoder(folder: str | Path) -> VideoEncoder:
+    """The encoder in a folder that `python -m salt_wds.export` wrote, fp32, on the CPU, in evaluation mode.
+
+    Raises:
+        CommandError: not such a folder, of another version, weights damaged or not those that config.json describes.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CommandError(f"{path}: missing; export the run again, or copy the whole folder")
+    found = fingerprint(path)
+    if found != config.weights:
+        raise CommandError(
+            f"{path}: not the weights that {CONFIG_FILE} describes ({found.bytes:,} bytes, sha256 {found.sha256[:12]}, "
+            f"expected {config.weights.bytes:,}, {config.weights.sha256[:12]}); copy or export it again"
+        )
+    student = StudentConfig(arch=config.arch, width=config.width, depth=config.depth, heads=config.heads)
+    try:
+        with torch.device("meta"):  # weights that would be drawn only to be replaced
+            network = build_encoder(student, config.grid)
+        network.load_state_dict(load_file(path), assign=True)
+    except (CommandError, RuntimeError, SafetensorError) as error:
+        raise CommandError(
+            f"{folder}: the weights do not fit this version's {config.arch} ({one_line(error)[:300]}); it was made by "
+            f"{versions(config.created_by)}"
+        ) from None
+    return VideoEncoder(network, config)
+
+
+def read_config(folder: Path) -> EncoderConfig:
+    """config.json of an exported encoder.
+
+    Raises:
+        CommandError: no such folder, another kind of folder, another version, a damaged file.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise CommandError(f"{folder}: no such folder; export a run first: python -m salt_wds.export RUN OUT")
+    if not path.is_file():
+        if (folder / "checkpoints").is_dir():
+            raise CommandError(
+                f"{folder}: a run, not an exported encoder; python -m salt_wds.export {folder} OUT makes one"
+            )
+        raise CommandError(f"{folder}: not an exported encoder, it has no {CONFIG_FILE}; name the OUT of an export")
+    try:
+        table = json.loads(path.read_bytes())
+        kind = table.get("model_type") if isinstance(table, dict) else None
+        if kind != MODEL_TYPE:
+            raise CommandError(
+                f"{path}: of another kind of model ({kind!r}); name the OUT of python -m salt_wds.export"
+            )
+        if table.get("format_version") != FORMAT_VERSION:
+            raise CommandError(
+                f"{path}: format version {table.get('format_version')}, this program reads {FORMAT_VERSION}; use the "
+                "salt_wds that wrote it, or export the run again"
+            )
+        return EncoderConfig.model_validate_json(json.dumps(table))  # as JSON: strict, yet arrays fill tuples
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise CommandError(
+            f"{path}: {where + ': ' if where else ''}{one_line(problem['msg'])}; export it again"
+        ) from None
+    except ValueError as error:
+        raise CommandError(f"{path}: not JSON ({error}); copy or export it again") from None
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an exported encoder, of whatever version."""
+    try:
+        table = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and table.get("model_type") == MODEL_TYPE
+
+
+def save_encoder(folder: Path, network: Encoder, **described: Any) -> EncoderConfig:
+    """Write weights and config.json into an existing folder; what config.json then says.
+
+    Args:
+        described: the fields of EncoderConfig that the network does not tell.
+
+    Raises:
+        OSError: the disk is full or the folder not writable.
+    """
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in network.state_dict().items()
+    }
+    save_tensors(tensors, folder / WEIGHTS_FILE)
+    config = EncoderConfig(
+        width=network.width,
+        depth=len(network.blocks),
+        heads=next(module.num_heads for module in network.blocks.modules() if hasattr(module, "num_heads")),
+        grid=network.grid,
+        weights=fingerprint(folder / WEIGHTS_FILE),
+        **described,
+    )
+    (folder / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    return config
+
+
+def fingerprint(path: Path) -> WeightsFile:
+    """Size and SHA-256 of the weights' file; SHA-256, because that is what model hubs show and shells check."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return WeightsFile(file=WEIGHTS_FILE, bytes=file.tell(), sha256=digest)
+
+
+def versions(created_by: dict[str, str]) -> str:
+    """`salt_wds 0.1.0, timm 1.0.20`."""
+    return ", ".join(f"{name} {version}" for name, version in created_by.items())

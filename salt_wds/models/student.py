@@ -1,0 +1,322 @@
+"""The student: an image ViT of timm made into a video encoder, and what regresses the teacher's tokens from it.
+
+Encoder: timm's VisionTransformer without class token. Its 2D patch embedding is inflated to two frames, its position
+table repeats over time and a temporal table is added, so it starts as the image model on every frame.
+mode = "visible": the encoder sees visible tokens only and a narrow predictor regresses the masked ones from them
+(SALT, arXiv 2509.24317; V-JEPA, arXiv 2404.08471). mode = "dense": mask tokens stand in the encoder's input and a linear
+head regresses (as SimMIM, arXiv 2111.09886); simpler, and every block sees all N tokens.
+
+Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens, V visible, K masked,
+D width of the encoder, P width of the predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from salt_wds.config import PATCH, TUBELET, StudentConfig
+from salt_wds.models.timm_vit import image_vit, inflate, load_image_weights
+from shard_tools.common.cli import CommandError
+
+Grid = tuple[int, int, int]
+Checkpointing = Literal["off", "selective", "full"]
+
+_INIT_STD = 0.02  # of timm's ViT and of everything added to it
+
+
+def build_student(config: StudentConfig, *, grid: Grid, target_width: int, checkpointing: Checkpointing) -> Student:
+    """Student with weights drawn from torch's global generator (seed it first), or inflated from an image model.
+
+    Args:
+        config: architecture, mode and sizes.
+        grid: (t, h, w) tokens of a clip.
+        target_width: width of the teacher's tokens.
+        checkpointing: see `set_checkpointing`.
+
+    Raises:
+        CommandError: `student.arch` is not a timm VisionTransformer with patch 16, sizes do not fit each other, or
+            image weights were asked for and cannot be had.
+    """
+    encoder = build_encoder(config, grid)
+    predictor = None
+    if config.mode == "visible":
+        if config.predictor_width % config.predictor_heads:
+            raise CommandError(
+                f"student.predictor_width = {config.predictor_width} must be a multiple of "
+                f"student.predictor_heads = {config.predictor_heads}; heads of 64 are fast"
+            )
+        predictor = Predictor(config, grid, encoder.width, target_width)
+    student = Student(encoder, predictor, target_width)
+    if config.init == "mae":
+        _init_as_mae(student)
+    student.set_checkpointing(checkpointing)
+    return student
+
+
+def build_encoder(config: StudentConfig, grid: Grid) -> Encoder:
+    """The encoder alone, with timm's own weights from scratch, or inflated ones; errors of `build_student`."""
+    vit = image_vit(config, grid)
+    if config.pretrained:
+        load_image_weights(vit, config, grid)
+    return Encoder(vit, grid)
+
+
+class Student(nn.Module):
+    """Encoder and regressor of the masked tokens. Attributes: `encoder`, `width` (D), `num_tokens` (N)."""
+
+    def __init__(self, encoder: Encoder, predictor: Predictor | None, target_width: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.width, self.num_tokens = encoder.width, encoder.num_tokens
+        if predictor is None:
+            self.mask_token = _parameter(1, 1, encoder.width)
+            self.head = _linear(encoder.width, target_width)
+
+    def forward(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Predict the teacher's tokens at masked places.
+
+        Args:
+            video: (B, 3, T, H, W), normalised.
+            visible: int64 (B, V), indices of visible tokens.
+            masked: int64 (B, K), indices of masked tokens.
+
+        Returns:
+            (B, K, target width), in the order of `masked`.
+        """
+        if self.predictor is not None:
+            return self.predictor(self.encoder(video, visible), visible, masked)
+        return self.head(_take(self._with_mask_tokens(video, masked), masked))
+
+    def features(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """The encoder's tokens at visible places, as the forward pass has them: (B, V, D)."""
+        if self.predictor is not None:
+            return self.encoder(video, visible)
+        return _take(self._with_mask_tokens(video, masked), visible)
+
+    def _with_mask_tokens(self, video: Tensor, masked: Tensor) -> Tensor:
+        """All tokens after the final norm, with mask tokens at masked places in the input: (B, N, D)."""
+        embeddings, positions = self.encoder.embed(video)
+        hidden = torch.zeros_like(embeddings[..., :1], dtype=torch.bool).scatter(1, masked[..., None], True)
+        embeddings = torch.where(hidden, self.mask_token.to(embeddings.dtype), embeddings)
+        return self.encoder.transform(embeddings + positions)
+
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """What the backward pass computes again instead of keeping it: nothing, every block's MLP, every block.
+
+        Raises:
+            CommandError: selective, and the blocks are not timm's plain ones.
+        """
+        stacks = [self.encoder] if self.predictor is None else [self.encoder, self.predictor]
+        kinds = {type(block) for stack in stacks for block in stack.blocks}
+        if checkpointing == "selective" and kinds != {Block}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds - {Block}))
+            raise CommandError(f'train.checkpointing = "selective": cannot cut blocks of kind {names}; use "full"')
+        for stack in stacks:
+            stack.checkpointing = checkpointing
+
+    def encode(self, video: Tensor) -> Tensor:
+        """All tokens of (B, 3, T, H, W) after the last block and the final norm: (B, N, D)."""
+        return self.encoder(video)
+
+
+class Encoder(nn.Module):
+    """A timm VisionTransformer over tubelets. Attributes: `width` (D), `num_tokens` (N), `grid`."""
+
+    def __init__(self, vit: VisionTransformer, grid: Grid) -> None:
+        super().__init__()
+        t, h, w = grid
+        self.grid, self.width, self.num_tokens = grid, vit.embed_dim, t * h * w
+        self.checkpointing: Checkpointing = "off"
+        self.patch_embed = inflate(vit.patch_embed.proj)
+        self.embed_norm = vit.patch_embed.norm
+        self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
+        self.temporal_positions = nn.Parameter(_temporal_table(t, self.width))  # (t, 1, D)
+        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
+        _hold_key_biases(self.blocks)
+
+    def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
+        """Tokens of (B, 3, T, H, W) after the final norm: all N, or the V of `index` (B, V), which alone are seen."""
+        embeddings, positions = self.embed(video, index)
+        return self.transform(embeddings + positions)
+
+    def embed(self, video: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Patch embeddings (B, N or V, D), and positions that broadcast against them.
+
+        The convolution's kernel is its stride, so it is one matrix product over patches. Written as such it needs no
+        3D convolution kernels, which are slow in bf16, and only the patches of `index` take part.
+        """
+        b, c, _, _, _ = video.shape
+        t, h, w = self.grid
+        patches = video.reshape(b, c, t, TUBELET, h, PATCH, w, PATCH).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        patches = patches.reshape(b, self.num_tokens, -1)  # (B, N, 3 * 2 * 16 * 16)
+        positions = (self.temporal_positions + self.spatial_positions).reshape(1, self.num_tokens, self.width)
+        if index is not None:
+            patches, positions = _take(patches, index), _take(positions, index)
+        embeddings = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
+        return self.embed_norm(embeddings), positions
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """Blocks and final norm, whatever the number of tokens."""
+        tokens = self.norm_pre(tokens)
+        return self.norm(_run(self.blocks, tokens, self.checkpointing, self.training))
+
+
+class Predictor(nn.Module):
+    """Narrow transformer over the visible tokens and a mask token for each masked place; source: V-JEPA."""
+
+    def __init__(self, config: StudentConfig, grid: Grid, width: int, target_width: int) -> None:
+        super().__init__()
+        inner, norm = config.predictor_width, partial(nn.LayerNorm, eps=1e-6)
+        self.checkpointing: Checkpointing = "off"
+        self.embed = _linear(width, inner)
+        self.mask_token = _parameter(1, 1, inner)
+        self.register_buffer("positions", _sinusoid_3d(grid, inner), persistent=False)  # (1, N, P)
+        self.blocks = nn.ModuleList(
+            Block(inner, config.predictor_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.predictor_depth)
+        )
+        self.norm = norm(inner)
+        self.head = _linear(inner, target_width)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+        _hold_key_biases(self.blocks)
+
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """(B, V, D) at `visible` (B, V) -> predictions (B, K, target width) at `masked` (B, K)."""
+        seen = self.embed(tokens) + _take(self.positions, visible)
+        asked = self.mask_token + _take(self.positions, masked)
+        both = _run(self.blocks, torch.cat([seen, asked], dim=1), self.checkpointing, self.training)
+        return self.head(self.norm(both[:, visible.shape[1] :]))
+
+
+class QueryKeyValue(nn.Linear):
+    """timm's product for query, key and value, without a gradient for the key's bias.
+
+    That bias adds the same to all scores of a query, which softmax takes away again (BEiT and VideoMAE have none): its
+    gradient is rounding and nothing else. AdamW divides by the size of gradients, so it would make whole steps of that,
+    different ones for every number of ranks.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.bias.chunk(3)
+        return F.linear(tokens, self.weight, torch.cat([query, key.detach(), value]))
+
+
+def _hold_key_biases(blocks: Iterable[nn.Module]) -> None:
+    """Where attention is timm's plain one; after a norm of the keys, for one, their bias does count."""
+    for block in blocks:
+        attention = getattr(block, "attn", None)
+        if type(attention) is Attention and type(attention.k_norm) is nn.Identity and attention.qkv.bias is not None:
+            linear = attention.qkv
+            attention.qkv = nn.utils.skip_init(QueryKeyValue, linear.in_features, linear.out_features)
+            attention.qkv.weight, attention.qkv.bias = linear.weight, linear.bias
+
+
+def _run(blocks: Iterable[nn.Module], tokens: Tensor, checkpointing: Checkpointing, training: bool) -> Tensor:
+    for block in blocks:
+        if checkpointing == "full" and training:
+            tokens = _again(block, tokens)
+        elif checkpointing == "selective" and training:
+            tokens = _again(partial(_mlp_half, block), _attention_half(block, tokens))
+        else:
+            tokens = block(tokens)
+    return tokens
+
+
+def _again(part: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """`part(tokens)`, computed again in the backward pass."""
+    # No block draws random numbers (timm's rates are 0), and saving the generator's state waits for the GPU.
+    return checkpoint(part, tokens, use_reentrant=False, preserve_rng_state=False)
+
+
+# A block of timm in two, for "selective". The MLP's half holds most of a block's activations (9 of about 16 widths a
+# token: norm, hidden layer, GELU), and only its first product, a third of the block's weights, is needed again: the
+# second one's result is not. A policy by operator (create_selective_checkpoint_contexts) could save a little more, but
+# has to name the operators of every kernel and precision, and puts Python around each of them where nothing is compiled;
+# a whole function in `checkpoint` is what torch.compile has always supported.
+
+
+def _attention_half(block: Block, tokens: Tensor) -> Tensor:
+    return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+
+
+def _mlp_half(block: Block, tokens: Tensor) -> Tensor:
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B or 1, N, D) at `index` (B, K): (B, K, D)."""
+    b, k = index.shape
+    return tokens.expand(b, -1, -1).gather(1, index[..., None].expand(b, k, tokens.shape[-1]))
+
+
+# --- new parts ---
+
+
+@torch.no_grad()
+def _init_as_mae(student: Student) -> None:
+    """Weights from scratch as MAE's (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, query, key and value as one
+    matrix each (MoCo v3), and the patch embedding as a linear layer with a kernel of its own for each frame of a tubelet.
+
+    timm's standard deviation of 0.02 suits widths of about 768: in narrow models its blocks add next to nothing at first,
+    and what only products of features tell, such as motion, is learned late.
+    """
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Linear):
+            for weight in module.weight.chunk(3) if name.endswith("qkv") else [module.weight]:
+                nn.init.xavier_uniform_(weight)
+    nn.init.xavier_uniform_(student.encoder.patch_embed.weight.flatten(1))
+
+
+def _temporal_table(t: int, width: int) -> Tensor:
+    """(t, 1, D): sinusoids of the time, of the scale of timm's positions, with mean 0 over time.
+
+    Mean 0, so that the spatial table stays the mean over time: an inflated model starts from its own positions.
+    """
+    table = _sinusoid(t, width)
+    table = table - table.mean(dim=0)
+    return (table * (_INIT_STD / table.square().mean().sqrt().clamp_min(1e-12)))[:, None]
+
+
+def _sinusoid_3d(grid: Grid, width: int) -> Tensor:
+    """(1, N, P): sinusoids of time, row and column side by side, half of the channels for time (V-JEPA)."""
+    t, h, w = grid
+    side = width // 4
+    parts = (
+        _sinusoid(t, width - 2 * side)[:, None, None].expand(t, h, w, -1),
+        _sinusoid(h, side)[None, :, None].expand(t, h, w, -1),
+        _sinusoid(w, side)[None, None, :].expand(t, h, w, -1),
+    )
+    return torch.cat(parts, dim=-1).reshape(1, t * h * w, width)
+
+
+def _sinusoid(length: int, width: int) -> Tensor:
+    """(length, width): sines, then cosines, of wavelengths 2 pi to 20000 pi (arXiv 1706.03762)."""
+    half = (width + 1) // 2
+    rates = 10000 ** -(torch.arange(half, dtype=torch.float64) / max(half, 1))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width].float()
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=_INIT_STD))
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return _init_linear(nn.Linear(inputs, outputs))
+
+
+def _init_linear(linear: nn.Linear) -> nn.Linear:
+    nn.init.trunc_normal_(linear.weight, std=_INIT_STD)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear

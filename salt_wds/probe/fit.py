@@ -1,0 +1,154 @@
+"""Train many probes on features, and measure them: choose one by clips that were held back, say how good it is on others.
+
+Shapes: B clips of a batch, M clips of a split, N tokens, D width, P probes, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
+from salt_wds.probe.config import HeadsConfig
+from salt_wds.probe.features import Features
+
+
+def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int, classes: int) -> dict[str, Trained]:
+    """All probes of `config.grid` for each encoder that there are features of, in one go through them."""
+    trained: dict[str, Trained] = {}
+    for batch in features:
+        if batch.encoder not in trained:
+            probes = AttentiveProbes(len(config.grid), batch.tokens.shape[-1], config.heads, classes, config.seed).to(
+                batch.tokens.device
+            )
+            trained[batch.encoder] = Trained(probes, StackedAdamW(probes, config.grid))
+        trained[batch.encoder].step(batch, learning_rate_factor(batch.epoch, config.warmup_epochs, epochs))
+    return trained
+
+
+def learning_rate_factor(epoch: float, warmup: float, epochs: int) -> float:
+    """Share of the learning rate after `epoch` of `epochs`: linear over `warmup`, then half a cosine down to 0."""
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((epoch - warmup) / (epochs - warmup), 1.0)))
+
+
+@dataclass
+class Trained:
+    """The probes of one encoder; `losses`: by epoch, the sum over steps of each probe's loss (P,), and the steps."""
+
+    probes: AttentiveProbes
+    optimizer: StackedAdamW
+    losses: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def step(self, batch: Features, factor: float) -> None:
+        """One update of every probe."""
+        losses = losses_of(self.probes(batch.tokens), batch.labels)
+        losses.sum().backward()  # a probe's loss depends on its own parameters only
+        self.optimizer.step(factor)
+        total, steps = self.losses.get(int(batch.epoch), (0.0, 0))
+        self.losses[int(batch.epoch)] = (total + losses.detach(), steps + 1)
+
+    def loss_curves(self) -> list[list[float]]:
+        """Mean loss by epoch, of each probe."""
+        return torch.stack([total / steps for _, (total, steps) in sorted(self.losses.items())], dim=1).tolist()
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass over the clips of a split gave; those of which no view could be read are left out.
+
+    labels (M,) int64; pooled (M, D), see `pooled`; probabilities (M, P, C), or (M, 0, C) without
+    probes. The last two are means over the views of a clip. All on the CPU.
+    """
+
+    labels: Tensor
+    pooled: Tensor
+    probabilities: Tensor
+
+
+@torch.no_grad()
+def measure(
+    features: Iterable[Features], samples: int, views: int, classes: int, trained: Mapping[str, Trained] | None = None
+) -> dict[str, Measured]:
+    """Pass over a split; by encoder.
+
+    Args:
+        samples: of the split.
+        views: of each sample.
+        trained: probes of each encoder; None: only the mean tokens are wanted.
+    """
+    sums: dict[str, _Sums] = {}
+    for batch in features:
+        probes = None if trained is None else trained[batch.encoder].probes
+        if batch.encoder not in sums:
+            count = 0 if probes is None else len(probes.stacked["query"])
+            sums[batch.encoder] = _Sums(samples, batch.tokens.shape[-1], count, classes)
+        sums[batch.encoder].add(batch, torch.from_numpy(batch.positions // views), probes)
+    return {name: total.mean() for name, total in sums.items()}
+
+
+class _Sums:
+    """Sums over the views of every sample."""
+
+    def __init__(self, samples: int, width: int, probes: int, classes: int) -> None:
+        self._seen = torch.zeros(samples)
+        self._labels = torch.zeros(samples, dtype=torch.int64)
+        self._pooled = torch.zeros(samples, width)
+        self._probabilities = torch.zeros(samples, probes, classes)
+
+    def add(self, batch: Features, samples: Tensor, probes: AttentiveProbes | None) -> None:
+        self._seen.index_add_(0, samples, torch.ones(len(samples)))
+        self._labels[samples] = batch.labels.cpu()
+        self._pooled.index_add_(0, samples, pooled(batch.tokens).cpu())
+        if probes is not None:
+            shares = probes(batch.tokens).float().softmax(dim=-1).transpose(0, 1)  # (B, P, C)
+            self._probabilities.index_add_(0, samples, shares.cpu())
+
+    def mean(self) -> Measured:
+        kept = self._seen > 0
+        seen = self._seen[kept]
+        return Measured(
+            self._labels[kept], self._pooled[kept] / seen[:, None], self._probabilities[kept] / seen[:, None, None]
+        )
+
+
+def pooled(tokens: Tensor) -> Tensor:
+    """One vector of norm 1 a clip, (B, D), of tokens (B, N, D): their mean, each normalised first.
+
+    A teacher's tokens have passed no norm, and a few channels of large numbers would decide who is like whom.
+    """
+    return F.normalize(F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1), dim=1)
+
+
+def top(probabilities: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Share of clips whose label is among the `k` likeliest classes, (P,) fp64; a probe that diverged (NaN) has none.
+
+    Args:
+        probabilities: (M, P, C), or votes.
+        labels: (M,).
+    """
+    likeliest = probabilities.nan_to_num(-1).topk(k, dim=-1).indices  # (M, P, k)
+    hit = (likeliest == labels[:, None, None]).any(dim=-1)
+    return (hit & probabilities.isfinite().all(dim=-1)).double().mean(dim=0)
+
+
+def choose(measured: Measured) -> int:
+    """Number of the probe that is best on held-back clips: most clips right and, of equals, the smallest loss."""
+    right = top(measured.probabilities, measured.labels, 1)
+    own = measured.probabilities[torch.arange(len(measured.labels)), :, measured.labels]  # (M, P)
+    loss = -own.clamp_min(1e-12).log().double().mean(dim=0).nan_to_num(math.inf)
+    return min(range(len(right)), key=lambda probe: (-right[probe].item(), loss[probe].item()))
+
+
+def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """(C, C) int64: clips of the class of the row that were taken for that of the column."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)

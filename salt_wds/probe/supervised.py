@@ -1,0 +1,74 @@
+"""What the labels could teach: the student's encoder trained further with them, all of it, as an upper bound.
+
+It starts from the run's student and learns from the clips that the probes learn from; then it is frozen and measured by
+the same probes as the other encoders. Its classifier, one more attentive probe (attentive.py), is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from salt_wds.config import Config, OptimConfig
+from salt_wds.data.catalog import Catalog
+from salt_wds.data.loader import Loader
+from salt_wds.models.frozen import FrozenEncoder, student_of
+from salt_wds.models.optim import build_optimizer, set_learning_rate
+from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
+from salt_wds.probe.config import ProbeConfig
+from salt_wds.probe.fit import learning_rate_factor
+
+_CLIP = 1.0  # most that the norm of all gradients may be, as in training
+
+
+def supervised_of(
+    run_dir: Path, device: torch.device, config: ProbeConfig, run_config: Config, catalog: Catalog, classes: int,
+    ledger: Path,
+) -> FrozenEncoder:  # fmt: skip
+    """The student of a run after `config.supervised.epochs` passes over the labelled clips of `catalog`; frozen again.
+
+    Args:
+        run_config: of the run, with the data settings of the probe.
+        ledger: where samples that fail are recorded.
+
+    Raises:
+        CommandError: no checkpoint of the run can be loaded.
+        LoaderStopped: too many samples failed.
+    """
+    settings, seed = config.supervised, config.probe.seed
+    encoder = student_of(run_dir, device)
+    network = encoder.network.train().requires_grad_(True)
+    head = AttentiveProbes(1, encoder.width, config.probe.heads, classes, seed).to(device)
+    learned = [*network.parameters(), *head.parameters()]
+    rates = OptimConfig(lr=settings.lr, min_lr=0.0, weight_decay=settings.weight_decay)
+    optimizer = build_optimizer(network, rates, fused=False)
+    head_optimizer = StackedAdamW(head, [(settings.lr, settings.weight_decay)])
+    steps = math.ceil(settings.epochs * catalog.num_samples / run_config.data.batch_size)
+    bf16 = run_config.train.precision == "bf16"
+    loader = Loader(run_config, ledger, catalog=catalog, lend=True)
+    with closing(iter(loader)) as batches:
+        for step in tqdm(range(steps), desc="supervised", unit="step", leave=False, disable=None):
+            batch = next(batches)
+            rows = np.flatnonzero(~batch["substituted"].numpy())
+            if not len(rows):
+                continue
+            labels = batch["label"][rows].to(device)
+            video = encoder.video(batch["clips"][rows], batch["colour"][rows])
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                tokens = network.encode(video).float()
+            losses_of(head(tokens), labels).sum().backward()
+            nn.utils.clip_grad_norm_(learned, _CLIP)
+            factor = learning_rate_factor(step / steps * settings.epochs, settings.warmup_epochs, settings.epochs)
+            set_learning_rate(optimizer, factor * settings.lr)
+            optimizer.step()
+            head_optimizer.step(factor)
+            optimizer.zero_grad()
+    network.eval().requires_grad_(False)
+    return dataclasses.replace(encoder, name="supervised")

@@ -1,0 +1,67 @@
+"""The numbers of metrics.jsonl as TensorBoard's event files.
+
+Written here instead of with torch's SummaryWriter, which opens the file anew for every number, in a thread whose errors
+on a full disk cannot be caught. The format is TensorBoard's own: records of protocol buffers.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from salt_wds.runs.growing_file import GrowingFile
+
+_VERSION = "brain.Event:2"  # of the format; the first record says so
+
+
+class Board:
+    """A new event file in a folder.
+
+    Args:
+        purge_step: what other event files of the folder have from this step on is not to be shown any more.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        # Read in the order of names. Nanoseconds, so that two in one second have names of their own.
+        self._file = GrowingFile(
+            folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        )
+        self._add(Event(wall_time=now, file_version=_VERSION))
+        if purge_step is not None:
+            self._add(Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """The numbers of one line of metrics, at its step and the time it was written."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(line)]
+        self._add(Event(wall_time=line.get("time", time.time()), step=line["step"], summary=Summary(value=values)))
+
+    def sync(self) -> None:
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.write(record.getvalue())
+
+
+def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line of metrics but its step, by name; those of a table within it as table/name."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            yield name, value

@@ -1,0 +1,138 @@
+"""Which kernel computes attention: timed at the start of a run on its own shapes, then pinned.
+
+torch picks one of several kernels of F.scaled_dot_product_attention by rules of thumb. On Hopper cuDNN's can be about
+twice as fast as flash for training shapes, elsewhere slower, so both are tried. timm's blocks and transformers' encoder
+call that function, so a context around the step is enough, compiled or not: torch chooses while it traces. One kernel
+for a network, not one for each of its stacks: a graph that switches kernels inside is never cached by torch
+(pytorch#194007).
+
+Shapes: B clips, h heads, N tokens, d width of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from salt_wds.train.flops import Stack
+from shard_tools.common.cli import CommandError
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_TIMED = ("flash", "cudnn", "efficient")  # math keeps all N x N scores
+_WARM_UP, _REPEATS = 3, 10
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Names in `BACKENDS` that teacher and student are pinned to; None leaves the choice to torch."""
+
+    teacher: str | None
+    student: str | None
+    line: str
+    """For the start of a run: what was chosen, and why."""
+
+
+UNPINNED = Attention(None, None, "attention torch's own choice")
+
+
+def pinned(name: str | None) -> contextlib.AbstractContextManager[object]:
+    """Everything inside computes attention with this kernel, or raises where it cannot."""
+    return contextlib.nullcontext() if name is None else sdpa_kernel(BACKENDS[name])
+
+
+def choose_attention(
+    setting: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
+) -> Attention:
+    """What `train.attention` means on this device. "auto" times on a GPU, and leaves the choice to torch on a CPU.
+
+    torch's cache of compiled graphs does not look at the pinned kernel (pytorch#186458), so the choice becomes a part
+    of its key here.
+
+    Args:
+        teacher: blocks that run forward only, if there are any.
+        student: blocks that run forward and backward: the encoder's, and the predictor's if there is one.
+        clips: B of one forward pass.
+
+    Raises:
+        CommandError: a named kernel cannot compute these shapes on this device.
+    """
+    if setting == "auto" and device.type != "cuda":
+        return UNPINNED
+    names = _TIMED if setting == "auto" else (setting,)
+    times = {name: _times(name, teacher, student, clips, dtype, device) for name in names}
+    able = {name: found for name, found in times.items() if isinstance(found, tuple)}
+    if not able:
+        if setting == "auto":
+            return UNPINNED
+        widest = max(filter(None, (teacher, *student)), key=lambda stack: stack.width // stack.heads)
+        raise CommandError(
+            f'train.attention = "{setting}": it cannot compute {dtype} heads of {widest.width // widest.heads} on this '
+            f'{device.type} ({times[setting]}); use "auto"'
+        )
+    best = [min(able, key=lambda name: able[name][part]) for part in (0, 1)]
+    torch.compiler.config.cache_key_tag = f"attention teacher={best[0]} student={best[1]}"
+    words = [
+        f"{name} {found[0]:.1f} + {found[1]:.1f} ms" if isinstance(found, tuple) else f"{name} cannot ({found})"
+        for name, found in times.items()
+    ]
+    return Attention(
+        *best,
+        f"attention {f'{best[0]} in the teacher, ' if teacher else ''}{best[1]} in the student; a step's blocks of "
+        "teacher + student take " + ", ".join(words),
+    )
+
+
+def _times(
+    name: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float] | str:
+    """Milliseconds a step of teacher (forward) and student (forward and backward); or why it cannot."""
+    try:
+        return (
+            _milliseconds(name, teacher, clips, dtype, device, backward=False) if teacher else 0.0,
+            sum(_milliseconds(name, stack, clips, dtype, device, backward=True) for stack in student),
+        )
+    except RuntimeError as error:  # torch raises nothing more special where a kernel does not take these inputs
+        return " ".join(str(error).split()).rstrip(".")[:60]
+
+
+def _milliseconds(
+    name: str, stack: Stack, clips: int, dtype: torch.dtype, device: torch.device, *, backward: bool
+) -> float:
+    """Of attention in all blocks of a stack."""
+    shape = (clips, stack.tokens, 3, stack.heads, stack.width // stack.heads)
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(shape, generator=generator, device=device, dtype=dtype, requires_grad=backward)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d), laid out as timm's blocks have it
+    gradient = torch.ones_like(q)
+
+    def once() -> None:
+        out = F.scaled_dot_product_attention(q, k, v)
+        if backward:
+            torch.autograd.grad(out, (q, k, v), gradient)
+
+    warm_up, repeats = (_WARM_UP, _REPEATS) if device.type == "cuda" else (0, 1)
+    with pinned(name), torch.set_grad_enabled(backward):
+        for _ in range(warm_up):
+            once()
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            once()
+        _wait(device)
+    return 1e3 * (time.perf_counter() - started) / repeats * stack.depth
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

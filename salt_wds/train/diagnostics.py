@@ -1,0 +1,135 @@
+"""Numbers that make the loss readable, beyond those of a single batch: R2 per position, and the rank of features.
+
+R2 against the overall mean is soon high for a model that has learned no more than what stands where: the mean of a
+target differs from place to place. `PositionMean` knows those means, so R2 against them is 0 for such a model. The
+effective rank shows features that collapse into few directions while the loss still falls.
+
+Shapes: B clips, N tokens, K masked tokens, D width, M tokens of several clips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from salt_wds.config import Config
+from salt_wds.data.masks import num_masked
+from salt_wds.data.pixels import to_normalised_rgb
+
+_DECAY = 0.99  # of a step's weight in the means, a step: they are of the last hundred steps or so
+_SMALLEST = torch.finfo(torch.float32).tiny  # keeps ratios finite where nothing was seen, or nothing varies
+_TOKENS_A_CHANNEL = 8  # with as few tokens as channels the rank would read far too low
+
+
+class PositionMean(nn.Module):
+    """The running mean of the targets at each token position, and R2 against it.
+
+    The mean of a position is that of all masked targets seen there, each weighing 0.99^(steps since). The forward pass
+    only reads it, and returns what the batch adds; `advance` takes that in once the step is through. Not part of any
+    model; its state belongs in the checkpoint (`tensors`, `load`).
+    """
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(num_tokens, width))  # of targets, by weight
+        self.register_buffer("weights", torch.zeros(num_tokens, 1))
+
+    def forward(self, predictions_BKD: Tensor, targets_BKD: Tensor, masked_BK: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
+        """R2 of a batch against the means of the positions before it, a detached scalar; and what `advance` takes.
+
+        R2 is 1 - MSE / mean over masked tokens and channels of (target - mean of its position)^2. A position never seen
+        before has the mean 0, the mean over channels of a normalised target: in the first steps R2 reads too high.
+        """
+        with torch.no_grad():
+            predictions, targets = predictions_BKD.detach().float(), targets_BKD.detach().float()
+            mean_ND = self.sums / self.weights.clamp_min(_SMALLEST)  # noqa: N806
+            deviation = (targets - mean_ND[masked_BK]).square().mean()
+            r2 = 1 - (predictions - targets).square().mean() / deviation.clamp_min(_SMALLEST)
+            return r2, _sums_by_position(targets, masked_BK, len(self.sums))
+
+    @torch.no_grad()
+    def advance(self, new_sums: Tensor) -> None:
+        """Take a step's targets, of all ranks, into the means; waits for nothing. Not if one of them is not finite.
+
+        Args:
+            new_sums: of `forward`, their mean over micro-batches.
+        """
+        new_sums = new_sums.contiguous()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(new_sums)
+            new_sums /= dist.get_world_size()
+        new_sums = torch.where(torch.isfinite(new_sums).all(), new_sums, 0.0)
+        self.sums.mul_(_DECAY).add_(new_sums[:, :-1])
+        self.weights.mul_(_DECAY).add_(new_sums[:, -1:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, for a checkpoint."""
+        return {"position_mean.sums": self.sums, "position_mean.weights": self.weights}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the state of a checkpoint in place.
+
+        Raises:
+            KeyError: the checkpoint has none.
+        """
+        self.sums.copy_(tensors["position_mean.sums"])
+        self.weights.copy_(tensors["position_mean.weights"])
+
+
+def effective_rank(features_MD: Tensor) -> Tensor:  # noqa: N803
+    """In how many directions features spread: 1 if all are equal or on a line, D if they fill all channels evenly.
+
+    exp of the entropy of the normalised singular values of the centred features (Roy & Vetterli, EUSIPCO 2007; RankMe,
+    arXiv 2210.02885, which does not subtract the mean: what all tokens share would then count as a direction and hide
+    the others). With M < D tokens it cannot exceed M - 1.
+
+    Returns:
+        A fp64 scalar on the features' device. fp64, because a singular value is the root of an eigenvalue of the
+        covariance: fp32 would give each of the D channels up to 3e-4 of the largest, out of nothing.
+    """
+    features = features_MD.detach().double()
+    centred = features - features.mean(dim=0)
+    singular = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    rounding = torch.finfo(torch.float64).eps * features.norm() * max(features.shape)
+    singular = torch.where(singular > rounding, singular, 0.0)
+    shares = singular / singular.sum().clamp_min(_SMALLEST)
+    return torch.special.entr(shares).sum().exp()
+
+
+def rank_of_features(config: Config, student: nn.Module, batch: Mapping[str, Any], device: torch.device) -> float:
+    """Effective rank of the encoder's visible tokens in the first clips of a batch; waits for the device.
+
+    A forward pass of its own, not compiled, over as many clips as give 8 tokens a channel (16 of base.toml's): once an
+    interval that is cheaper than to have every compiled step return features that are hardly ever looked at.
+    """
+    num_visible = config.num_tokens - num_masked(config.grid, config.mask)
+    clips = math.ceil(_TOKENS_A_CHANNEL * student.width / num_visible)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    pixels, colour, mask = (batch[name][:clips].to(device) for name in ("clips", "colour", "mask"))
+    visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        video = to_normalised_rgb(pixels, colour, config.data.size, dtype)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            features = student.features(video, visible, masked)
+        return effective_rank(features.flatten(0, 1)).item()
+
+
+def _sums_by_position(values_BKD: Tensor, index_BK: Tensor, num_tokens: int) -> Tensor:  # noqa: N803
+    """Sum of the values at each position and, as the last column, their number, both divided by B: (N, D + 1).
+
+    Every position looks up its value in each clip, instead of every value being added to its position: the order of the
+    sum is then fixed, on a GPU, too, and a compiler makes one kernel of it.
+    """
+    b, k, _ = values_BKD.shape
+    places = torch.arange(k, device=index_BK.device).expand(b, k)
+    lookup = torch.full((b, num_tokens), k, device=index_BK.device).scatter(1, index_BK, places)
+    found = (lookup < k)[..., None]  # (B, N, 1)
+    places = lookup.clamp_max(k - 1)[..., None].expand(-1, -1, values_BKD.shape[-1])
+    values = values_BKD.gather(1, places)
+    sums = torch.where(found, values, 0.0).sum(dim=0)
+    return torch.cat([sums, found.sum(dim=0).to(sums.dtype)], dim=1) / b

@@ -1,0 +1,357 @@
+"""`python -m shard_tools.index DIR`: make tars that another tool wrote trainable, without touching them.
+
+Beside each tar comes its index, and dataset.json last, as the commit mark: the folder is a data set then, for training,
+`verify` and all else. Where the tars must not get company, --out OUT makes a folder of links to them. The same tars
+give the same files, so the command may be killed at any moment, and run again at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from tqdm import tqdm
+
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line
+from shard_tools.common.processes import WorkerDiedError, run_local
+from shard_tools.format import ledger
+from shard_tools.format.dataset import (
+    DATASET_FILE,
+    FAILURES_FILE,
+    SPLITS,
+    Dataset,
+    DatasetError,
+    ShardInfo,
+    index_name,
+    make_dataset,
+    read_dataset,
+    sync_folder,
+    write_atomic,
+)
+from shard_tools.format.index import INDEX_SCHEMA, index_bytes
+from shard_tools.index.scan import (
+    Scan,
+    ScanJob,
+    is_video,
+    number_labels,
+    numbered_rows,
+    payload_places,
+    scan_tar,
+    try_payload,
+)
+from shard_tools.pack import staging
+
+_SHOWN = 10  # names printed of a longer list; failures.jsonl has them all
+_SPLIT_PREFIX = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+_SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+_PACKED = "holds a data set of shard_tools.pack, which needs no index; train from it as it is"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    source: Path = args.dir
+    out: Path = args.out or source
+    names = _class_names(args.classes) if args.classes else None
+    tars = _find_tars(source)
+    for folder in (source, out):
+        _refuse_packed(folder)
+    with staging.hold(out):
+        old = _indexed(out)
+        _refuse_to_overwrite(source, out, tars, old)
+        job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), args.ext)
+        scans = scan_tars(job, tars, args.workers)
+        return _finish(out, job, scans, names, args.split, old)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m shard_tools.index",
+        description="Make WebDataset tars of another tool a data set: an index beside each tar, and dataset.json. The "
+        "tars are only read. Names that begin with train, val, valid, validation or test say the split; labels are "
+        "the .cls member of a sample, or \"label\" or \"cls\" in its .json.",
+        epilog="Exit codes: 0 indexed; 1 indexed, but some samples or tars could not be (named in failures.jsonl); 2 "
+        "usage or surroundings (one line); 130 interrupted: run the same command again.",
+    )  # fmt: skip
+    parser.add_argument("dir", type=Path, help="folder with the tars")
+    parser.add_argument("--out", type=Path, help="folder for links to the tars and for the new files (default: DIR)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of tars whose name says none (default train)")
+    parser.add_argument("--ext", type=_ext, help="extension of the video, where samples have several (default: first)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes in order, one a line")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="tars read at once (default: all cores)"
+    )
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers: at least 1")
+    return args
+
+
+def _ext(text: str) -> str:
+    ext = text.lower().removeprefix(".")
+    if not is_video(ext):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the extension of a video, such as mp4 or clip.webm")
+    return ext
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise CommandError(f"--classes {path}: not UTF-8 text; write one name a line") from None
+    while names and not names[-1]:
+        names.pop()
+    twice = [name for name, count in Counter(names).items() if count > 1 or not name]
+    if twice or not names:
+        wrong = f"{twice[0]!r} is there twice, or a line is empty" if twice else "no names in it"
+        raise CommandError(f"--classes {path}: {wrong}; write one name a line")
+    return names
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------
+
+
+def _find_tars(folder: Path) -> list[str]:
+    """The names of the tars in a folder."""
+    if not folder.is_dir():
+        raise CommandError(f"{folder}: no such folder; name the folder that holds the tars")
+    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
+    packed = sorted(
+        path.name for path in folder.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.zst"))
+    )
+    if packed:
+        print(one_line(f"{folder}: {len(packed)} compressed tars passed over, such as {packed[0]}: samples are read at "
+                       "their place in the tar; unpack (gunzip) them first"))  # fmt: skip
+    for name in names:
+        if not name.isprintable():
+            raise CommandError(f"{folder}: {name!r} is no printable UTF-8 name; rename the file")
+    if names:
+        return names
+    below = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("*/**/*.tar")})
+    if below:
+        raise CommandError(
+            f"{folder}: the tars are in {len(below)} sub-folders, such as {below[0]}; index each on its own "
+            f"(python -m shard_tools.index {folder / below[0]}), or move them or links to them into one folder"
+        )
+    raise CommandError(f"{folder}: no .tar in it; name the folder that holds the tars")
+
+
+def _refuse_packed(folder: Path) -> None:
+    if (folder / staging.STAGING).exists():
+        raise CommandError(f"{folder}: holds an unfinished pack; repeat that command to finish it")
+    if (folder / DATASET_FILE).exists() and not _read(folder).foreign:
+        raise CommandError(f"{folder}: {_PACKED}")
+
+
+def _read(folder: Path) -> Dataset:
+    try:
+        return read_dataset(folder)
+    except DatasetError as error:
+        raise CommandError(f"{error} (or move {DATASET_FILE} away, and index again)") from None
+
+
+def _indexed(out: Path) -> Dataset | None:
+    """What an earlier run made of this folder."""
+    for half in (
+        *out.glob(".*.parquet.*.tmp"),
+        *out.glob(f".{DATASET_FILE}.*.tmp"),
+        *out.glob(f".{FAILURES_FILE}.*.tmp"),
+    ):
+        half.unlink()  # of a run that was killed
+    if not os.access(out, os.W_OK):
+        raise CommandError(f"{out}: cannot be written to; name another folder with --out OUT")
+    return _read(out) if (out / DATASET_FILE).exists() else None
+
+
+def _refuse_to_overwrite(source: Path, out: Path, tars: Sequence[str], old: Dataset | None) -> None:
+    """Nothing that is not ours is replaced."""
+    listed = {info.file for split in old.splits.values() for info in split.shards} if old else set()
+    for tar in tars:
+        path = out / index_name(tar)
+        if os.path.lexists(path) and not _is_our_index(path, tar in listed):
+            raise CommandError(f"{path}: not ours (another tool's table of {tar}?), and an index has to have this "
+                               "name; leave it, and add --out OUT for a folder of links")  # fmt: skip
+    for path in _links(source, out, tars):
+        if os.path.lexists(path) and not path.is_symlink():
+            raise CommandError(f"{path}: stands where a link to a tar has to be; name another folder with --out")
+    path = out / FAILURES_FILE
+    if os.path.lexists(path) and (not path.is_file() or ledger.read(path)[1]):
+        raise CommandError(f"{path}: not a list of failures of ours; leave it, and add --out OUT for a folder of links")
+
+
+def _is_our_index(path: Path, listed: bool) -> bool:
+    """Whether a table is an index by its columns; what is no table at all is ours only where dataset.json lists it."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return pq.read_schema(path).names == INDEX_SCHEMA.names
+    except (pa.ArrowException, OSError, ValueError):
+        return listed
+
+
+def _links(source: Path, out: Path, tars: Iterable[str]) -> dict[Path, Path]:
+    """The links to the tars that --out is to hold, with their targets; none where the tars themselves lie there."""
+    if source.resolve() == out.resolve():
+        return {}
+    return {out / tar: (source / tar).resolve() for tar in tars}
+
+
+# --- the work -----------------------------------------------------------------------------------------------------
+
+
+def scan_tars(job: ScanJob, tars: list[str], workers: int) -> list[Scan]:
+    """What each tar holds, in their order."""
+    sizes = {tar: (job.folder / tar).stat().st_size if (job.folder / tar).is_file() else 0 for tar in tars}
+    scans: dict[str, Scan] = {}
+    shown = started = time.monotonic()
+    with tqdm(
+        total=sum(sizes.values()), unit="B", unit_scale=True, desc="index", disable=not sys.stderr.isatty()
+    ) as bar:
+        for tar, outcome in run_local(functools.partial(scan_tar, job), tars, workers):
+            scans[tar] = _without_deadly(job, tar) if isinstance(outcome, WorkerDiedError) else outcome
+            clips = sum(scan.rows.num_rows for scan in scans.values() if scan.rows is not None)
+            rate = clips / max(time.monotonic() - started, 1e-9)
+            failed = sum(len(scan.failures) for scan in scans.values())
+            bar.set_postfix_str(f"{rate:.0f} clips/s, {failed} failed")
+            bar.update(sizes[tar])
+            if bar.disable and time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                print(f"{len(scans)} of {len(tars)} tars, {rate:.0f} clips/s, {failed} failed", flush=True)
+    return [scans[tar] for tar in tars]
+
+
+def _without_deadly(job: ScanJob, tar: str) -> Scan:
+    """Scan a tar that killed its process: find the videos that do so, each tried in a process of its own."""
+    trials = run_local(functools.partial(try_payload, job, tar), payload_places(job, tar), workers=1)
+    deadly = frozenset(place[0] for place, outcome in trials if isinstance(outcome, WorkerDiedError))
+    [(_, outcome)] = run_local(functools.partial(scan_tar, job, deadly=deadly), [tar], workers=1)
+    if isinstance(outcome, WorkerDiedError):
+        raise CommandError(
+            f"{tar}: {outcome}, and no single video of it does that; check the memory (dmesg), then run again"
+        )
+    return outcome
+
+
+def split_of(tar: str, default: str) -> str:
+    """The split that a tar's name says."""
+    match = _SPLIT_PREFIX.match(tar)
+    return _SPLIT_OF[match[1].lower()] if match else default
+
+
+def _finish(
+    out: Path, job: ScanJob, scans: list[Scan], names: list[str] | None, default: str, old: Dataset | None
+) -> int:
+    """Number the labels, put everything into place, say what it is."""
+    failures = [failure for scan in scans for failure in scan.failures]
+    used = [scan for scan in scans if scan.rows]
+    if not used:
+        first = f" (first: {failures[0].shard}: {failures[0].key or ''} {failures[0].message})" if failures else ""
+        raise CommandError(f"{job.folder}: no sample of its {len(scans)} tars can be used{first}")
+    classes = number_labels(used, names)
+    shards: dict[str, list[ShardInfo]] = {}
+    indexes: dict[str, Scan] = {}
+    for scan in used:
+        index_hash = xxhash.xxh3_64_hexdigest(_index(scan, classes))
+        info = ShardInfo(scan.file, scan.bytes, len(scan.rows), scan.xxh3, index_hash)
+        shards.setdefault(split_of(scan.file, default), []).append(info)
+        indexes[scan.file] = scan
+    ordered = {split: shards[split] for split in SPLITS if split in shards}
+    plan_hash = _plan_hash(ordered, classes, job.ext)
+    dataset = make_dataset(job.dataset, "source", plan_hash, 0, ordered, classes)
+    dataset = dataclasses.replace(dataset, foreign=True)
+    result = _Result(
+        dataset, indexes, "".join(f.to_line() for f in failures).encode(), _links(job.folder, out, indexes)
+    )
+    if not _is_there(out, result):
+        _commit(out, result, old)
+    return _report(out, dataset, scans)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is to be in the folder: dataset.json, an index for each tar, failures.jsonl (empty: none), links."""
+
+    dataset: Dataset
+    scans: dict[str, Scan]
+    failures: bytes
+    links: dict[Path, Path]
+
+
+def _index(scan: Scan, classes: Sequence[str]) -> bytes:
+    assert scan.rows is not None
+    return index_bytes(numbered_rows(scan.rows, classes))
+
+
+def _plan_hash(shards: dict[str, list[ShardInfo]], classes: Sequence[str], ext: str | None) -> str:
+    """What decides the samples: the tars, and how they were read."""
+    lines = [f"{split} {info.file} {info.xxh3} {info.samples}" for split, infos in shards.items() for info in infos]
+    return xxhash.xxh3_128_hexdigest(repr((lines, list(classes), ext)).encode())
+
+
+def _is_there(out: Path, result: _Result) -> bool:
+    """Whether a run before has written exactly this."""
+    infos = [info for split in result.dataset.splits.values() for info in split.shards]
+    expected = {index_name(info.file): info.index_xxh3 for info in infos}
+    expected[DATASET_FILE] = xxhash.xxh3_64_hexdigest(result.dataset.to_json())
+    if result.failures:
+        expected[FAILURES_FILE] = xxhash.xxh3_64_hexdigest(result.failures)
+    elif (out / FAILURES_FILE).exists():
+        return False
+    if any(not link.is_symlink() or link.readlink() != target for link, target in result.links.items()):
+        return False
+    found = {name: out / name for name in expected}
+    return all(p.is_file() and xxhash.xxh3_64_hexdigest(p.read_bytes()) == expected[name] for name, p in found.items())
+
+
+def _commit(out: Path, result: _Result, old: Dataset | None) -> None:
+    """Write everything; an old dataset.json goes first, the new one comes last."""
+    (out / DATASET_FILE).unlink(missing_ok=True)
+    sync_folder(out)
+    before = {info.file for split in old.splits.values() for info in split.shards} if old else set()
+    for file in before - result.scans.keys():
+        if _is_our_index(out / index_name(file), True):
+            (out / index_name(file)).unlink()
+        if result.links and (out / file).is_symlink():
+            (out / file).unlink()
+    for link, target in result.links.items():
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    for file, scan in result.scans.items():
+        write_atomic(out / index_name(file), _index(scan, result.dataset.classes))
+    if result.failures:
+        write_atomic(out / FAILURES_FILE, result.failures)
+    else:
+        (out / FAILURES_FILE).unlink(missing_ok=True)
+    write_atomic(out / DATASET_FILE, result.dataset.to_json())
+
+
+def _report(out: Path, dataset: Dataset, scans: list[Scan]) -> int:
+    for note, count in sum((scan.notes for scan in scans), Counter[str]()).items():
+        print(one_line(f"{count:,} {note}"))
+    samples = sum(split.samples for split in dataset.splits.values())
+    size = sum(split.bytes for split in dataset.splits.values())
+    splits = ", ".join(f"{split.samples:,} {name}" for name, split in dataset.splits.items())
+    tars = sum(len(split.shards) for split in dataset.splits.values())
+    print(f"{out}: {samples:,} samples ({splits}) in {tars} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes; "
+          f"check: python -m shard_tools.verify {out}")  # fmt: skip
+    failures = [failure for scan in scans for failure in scan.failures]
+    for failure in failures[:_SHOWN]:
+        key = f", key {failure.key}" if failure.key else ""
+        print(one_line(f"not indexed: {failure.shard}{key}: {failure.message}"), file=sys.stderr)
+    if failures:
+        print(
+            f"{len(failures)} samples or tars could not be indexed; all are named in {out / FAILURES_FILE}",
+            file=sys.stderr,
+        )
+    return PROBLEMS if failures else OK

@@ -1,0 +1,299 @@
+"""The index of a tar that another tool wrote: one read of the tar gives its rows, its hash, and what had to be left out.
+
+A label can only be numbered when the labels of all tars are known, so it comes as it stands in the tar, and
+`number_labels` and `numbered_rows` follow. The same tar gives the same index, which `repair` makes use of.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from shard_tools.common.cli import CommandError
+from shard_tools.common.processes import WorkerDiedError
+from shard_tools.format import ledger
+from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo, Video
+from shard_tools.format.index import INDEX_SCHEMA, index_bytes
+from shard_tools.format.ledger import Failure
+from shard_tools.format.tar import ShardDamage
+from shard_tools.index.tar_reader import Part, Sample, Tape, read_samples
+from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.sources import VIDEO_SUFFIXES
+
+_BUFFER = 4 << 20
+_MOST_BYTES = {"json": 16 << 20, "cls": 4 << 10}  # that a member may have to be read whole
+_MOST_PAYLOAD = 2 << 30
+_MOST_CLASSES = 1_000_000
+_ROWS = INDEX_SCHEMA.append(pa.field("label_text", pa.string()))  # `label` is set where it is a number in the tar
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """What every tar's scan needs to know. `ext`: the extension of the video (None: the first one of each sample).
+
+    `probe` is a parameter for the sake of tests.
+    """
+
+    folder: Path
+    dataset: str
+    ext: str | None = None
+    probe: Callable[[bytes], Video] = probe
+
+
+@dataclass
+class Scan:
+    """What one tar holds; without rows (None) where it is damaged. `exts` are of videos, as many as samples have them."""
+
+    file: str
+    bytes: int = 0
+    xxh3: str = ""
+    rows: pa.Table | None = None
+    failures: list[Failure] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    exts: Counter[str] = field(default_factory=Counter)
+
+
+class _Unusable(Exception):
+    """A sample that cannot be part of a data set; the message says why."""
+
+
+def scan_tar(job: ScanJob, file: str, deadly: frozenset[int] = frozenset()) -> Scan:
+    """Read one tar.
+
+    Args:
+        deadly: offsets of payloads whose probe kills the process; they fail without being tried.
+    """
+    scan, rows = Scan(file), []
+    hasher = xxhash.xxh3_64()
+    try:
+        if not (job.folder / file).is_file():
+            raise ShardDamage("unreadable", 0, "not a file (a folder, pipe or device, or a link to nothing)")
+        with (job.folder / file).open("rb", buffering=_BUFFER) as opened:
+            tape = Tape(opened, hasher.update)
+            scan.bytes = tape.total
+            for sample in read_samples(tape, functools.partial(_most_bytes, job.ext), scan.notes):
+                try:
+                    rows.append(_row(job, scan, sample, deadly))
+                except (_Unusable, BadVideoError, WorkerDiedError) as error:
+                    scan.failures.append(_failure(job, file, sample, error))
+    except (ShardDamage, OSError) as error:
+        scan.failures = [_left_out(job, file, error)]
+        return scan
+    scan.xxh3 = hasher.hexdigest()
+    scan.rows = pa.Table.from_pylist(rows, schema=_ROWS)
+    if not rows and not scan.failures:
+        scan.failures = [_left_out(job, file, ShardDamage("unreadable", 0, "no sample in it"))]
+    return scan
+
+
+def payload_places(job: ScanJob, file: str) -> list[tuple[int, int]]:
+    """Offset and size of the videos in a tar, none of them opened."""
+    places = []
+    with (job.folder / file).open("rb", buffering=_BUFFER) as opened:
+        for sample in read_samples(Tape(opened), functools.partial(_most_bytes, job.ext), Counter()):
+            places += [(p.offset, len(p.data)) for p in sample.parts if is_video(p.ext) and sample.refusal is None]
+    return places
+
+
+def try_payload(job: ScanJob, file: str, place: tuple[int, int]) -> None:
+    """Probe one video, which may kill the process."""
+    with (job.folder / file).open("rb") as opened:
+        opened.seek(place[0])
+        try:
+            job.probe(opened.read(place[1]))
+        except BadVideoError:  # scanning the tar will say so
+            return
+
+
+def is_video(ext: str) -> bool:
+    return "." + ext.rpartition(".")[2] in VIDEO_SUFFIXES
+
+
+def _most_bytes(chosen: str | None, sample: Sample, ext: str) -> int:
+    """Bytes that a member may have to be kept; 0 for those that nobody asks for."""
+    if chosen is None and is_video(ext):
+        return 0 if any(is_video(part.ext) for part in sample.parts) else _MOST_PAYLOAD
+    return _MOST_PAYLOAD if ext == chosen else _MOST_BYTES.get(ext, 0)
+
+
+def _row(job: ScanJob, scan: Scan, sample: Sample, deadly: frozenset[int]) -> dict[str, Any]:
+    """The index row of a sample."""
+    if sample.refusal is not None:
+        raise _Unusable(sample.refusal)
+    parts = {part.ext: part for part in sample.parts}
+    payload = next((part for part in sample.parts if is_video(part.ext)), None)
+    videos = sorted(filter(is_video, sample.exts))
+    scan.exts.update(videos)
+    if payload is None:
+        wanted = f"no member .{job.ext}" if job.ext else "no video"
+        raise _Unusable(f"{wanted} in it, only {', '.join(sorted(sample.exts)[:5])}")
+    sample.offset = payload.offset
+    if len(videos) > 1 and job.ext is None:
+        scan.notes[f"samples with several videos ({', '.join(videos)}): the first is taken, --ext EXT chooses"] += 1
+    head, record = _json(scan, parts.get("json"))
+    number, text = _label(scan, parts.get("cls"), record)
+    if number is not None and not 0 <= number < _MOST_CLASSES:
+        raise CommandError(f"{scan.file}: key {sample.key}: label {number} is not from 0 to {_MOST_CLASSES - 1}; "
+                           "number the classes from 0 (a sample without a label has no .cls and no \"label\")")  # fmt: skip
+    if payload.offset in deadly:
+        raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
+    video = job.probe(payload.data)
+    return {
+        "key": sample.key,
+        "label": number,
+        "label_text": text,
+        "json_offset": head.offset if head else 0,
+        "json_size": len(head.data) if head else 0,
+        "payload_offset": payload.offset,
+        "payload_size": len(payload.data),
+        "ext": payload.ext.rpartition(".")[2],
+        "xxh3_json": xxhash.xxh3_64_intdigest(head.data if head else b""),
+        "xxh3_payload": xxhash.xxh3_64_intdigest(payload.data),
+        "num_frames": video.num_frames,
+        "width": video.width,
+        "height": video.height,
+    }
+
+
+def _json(scan: Scan, part: Part | None) -> tuple[Part | None, dict[str, Any]]:
+    """The JSON member and its content, if that is an object."""
+    if part is None:
+        return None, {}
+    try:
+        record = json.loads(part.data)
+    except (ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict):
+        return part, record
+    scan.notes["samples whose .json holds no JSON object: taken without it"] += 1
+    return None, {}
+
+
+def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | None, str | None]:
+    """A sample's label as number or text: its .cls member, or "label" or "cls" in its JSON; neither without one."""
+    said: Any = next((record[name] for name in ("label", "cls") if record.get(name) is not None), None)
+    if cls is not None:
+        try:
+            said = cls.data.decode().strip()
+        except UnicodeDecodeError:
+            raise _Unusable("its .cls member is not UTF-8 text") from None
+        if re.fullmatch(r"[+-]?[0-9]{1,18}", said):
+            return int(said), None
+    if isinstance(said, str):
+        if not (text := said.encode(errors="replace").decode().strip()):
+            return None, None
+        return None, text
+    if isinstance(said, int) and not isinstance(said, bool):
+        return said, None
+    if said is not None:
+        scan.notes["samples whose label in the .json is neither a whole number nor text: taken without it"] += 1
+    return None, None
+
+
+def _failure(job: ScanJob, file: str, sample: Sample, error: Exception) -> Failure:
+    """The record of a sample that is left out; without time and process, as those of pack."""
+    return Failure(
+        stage="pack",
+        dataset=job.dataset,
+        shard=file,
+        key=sample.key,
+        offset=sample.offset,
+        error=type(error).__name__.lstrip("_"),
+        message=str(error),
+        traceback=ledger.compact_traceback(error) if isinstance(error, BadVideoError) else None,
+        action="skipped",
+    )
+
+
+def _left_out(job: ScanJob, file: str, error: ShardDamage | OSError) -> Failure:
+    """The record of a tar that is left out whole."""
+    offset = error.offset if isinstance(error, ShardDamage) and error.kind != "unreadable" else None
+    where = f"{error.kind} at byte {offset}: " if isinstance(error, ShardDamage) and offset else ""
+    reason = error.detail if isinstance(error, ShardDamage) else error.strerror or str(error)
+    return Failure(
+        stage="pack", dataset=job.dataset, shard=file, offset=offset,
+        error=type(error).__name__, message=f"the whole tar is left out: {where}{reason}", action="skipped",
+    )  # fmt: skip
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def number_labels(scans: Sequence[Scan], names: list[str] | None) -> list[str]:
+    """The classes of all tars in the order of their numbers: `names` where they are given.
+
+    Raises:
+        CommandError: labels that are numbers beside labels that are text, or a label that `names` does not have.
+    """
+    numbers = _first_with(scans, "label")
+    texts = _first_with(scans, "label_text")
+    if numbers and texts:
+        raise CommandError(
+            f"labels are numbers ({numbers[1]} of {numbers[0]}) and text ({texts[1]!r} of {texts[0]}); "
+            "give all samples labels of one kind"
+        )
+    tables = [scan.rows for scan in scans if scan.rows is not None]
+    if texts:
+        found = sorted({text for table in tables for text in table["label_text"].unique().to_pylist()} - {None})
+        strange = set(found) - set(names or found)
+        if strange:
+            raise CommandError(f"--classes: label {min(strange)!r} is not in the file; add it, one name a line")
+        return found if names is None else names
+    most = max((number for table in tables for number in table["label"].unique().to_pylist() if number is not None),
+               default=-1)  # fmt: skip
+    if names is not None and most >= len(names):
+        raise CommandError(f"--classes: {len(names)} names, and there is a label {most}; name every class from 0")
+    return [str(number) for number in range(most + 1)] if names is None else names
+
+
+def _first_with(scans: Sequence[Scan], column: str) -> tuple[str, Any] | None:
+    """(tar and key, value) of the first row that has a value in this column."""
+    for scan in scans:
+        if scan.rows is not None and scan.rows[column].null_count < len(scan.rows):
+            row = next(row for row in scan.rows.to_pylist() if row[column] is not None)
+            return f"{scan.file}, key {row['key']}", row[column]
+    return None
+
+
+def numbered_rows(table: pa.Table, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the index, with text labels as numbers of `classes`."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    rows = table.to_pylist()
+    for row in rows:
+        text = row.pop("label_text")
+        if text is not None:
+            row["label"] = numbers.get(text)
+    return rows
+
+
+# --- again --------------------------------------------------------------------------------------------------------
+
+
+def index_again(folder: Path, dataset: Dataset, info: ShardInfo) -> bytes | None:
+    """The index of a tar as it was when dataset.json was written, known by its hash; None where it cannot be had.
+
+    Which of several videos was chosen (`ScanJob.ext`) stands nowhere else, so each is tried.
+    """
+    deadly = frozenset(
+        failure.offset
+        for failure in (ledger.read(folder / FAILURES_FILE)[0] if (folder / FAILURES_FILE).is_file() else ())
+        if failure.shard == info.file and failure.error == WorkerDiedError.__name__ and failure.offset is not None
+    )
+    choices: list[str | None] = [None]
+    while choices:
+        scan = scan_tar(ScanJob(folder, dataset.name, choices[0]), info.file, deadly)
+        if scan.rows is not None:
+            data = index_bytes(numbered_rows(scan.rows, dataset.classes))
+            if xxhash.xxh3_64_hexdigest(data) == info.index_xxh3:
+                return data
+        choices = sorted(scan.exts) if choices[0] is None else choices[1:]
+    return None

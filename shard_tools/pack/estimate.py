@@ -1,0 +1,343 @@
+"""What `pack --dry-run` says of all storage tiers: bytes, time to pack, and how many clips a second they can feed.
+
+A few of the videos at hand are packed in memory and decoded again, with one thread, here and now; the rest is taken to be
+like them, byte by byte. Shards are counted by the planner. Nothing stays on the disk: writing is measured with a temporary
+file that has no name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import cv2
+import xxhash
+
+from shard_tools.common.cli import CommandError, one_line
+from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
+from shard_tools.pack.clip_cost import CLIP_FRAMES, SIZE, STRIDE, clip_seconds
+from shard_tools.pack.pack_shard import read_source
+from shard_tools.pack.plan import PackJob, Plan
+from shard_tools.pack.shard_size import MIB
+from shard_tools.video.encoding import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
+from shard_tools.video.probe import BadVideoError
+from shard_tools.video.sources import Source
+
+_SAMPLES, _FEWEST = 24, 4
+_SECONDS = 5.0  # for a tier: then no further video is tried
+_MOST_WRITTEN = 256 * MIB
+
+
+@dataclass
+class Measured:
+    """Sums over the sampled videos in one tier. Seconds are CPU time of one thread."""
+
+    clips: int = 0
+    source_bytes: int = 0
+    payload_bytes: int = 0
+    other_bytes: int = 0  # KEY.json, headers, padding
+    pack_seconds: float = 0.0  # to read, probe, encode, hash and hand to the drive
+    decode_seconds: float = 0.0
+    resize_seconds: float = 0.0
+
+
+@dataclass
+class Written:
+    """What writing members into the output's file system took; `problem` says why it could not be measured."""
+
+    folder: Path
+    bytes: int = 0
+    seconds: float = 0.0
+    problem: str | None = None
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes / self.seconds if self.bytes and not self.problem else math.inf
+
+
+@dataclass(frozen=True)
+class TierEstimate:
+    """What a tier would take and give. Clips a second are of one core: decoding alone, and with the resize."""
+
+    tier: str
+    shards: int
+    bytes: int
+    pack_seconds: float
+    decoded: float
+    fed: float
+
+
+@dataclass
+class Estimate:
+    """All tiers that the sampled videos can be packed in, and what the numbers rest on."""
+
+    tiers: list[TierEstimate]
+    clips: int
+    written: Written
+    free: int
+    failed: dict[str, str] = field(default_factory=dict)  # sampled videos left out: path -> why
+
+
+def estimate(
+    job: PackJob, sources: Sequence[Source], source_bytes: dict[str, int], plans: dict[Encoding, Plan], out: Path,
+    workers: int,
+) -> Estimate:  # fmt: skip
+    """Measure some of the sources in every tier, and scale that to all.
+
+    Args:
+        job: where the sources are; its encoding does not matter.
+        source_bytes: of every source, by key.
+        plans: what packing would do in each tier.
+        out: the output folder, which need not be there.
+        workers: processes that would pack.
+
+    Raises:
+        CommandError: none of the sampled sources can be packed.
+    """
+    folder = _existing(out)
+    chosen = choose(sources)
+    result = Estimate([], 0, Written(folder), shutil.disk_usage(folder).free)
+    total = sum(source_bytes.values())
+    measured = {}
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # as in the loader's workers
+    try:
+        with _Scratch(result.written, result.free) as scratch:
+            for encoding in plans:
+                measured[encoding] = _measure(
+                    dataclasses.replace(job, encoding=encoding), chosen, scratch, result.failed
+                )
+    finally:
+        cv2.setNumThreads(threads)
+    result.clips = max(one.clips for one in measured.values())
+    if not result.clips:
+        path, reason = next(iter(result.failed.items()))
+        raise CommandError(
+            f"none of the {len(chosen)} sampled videos can be packed (first: {path}: {reason}), so nothing can be "
+            "estimated; check that ROOT holds whole videos"
+        )
+    for encoding, one in measured.items():
+        if one.clips:
+            speed = result.written.bytes_per_second
+            result.tiers.append(
+                _scale(encoding.tier, one, len(plans[encoding].tasks), len(sources), total, workers, speed)
+            )
+    return result
+
+
+def choose(sources: Sequence[Source]) -> list[Source]:
+    """The sources to be measured, spread over all splits: a pure choice by hash, mixed, so that any few will do."""
+    mixed = sorted(sources, key=lambda s: xxhash.xxh3_64_intdigest(s.key.encode()))
+    by_split: dict[str, list[Source]] = {}
+    for source in mixed:
+        by_split.setdefault(source.split, []).append(source)
+    turns = max(len(group) for group in by_split.values())
+    dealt = (group[n] for n in range(min(turns, _SAMPLES)) for group in by_split.values() if n < len(group))
+    return [source for source, _ in zip(dealt, range(_SAMPLES), strict=False)]
+
+
+def _existing(out: Path) -> Path:
+    folder = out.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def _scale(
+    tier: str, one: Measured, shards: int, videos: int, total: int, workers: int, speed: float
+) -> TierEstimate:  # fmt: skip
+    payloads = total * one.payload_bytes / one.source_bytes
+    size = payloads + videos * one.other_bytes / one.clips + shards * (2 * BLOCK + RECORD / 2)  # the tar's end
+    work = total * one.pack_seconds / one.source_bytes
+    at_once = max(1, min(workers, len(os.sched_getaffinity(0)), shards))
+    rounds = math.ceil(shards / at_once) / shards  # the share of the work that the busiest process does
+    return TierEstimate(
+        tier=tier,
+        shards=shards,
+        bytes=round(size),
+        pack_seconds=max(work * rounds, size / speed),
+        decoded=one.clips / max(one.decode_seconds, 1e-9),
+        fed=one.clips / max(one.decode_seconds + one.resize_seconds, 1e-9),
+    )
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def _measure(job: PackJob, chosen: Sequence[Source], scratch: _Scratch, failed: dict[str, str]) -> Measured:
+    """One tier: pack and decode videos until all are done, or the time is up and there are enough."""
+    one = Measured()
+    as_it_is = dataclasses.replace(job, encoding=SOURCE)
+    began = time.monotonic()
+    for source in chosen:
+        if one.clips >= _FEWEST and time.monotonic() - began > _SECONDS:
+            break
+        try:
+            read_source(as_it_is, source)  # so that the file is in memory when it counts
+            start = time.thread_time()
+            data, payload = read_source(job, source)
+            info = payload.sample_info(source, data)
+            packed = time.thread_time()
+            decode_seconds, resize_seconds = clip_seconds(info, payload, job.encoding.tier)
+        except (OSError, BadVideoError, av.FFmpegError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            failed.setdefault(source.path, one_line(reason))
+            continue
+        decoded = time.thread_time()
+        members = ((f"{info.key}.json", info.to_json()), (f"{info.key}.{payload.ext}", payload.data))
+        one.clips += 1
+        one.source_bytes += len(data)
+        one.payload_bytes += len(payload.data)
+        one.other_bytes += scratch.write(members) - len(payload.data)
+        one.pack_seconds += packed - start + time.thread_time() - decoded
+        one.decode_seconds += decode_seconds
+        one.resize_seconds += resize_seconds
+    return one
+
+
+class _Scratch:
+    """Context manager: a nameless file in the output's file system, to see how long members take to be written."""
+
+    def __init__(self, written: Written, free: int) -> None:
+        self._written = written
+        self._room = min(_MOST_WRITTEN, free // 2)
+        self._hasher = xxhash.xxh3_64()
+
+    def __enter__(self) -> _Scratch:
+        try:
+            self._file = tempfile.TemporaryFile(dir=self._written.folder)
+        except OSError as error:
+            self._written.problem = error.strerror or str(error)
+        return self
+
+    def write(self, members: Sequence[tuple[str, bytes]]) -> int:
+        """Write members as ShardWriter does, while there is room; bytes they take in a tar."""
+        parts = [part for name, data in members for part in (tar_header(name, len(data)), data, padding(len(data)))]
+        size = sum(map(len, parts))
+        if self._written.problem is None and self._written.bytes + size <= self._room:
+            self._timed(lambda: self._append(parts))
+            self._written.bytes += size
+        return size
+
+    def _append(self, parts: Sequence[bytes]) -> None:
+        for part in parts:
+            self._hasher.update(part)
+            self._file.write(part)
+
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _timed(self, action: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        try:
+            action()
+        except OSError as error:  # a full disk, a quota: an estimate without it says so
+            self._written.problem = error.strerror or str(error)
+        self._written.seconds += time.perf_counter() - start
+
+    def __exit__(self, kind: object, error: object, tb: object) -> None:
+        if self._written.problem is None and kind is None:
+            self._timed(self._flush)
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+def lines(result: Estimate, videos: int, workers: int, cores: int, want: int | None) -> Iterator[str]:
+    """The estimate as text: a table, what it rests on, and the verdict where one is wanted."""
+    yield f"estimate for every tier, from {result.clips} of {videos:,} videos:"
+    heads = f"  {'tier':<7}{'shards':>8}{'bytes':>12}{'fits':>6}{'packing':>10}{'1 core decodes':>18}"
+    yield heads + f"{_cores(cores) + ' feed':>18}" + (f"{f'cores for {want:,}/s':>20}" if want else "")
+    for tier in result.tiers:
+        fits = "yes" if tier.bytes <= result.free else "no"
+        row = f"  {tier.tier:<7}{tier.shards:>8,}{size_text(tier.bytes):>12}{fits:>6}{_duration(tier.pack_seconds):>10}"
+        row += f"{_rate(tier.decoded):>18}{_rate(tier.fed * cores):>18}"
+        yield row + (f"{_needed(tier, want):>20,}" if want else "")
+    for name in sorted(set(TIERS) - {tier.tier for tier in result.tiers}):
+        yield f"  {name:<7} none of the sampled videos can be packed in it"
+    for path, reason in result.failed.items():
+        yield f"  left out: {one_line(path)}: {reason}"
+    yield from _assumptions(result, workers)
+    if want:
+        yield "verdict: " + verdict(result, cores, want)
+
+
+def _assumptions(result: Estimate, workers: int) -> Iterator[str]:
+    growth = ", ".join(f"{tier} {growth}" for tier, growth in EXPECTED_GROWTH.items())
+    yield (
+        f"  shards: as planned, from fixed growths ({growth}), since a plan must not depend on measuring; bytes: from "
+        "measured growth"
+    )
+    yield f"  fits: {size_text(result.free)} are free in {result.written.folder}"
+    written = result.written
+    if written.problem is None:
+        speed = (
+            f"all of them together write {written.bytes_per_second / 1e6:,.0f} MB/s, as one does to a small file here"
+        )
+    else:
+        speed = f"writing is not included ({written.folder}: {one_line(written.problem)})"
+    here = len(os.sched_getaffinity(0))
+    yield f"  packing: {workers} workers on the {_cores(here)} of this machine; {speed}; reads from a cold drive are not included"
+    yield (
+        f"  decodes: {CLIP_FRAMES} frames at stride {STRIDE}, from the middle of a video, decoding alone, in CPU time of one "
+        f"thread; feed: with the resize to {SIZE} x {SIZE} that training adds, on cores that do nothing else; cold reads "
+        "are not included"
+    )
+
+
+def verdict(result: Estimate, cores: int, want: int) -> str:
+    """Which tiers feed `want` clips a second with these cores, and the smallest of them that fits; one line."""
+    enough = [tier for tier in result.tiers if _needed(tier, want) <= cores]
+    fitting = [tier for tier in enough if tier.bytes <= result.free]
+    goal = f"{want:,} clips/s"
+    if not enough:
+        least = min(result.tiers, key=lambda tier: _needed(tier, want))
+        return f"no tier feeds {goal} with {_cores(cores)}; {least.tier} needs the fewest, {_needed(least, want):,}"
+    names = " and ".join(", ".join(tier.tier for tier in enough).rsplit(", ", 1))
+    feeds = f"{names} feed{'s' if len(enough) == 1 else ''} {goal} with {_cores(cores)}"
+    smallest = min(fitting or enough, key=lambda tier: tier.bytes)
+    if fitting:
+        return f"{feeds}; the smallest that fits is {smallest.tier} ({size_text(smallest.bytes)}): --frames {smallest.tier}"
+    return (
+        f"{feeds}, but not even {smallest.tier} ({size_text(smallest.bytes)}) fits into the {size_text(result.free)} "
+        f"that are free in {result.written.folder}; choose another --out, or more --cores"
+    )
+
+
+def _needed(tier: TierEstimate, want: int) -> int:
+    return math.ceil(want / tier.fed)
+
+
+def _cores(count: int) -> str:
+    return f"{count:,} core{'s' if count > 1 else ''}"
+
+
+def size_text(count: float) -> str:
+    """Bytes in decimal units, as drives are sold: `19.4 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def _rate(clips_per_second: float) -> str:
+    return f"{clips_per_second:,.0f} clips/s"

@@ -1,0 +1,124 @@
+"""A data set without its lost samples: the decision, and how it is brought to its end whatever stops it.
+
+The order keeps the data set whole or mendable after a stop at any moment: new shards lie in the hidden folder
+`.repairing` (a stop: nothing happened); `.repairing/commit.json` is written, which decides it; shards move into place,
+failures.jsonl gets the names of the dropped samples, dataset.json is replaced, `.repairing` goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from shard_tools.common.cli import CommandError
+from shard_tools.common.files import file_hash
+from shard_tools.format import ledger
+from shard_tools.format.dataset import (
+    DATASET_FILE,
+    FAILURES_FILE,
+    Dataset,
+    ShardInfo,
+    adapter,
+    index_name,
+    make_dataset,
+    remove_shard,
+    sync_files,
+    sync_folder,
+    write_atomic,
+)
+from shard_tools.format.ledger import Failure
+from shard_tools.verify.shard_check import PACK_AGAIN
+
+STAGING = ".repairing"
+_COMMIT_FILE = "commit.json"
+
+
+def decided(folder: Path) -> bool:
+    """Whether a salvage of this data set was decided and not brought to its end."""
+    return (folder / STAGING / _COMMIT_FILE).exists()
+
+
+def commit(
+    folder: Path, old: Dataset, new: dict[str, ShardInfo | None], lost: Iterable[tuple[str, str | None, str]]
+) -> None:
+    """Decide on the data set without the lost samples, and bring it about.
+
+    Args:
+        new: by shard name, what lies in the hidden folder in its place; None where no sample is left of it.
+        lost: shard, key (None: not known) and reason of every sample that is dropped.
+    """
+    shards: dict[str, list[ShardInfo]] = {}
+    for name, split in old.splits.items():
+        infos = [new.get(info.file, info) for info in split.shards]
+        if kept := [info for info in infos if info is not None]:
+            shards[name] = kept
+    if not shards:
+        raise CommandError(f"{folder}: no sample is left of it, nothing was changed; {PACK_AGAIN}")
+    splits = make_dataset(old.name, old.frames, old.plan_hash, old.seed, shards, old.classes).splits
+    failures = [
+        Failure(stage="pack", dataset=old.name, shard=shard, key=key, error="Lost",
+                message=f"lost and dropped by repair: {reason}", action="skipped")
+        for shard, key, reason in lost
+    ]  # fmt: skip
+    decision = {
+        "replaces": old.self_hash(),
+        "dataset": dataclasses.replace(old, splits=splits).to_json().decode(),
+        "shards": sorted(new),
+        "failures": [dataclasses.asdict(failure) for failure in failures],
+    }
+    scratch = folder / STAGING
+    sync_files(scratch / index_name(shard) for shard, info in new.items() if info is not None)
+    write_atomic(scratch / _COMMIT_FILE, json.dumps(decision).encode())
+    finish(folder, old)
+
+
+def finish(folder: Path, dataset: Dataset) -> Dataset:
+    """Bring a decided salvage to its end, drop an undecided one; the data set that is then there."""
+    scratch = folder / STAGING
+    try:
+        decision = json.loads((scratch / _COMMIT_FILE).read_bytes())
+    except FileNotFoundError:
+        decision = None
+    if decision is not None:
+        new = adapter(Dataset).validate_json(decision["dataset"], strict=True)
+        if dataset.self_hash() == new.self_hash() or _applies(folder, decision, dataset, new):
+            _move(folder, decision, new)
+            dataset = new
+    shutil.rmtree(scratch, ignore_errors=True)  # in any order: nothing half removed is taken for undone work
+    return dataset
+
+
+def _applies(folder: Path, decision: dict[str, Any], old: Dataset, new: Dataset) -> bool:
+    """Whether a decision is still to be carried out: not after the data set was packed again."""
+    if old.self_hash() != decision["replaces"]:
+        return False
+
+    def hashes(dataset: Dataset) -> dict[str, str]:
+        infos = [i for split in dataset.splits.values() for i in split.shards if i.file in decision["shards"]]
+        return {name: h for i in infos for name, h in ((i.file, i.xxh3), (index_name(i.file), i.index_xxh3))}
+
+    found = {name: file_hash(folder / name) for name in hashes(old)}
+    mended = found == hashes(old)
+    reachable = all((folder / STAGING / name).exists() or found[name] == h for name, h in hashes(new).items())
+    return reachable and not mended
+
+
+def _move(folder: Path, decision: dict[str, Any], new: Dataset) -> None:
+    """Every step may have been done before."""
+    listed = {info.file for split in new.splits.values() for info in split.shards}
+    for shard in decision["shards"]:
+        for name in (index_name(shard), shard):
+            if (folder / STAGING / name).exists():
+                (folder / STAGING / name).rename(folder / name)
+    sync_folder(folder)
+    known = ledger.read(folder / FAILURES_FILE)[0] if (folder / FAILURES_FILE).exists() else []
+    failures = [Failure(**record) for record in decision["failures"]]
+    ledger.append(folder / FAILURES_FILE, [failure for failure in failures if failure not in known])
+    write_atomic(folder / DATASET_FILE, new.to_json())
+    for shard in decision["shards"]:
+        if shard not in listed:  # no sample of it is left
+            remove_shard(folder, shard)

@@ -1,0 +1,224 @@
+"""Storage tiers: disk space for decode time. What of a video goes into its shard.
+
+    source   the file's own bytes
+    mjpeg    every frame a JPEG (bt601, full range), one after the other; each is found and decoded alone
+    y4m      every frame as the decoder left it (YUV4MPEG2); found by arithmetic, nothing to decode
+
+Frames never pass through RGB, and are numbered as they are decoded: a variable frame rate is kept as frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import xxhash
+
+from shard_tools.format.dataset import SampleInfo, SourceFile, Video, y4m_frame_bytes
+from shard_tools.video.encoding import BEST_QUALITY, LEAST_PSNR_DB, TIERS, Encoding
+from shard_tools.video.ffmpeg import Planes, decode_frames, frame_decoder, open_video, padded_packet, planes_of
+from shard_tools.video.probe import BadVideoError
+from shard_tools.video.sources import Source
+
+_COARSEST = 8  # that is chosen
+_LOOK_EVERY = 8  # frames; a quality that fails these is not tried on all
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What goes into the shard: extension without dot, bytes, the video as it then is, and where its frames lie.
+
+    `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
+    as 16 hex digits. None where the tier has none.
+    """
+
+    ext: str
+    data: bytes
+    video: Video
+    frame_offsets: tuple[int, ...] | None = None
+    frame_xxh3: tuple[str, ...] | None = None
+
+    @functools.cached_property
+    def xxh3(self) -> int:
+        """XXH3-64 of the bytes."""
+        return xxhash.xxh3_64_intdigest(self.data)
+
+    def sample_info(self, source: Source, data: bytes) -> SampleInfo:
+        """What KEY.json says of this payload, made of the source file with the bytes `data`."""
+        xxh3 = self.xxh3 if data is self.data else xxhash.xxh3_64_intdigest(data)
+        return SampleInfo(
+            key=source.key,
+            split=source.split,
+            label=source.label,
+            label_text=source.label_text,
+            template=source.template,
+            placeholders=source.placeholders,
+            source=SourceFile(source.path, len(data), f"{xxh3:016x}"),
+            video=self.video,
+            frame_offsets=self.frame_offsets,
+            frame_xxh3=self.frame_xxh3,
+        )
+
+
+def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Payload:
+    """The payload of a video file in a tier.
+
+    Args:
+        data: the file's bytes.
+        ext: the file's extension, without dot.
+        video: what `frames.probe` says of it.
+
+    Raises:
+        BadVideoError: the video cannot be decoded to its end, or not stored in this tier.
+    """
+    assert encoding.tier in TIERS, encoding.tier
+    if encoding.tier == "source":
+        return Payload(ext, data, video)
+    try:
+        pictures = list(_pictures(data, video, encoding.short_side))
+    except av.FFmpegError as error:
+        raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
+    if len(pictures) != video.num_frames:
+        raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
+    height, width = pictures[0][0].shape
+    video = dataclasses.replace(video, width=width, height=height)
+    return _to_mjpeg(pictures, video, encoding.quality) if encoding.tier == "mjpeg" else _to_y4m(pictures, video)
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+def _pictures(data: bytes, video: Video, short_side: int | None) -> Iterator[Planes]:
+    """Y, U, V of every frame at the size of the tier; copies."""
+    width, height = _target_size(video.width, video.height, short_side)
+    with open_video(data) as container:
+        for frame in decode_frames(container):
+            y, u, v = planes_of(frame, width, height, video.range)
+            yield y.copy(), u.copy(), v.copy()
+
+
+def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """Native size, or with the shorter side at `short_side` and both even."""
+    shorter = min(width, height)
+    if short_side is None or shorter <= short_side:
+        return width, height
+    return tuple(max(2 * round(side * short_side / shorter / 2), 2) for side in (width, height))  # type: ignore[return-value]
+
+
+# --- MJPEG --------------------------------------------------------------------------------------------------------
+
+
+def _to_mjpeg(pictures: list[Planes], video: Video, quality: int | None) -> Payload:
+    pictures = [to_jpeg_colour(planes, video) for planes in pictures]
+    jpegs = _jpegs(pictures, video, quality) if quality is not None else _coarsest_jpegs(pictures, video)
+    offsets = np.concatenate(([0], np.cumsum([len(jpeg) for jpeg in jpegs])[:-1]))
+    return Payload(
+        "mjpeg",
+        b"".join(jpegs),
+        dataclasses.replace(video, codec="mjpeg", matrix="bt601", range="full"),
+        frame_offsets=tuple(int(offset) for offset in offsets),
+        frame_xxh3=tuple(xxhash.xxh3_64_hexdigest(jpeg) for jpeg in jpegs),
+    )
+
+
+def _coarsest_jpegs(pictures: list[Planes], video: Video) -> list[bytes]:
+    """The pictures at the coarsest quality that is close enough; at the best one where none is."""
+    some = pictures[::_LOOK_EVERY]
+    for quality in range(_COARSEST, BEST_QUALITY, -1):
+        if _close(some, _jpegs(some, video, quality)):
+            jpegs = _jpegs(pictures, video, quality)
+            if _close(pictures, jpegs):
+                return jpegs
+    return _jpegs(pictures, video, BEST_QUALITY)
+
+
+def _close(pictures: list[Planes], jpegs: list[bytes]) -> bool:
+    """Whether every plane of the decoded JPEGs is within LEAST_PSNR_DB of the picture's."""
+    most = 255**2 / 10 ** (LEAST_PSNR_DB / 10)  # mean squared deviation
+    decoder = frame_decoder("mjpeg")
+    for picture, jpeg in zip(pictures, jpegs, strict=True):
+        (frame,) = decoder.decode(padded_packet(jpeg))
+        height, width = picture[0].shape
+        for plane, decoded in zip(picture, planes_of(frame, width, height, "full"), strict=True):
+            if cv2.norm(plane, decoded, cv2.NORM_L2SQR) > most * plane.size:
+                return False
+    return True
+
+
+def _jpegs(pictures: list[Planes], video: Video, quality: int) -> list[bytes]:
+    """Each picture, in JPEG's colour, as a JPEG."""
+    height, width = pictures[0][0].shape
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+    encoder.time_base = 1 / _rate(video.fps)
+    encoder.qmin = encoder.qmax = quality
+    encoder.options = {"huffman": "optimal"}
+    encoder.thread_count = 1
+    jpegs: list[bytes] = []
+    for number, planes in enumerate(pictures):
+        frame = av.VideoFrame(width, height, "yuvj420p")
+        for plane, samples in zip(frame.planes, planes, strict=True):
+            rows, columns = samples.shape
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns] = samples
+        frame.pts = number
+        jpegs += [bytes(packet) for packet in encoder.encode(frame)]
+    jpegs += [bytes(packet) for packet in encoder.encode(None)]
+    assert len(jpegs) == len(pictures), (len(jpegs), len(pictures))
+    return jpegs
+
+
+def to_jpeg_colour(planes: Planes, video: Video) -> Planes:
+    """Planes as JPEG takes them: bt601, full range (JFIF 1.02). Chroma stays at its resolution.
+
+    From bt709 chroma alone gives chroma, and luma takes a share of it; the coefficients follow from the luma weights of
+    both matrices (ITU-R BT.601-7, BT.709-6).
+    """
+    y, u, v = planes
+    if video.matrix == "bt709":
+        cb, cr = u.astype(np.float32) - 128, v.astype(np.float32) - 128
+        size = y.shape[1], y.shape[0]
+        nearest = (cv2.resize(c, (2 * c.shape[1], 2 * c.shape[0]), interpolation=cv2.INTER_NEAREST) for c in (cb, cr))
+        cb_full, cr_full = (c[: size[1], : size[0]] for c in nearest)
+        scale = 219 / 224 if video.range == "limited" else 1.0  # chroma's levels over luma's
+        y = _clip(y + scale * (0.101579 * cb_full + 0.196076 * cr_full))
+        u = _clip(128 + 0.989854 * cb - 0.110653 * cr)
+        v = _clip(128 - 0.072453 * cb + 0.983398 * cr)
+    if video.range == "limited":
+        levels = np.arange(256, dtype=np.float32)
+        luma, chroma = _clip((levels - 16) * 255 / 219), _clip((levels - 128) * 255 / 224 + 128)
+        y, u, v = luma[y], chroma[u], chroma[v]
+    return y, u, v
+
+
+def _clip(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+# --- YUV4MPEG2 ----------------------------------------------------------------------------------------------------
+
+
+def _to_y4m(pictures: list[Planes], video: Video) -> Payload:
+    rate = _rate(video.fps)
+    colour_range = "FULL" if video.range == "full" else "LIMITED"
+    header = (
+        f"YUV4MPEG2 W{video.width} H{video.height} F{rate.numerator}:{rate.denominator} Ip A1:1 C420jpeg "
+        f"XYSCSS=420JPEG XCOLORRANGE={colour_range}\n"
+    )
+    frames = [b"".join(plane.tobytes() for plane in planes) for planes in pictures]
+    assert all(len(frame) == y4m_frame_bytes(video.width, video.height) for frame in frames)
+    return Payload(
+        "y4m",
+        header.encode() + b"".join(b"FRAME\n" + frame for frame in frames),
+        dataclasses.replace(video, codec="rawvideo"),
+        frame_xxh3=tuple(xxhash.xxh3_64_hexdigest(frame) for frame in frames),
+    )
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps or 25).limit_denominator(1001)

@@ -1,0 +1,78 @@
+"""The failures command: what failed, counted and named, from a run, a data set or one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from conftest import RunModule
+
+from shard_tools import failures
+from shard_tools.common.cli import CommandError
+from shard_tools.format import ledger
+from shard_tools.format.ledger import Failure
+
+ONE = Failure(stage="decode", error="DecodeError", message="ends early", action="substituted", shard="train-000001.tar",
+              key="78687", rank=0, worker=3)  # fmt: skip
+TWO = dataclasses.replace(ONE, key="11", message="two\nlines\r\nof it", stage="read", error="OSError", worker=1)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A training run with three failures of two samples and half a line."""
+    ledger.append(tmp_path / "failures/rank0.jsonl", [ONE, TWO])
+    ledger.append(tmp_path / "failures/rank1.jsonl", [ONE])
+    with (tmp_path / "failures/rank1.jsonl").open("a") as file:
+        file.write(ONE.to_line()[:30])
+    return tmp_path
+
+
+def test_a_run_is_summarised_and_its_samples_named(run_folder: Path, run_module: RunModule) -> None:
+    done = run_module("shard_tools.failures", run_folder, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == (
+        f"{run_folder}: 3 failures of 2 samples\n"
+        "  1 lines are no failure records (cut short by a crash, or edited)\n"
+        "by stage:\n       2  decode\n       1  read\n"
+        "by error:\n       2  DecodeError\n       1  OSError\n"
+        "by shard:\n       3  train-000001.tar\n"
+        "by worker:\n       2  rank 0 worker 3\n       1  rank 0 worker 1\n"
+        "samples:\n"
+        "       2  train-000001.tar 78687: decode: DecodeError: ends early (substituted)\n"
+        "       1  train-000001.tar 11: read: OSError: two lines of it (substituted)\n"
+    )
+
+
+def test_json_has_the_same_counts(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failures.main([str(run_folder), "--json"]) == 1
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["failures"], counts["damaged_lines"]) == (3, 1)
+    assert counts["stage"] == {"decode": 2, "read": 1}
+
+
+def test_a_long_list_says_how_to_see_all(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failures.main([str(run_folder), "--keys", "1"])
+    assert "  ... and 1 more (--keys 2)" in capsys.readouterr().out
+
+
+def test_no_failures_are_exit_code_0(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert failures.main([str(tmp_path)]) == 0
+    assert failures.main([str(dataset)]) == 0
+    assert "0 failures of 0 samples" in capsys.readouterr().out
+
+
+def test_a_file_is_read_whatever_is_in_it(run_folder: Path, dataset: Path) -> None:
+    assert failures.main([str(run_folder / "failures/rank0.jsonl")]) == 1
+    assert failures.main([str(dataset / "train-000000.tar")]) == 1
+
+
+def test_nothing_to_read_is_exit_code_2(tmp_path: Path, run_module: RunModule) -> None:
+    for path, says in ((tmp_path / "missing", "no such run or file"), (tmp_path, "neither a run nor a data set")):
+        with pytest.raises(CommandError, match=says):
+            failures.main([str(path)])
+    done = run_module("shard_tools.failures", tmp_path / "missing", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path}/missing: no such run or file; runs are under runs/\n"

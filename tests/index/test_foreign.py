@@ -1,0 +1,433 @@
+"""Tars of other tools, and hostile ones: samples as webdataset makes them, everything else refused by name."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import contents, serially
+from video_maker import make_video
+
+from shard_tools.common.cli import CommandError
+from shard_tools.format import ledger
+from shard_tools.format.dataset import FAILURES_FILE, index_name, read_dataset
+from shard_tools.format.index import read_index
+from shard_tools.format.ledger import Failure
+from shard_tools.format.tar import BLOCK, ShardDamage, padding, tar_header
+from shard_tools.index import indexing as index
+from shard_tools.index.tar_reader import Tape, read_samples, split_name, walk
+from shard_tools.verify import __main__ as verify
+from shard_tools.verify import inspection
+
+Members = list[tuple[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def webm() -> bytes:
+    return make_video(48, 32, 6)
+
+
+@pytest.fixture(scope="module")
+def mp4() -> bytes:
+    return make_video(40, 24, 4, codec="mpeg4", container="mp4")
+
+
+def index_here(*args: object) -> int:
+    """Run the command in this process; its exit code."""
+    with mock.patch.object(index, "run_local", serially):
+        return index.main([str(arg) for arg in args])
+
+
+def failures_of(folder: Path) -> list[Failure]:
+    failures, damaged = ledger.read(folder / FAILURES_FILE)
+    assert not damaged
+    return failures
+
+
+def rows_of(folder: Path) -> dict[str, list[dict]]:
+    """The index rows of every tar of a data set."""
+    infos = [info for split in read_dataset(folder).splits.values() for info in split.shards]
+    return {info.file: read_index(folder / index_name(info.file)).to_pylist() for info in infos}
+
+
+# --- what other tools write -----------------------------------------------------------------------------------------
+
+
+def by_webdataset(path: Path, members: Members, **options: object) -> None:
+    import webdataset
+
+    samples: dict[str, dict] = {}
+    for name, data in members:
+        if (named := split_name(name)) is not None:
+            samples.setdefault(named[0], {"__key__": named[0]})[named[1]] = data
+    with webdataset.TarWriter(str(path), encoder=False, **options) as writer:
+        for sample in samples.values():
+            writer.write(sample)
+
+
+def by_webdataset_pax(path: Path, members: Members) -> None:
+    by_webdataset(path, members, format="PAX_FORMAT", mtime=1.25)  # as older versions do: a header with mtime
+
+
+def by_gnu_tar(*options: str) -> Callable[[Path, Members], None]:
+    def write(path: Path, members: Members) -> None:
+        files = path.with_name("files")
+        for name, data in members:
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            (files / name).write_bytes(data)
+            os.utime(files / name, (1, 1.5))
+        subprocess.run(["tar", "-C", files, "--sort=name", *options, "-cf", path, "."], check=True)
+        shutil.rmtree(files)
+
+    return write
+
+
+def by_tarfile(**options: object) -> Callable[[Path, Members], None]:
+    def write(path: Path, members: Members) -> None:
+        with tarfile.open(path, "w", **options) as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime, info.uid, info.uname = len(data), 12345.678, 2_000_000, "jemand"
+                tar.addfile(info, io.BytesIO(data))
+
+    return write
+
+
+WRITERS = {
+    "webdataset": by_webdataset,
+    "webdataset-pax": by_webdataset_pax,
+    "gnu-gnu": by_gnu_tar("--format=gnu"),
+    "gnu-oldgnu": by_gnu_tar("--format=oldgnu"),
+    "gnu-ustar": by_gnu_tar("--format=ustar"),
+    "gnu-posix": by_gnu_tar("--format=posix"),
+    "gnu-v7": by_gnu_tar("--format=v7"),
+    "tarfile-gnu": by_tarfile(format=tarfile.GNU_FORMAT),
+    "tarfile-ustar": by_tarfile(format=tarfile.USTAR_FORMAT),
+    "tarfile-pax": by_tarfile(format=tarfile.PAX_FORMAT, pax_headers={"comment": "a global header"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+@pytest.mark.parametrize("writer", WRITERS)
+def test_samples_are_those_of_plain_webdataset(writer: str, webm: bytes, mp4: bytes, tmp_path: Path) -> None:
+    import webdataset
+
+    (tmp_path / "tars").mkdir()
+    path = tmp_path / "tars/train-0.tar"
+    members = [
+        ("a1.cls", b"2"), ("a1.json", b'{"caption": "x"}'), ("a1.WEBM", webm), ("a1.txt", b"hallo"),
+        ("folder.d/b2.mp4", mp4), ("folder.d/b2.json", b"[1]"),
+        ("folder.d/c3.left.mp4", mp4), ("no_extension", b"x"), ("z-9.webm", webm), ("z-9.zjson", b""),
+    ]  # fmt: skip
+    WRITERS[writer](path, members)
+    before = path.read_bytes()
+    assert index_here(tmp_path / "tars") == 0
+    assert path.read_bytes() == before
+    [rows] = rows_of(tmp_path / "tars").values()
+    samples = list(webdataset.WebDataset([str(path)], shardshuffle=False))
+    gc.collect()
+    assert [row["key"] for row in rows] == [sample["__key__"] for sample in samples]
+    assert len(rows) == 4
+    for row, sample in zip(rows, samples, strict=True):
+        ext = next(name for name in sample if name.endswith(row["ext"]))
+        assert before[row["payload_offset"] :][: row["payload_size"]] == sample[ext]
+        head = before[row["json_offset"] :][: row["json_size"]]
+        assert head == (sample["json"] if sample.get("json", b"").startswith(b"{") else b"")
+    assert [row["label"] for row in rows if row["key"].endswith("a1")] == [2]
+    assert {(row["num_frames"], row["width"], row["height"]) for row in rows} == {(6, 48, 32), (4, 40, 24)}
+    with mock.patch.object(inspection, "run_local", serially):
+        assert [verify.main([str(tmp_path / "tars"), *more]) for more in ([], ["--quick"], ["--deep"])] == [0, 0, 0]
+
+
+def test_the_key_is_webdatasets(tmp_path: Path) -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    names = [
+        "a.b",
+        "a.b.C",
+        "d.e/f.g",
+        "./a.b",
+        "a",
+        ".a",
+        ".a.b",
+        "a/.b",
+        "a/.b.c",
+        "/a.b",
+        "a.",
+        "a//b.c",
+        "ü.é",
+        "a\n.b",
+    ]
+    for name in names:
+        key, ext = base_plus_ext(name)
+        assert split_name(name) == (None if key is None else (key, ext.lower()))
+
+
+def test_a_size_in_base_256_is_read() -> None:
+    """As GNU tar writes sizes from 8 GiB on."""
+    block = bytearray(tar_header("a.bin", 5))
+    block[124:136] = (1 << 95 | 5).to_bytes(12, "big")
+    [entry] = walk(Tape(io.BytesIO(checked(block) + b"hallo" + padding(5) + bytes(2 * BLOCK))))
+    assert (entry.name, entry.offset, entry.size, entry.refusal) == ("a.bin", BLOCK, 5, None)
+
+
+def test_members_that_nobody_asks_for_are_not_kept() -> None:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name in ("a.bin", "a.webm"):
+            info = tarfile.TarInfo(name)
+            info.size = 3 << 20
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    [sample] = read_samples(Tape(data), lambda sample, ext: 100 if ext == "webm" else 0, Counter())
+    assert sample.parts == []
+    assert "a.webm: 3145728 bytes, 100 are the most that is taken" in str(sample.refusal)
+
+
+# --- hostile tars ---------------------------------------------------------------------------------------------------
+
+
+def checked(block: bytes | bytearray) -> bytes:
+    """A header block with the checksum that belongs to it."""
+    block = bytearray(block)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def header(name: str, size: int = 0, kind: bytes = b"0", link: str = "", magic: bytes = b"ustar\x0000") -> bytes:
+    block = bytearray(tar_header(name, size))
+    block[156:157], block[157:257], block[257:265] = kind, link.encode().ljust(100, b"\0"), magic
+    return checked(block)
+
+
+def member(name: str, data: bytes) -> bytes:
+    return header(name, len(data)) + data + padding(len(data))
+
+
+def pax(**records: str) -> bytes:
+    lines = b""
+    for key, value in records.items():
+        body = f" {key.replace('__', '.')}={value}\n"
+        length = len(body) + 1
+        while len(str(length)) + len(body) != length:
+            length += 1
+        lines += f"{length}{body}".encode()
+    return header("PaxHeaders/x", len(lines), b"x") + lines + padding(len(lines))
+
+
+def gnu_long(kind: bytes, name: str) -> bytes:
+    data = name.encode() + b"\0"
+    return header("././@LongLink", len(data), kind, magic=b"ustar  \0") + data + padding(len(data))
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+# What stands in the tar beside good samples (None: a callable is asked), the key it is named by, words of the message.
+HOSTILE: dict[str, tuple[Callable[[bytes, Path], bytes], str, str]] = {
+    "traversal": (lambda v, out: member("../../evil.webm", v), "../../evil", "leads out of the folder"),
+    "traversal-inside": (lambda v, out: member("a/../../evil.webm", v), "a/../../evil", "leads out of the folder"),
+    "absolute": (lambda v, out: member(f"{out}/evil.webm", v), "/evil", "its name is absolute"),
+    "symlink": (lambda v, out: header("bad.webm", 0, b"2", f"{out}/evil.webm"), "bad", "a symbolic link"),
+    "hardlink": (lambda v, out: header("bad.webm", 0, b"1", "good0.webm"), "bad", "a hard link"),
+    "character-device": (lambda v, out: header("bad.webm", 0, b"3"), "bad", "a character device"),
+    "block-device": (lambda v, out: header("bad.webm", 0, b"4"), "bad", "a block device"),
+    "fifo": (lambda v, out: header("bad.webm", 0, b"6"), "bad", "a FIFO"),
+    "unknown-type": (lambda v, out: header("bad.webm", len(v), b"Z") + v + padding(len(v)), "bad", "unknown type"),
+    "pax-long-name": (lambda v, out: pax(path=f"{out}/evil.webm") + member("bad.webm", v), "bad", "changes its path"),
+    "pax-link": (lambda v, out: pax(linkpath="x") + member("bad.webm", v), "bad", "changes its linkpath"),
+    "pax-size": (lambda v, out: pax(size=str(len(v))) + header("bad.webm", 0) + v + padding(len(v)), "bad", "its size"),
+    "pax-sparse": (lambda v, out: pax(GNU__sparse__major="1") + member("bad.webm", v), "bad", "GNU.sparse.major"),
+    "gnu-long-name": (lambda v, out: gnu_long(b"L", "x" * 120 + ".webm") + member("x" * 99, v), "x" * 120, "long name"),
+    "gnu-long-link": (lambda v, out: gnu_long(b"K", "y" * 120) + header("bad.webm", 0, b"2", "y"), "bad", "a long link"),
+    "gnu-sparse": (lambda v, out: header("bad.webm", len(v), b"S", magic=b"ustar  \0") + v + padding(len(v)), "bad", "a sparse file"),
+    "control-character": (lambda v, out: member("a\n\x1b[2Jb.webm", v), "a\n\x1b[2Jb", "no printable UTF-8"),
+    "pickle": (lambda v, out: member("bad.pickle", pickle.dumps(Bomb(out / "evil.webm"))), "bad", "no video in it, only pickle"),
+}  # fmt: skip
+# Those after which nobody can say where the next member begins: the whole tar is left out.
+BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "size-beyond-the-file": (lambda v: header("bad.webm", 8**11 - 1) + v, "truncated"),
+    "base-256-size-beyond": (lambda v: with_size(b"\x80" + b"\xff" * 11) + v, "truncated"),
+    "base-256-size-negative": (lambda v: with_size(b"\xff" * 11 + b"\x00") + v, "negative"),
+    "size-no-number": (lambda v: with_size(b"-0000000001\0") + v, "negative"),
+    "pax-size-beyond": (lambda v: pax(size="9" * 18) + member("bad.webm", v), "truncated"),
+    "pax-size-endless": (lambda v: pax(size="9" * 5000) + member("bad.webm", v), "negative"),
+    "pax-size-negative": (lambda v: pax(size="-512") + member("bad.webm", v), "negative"),
+    "pax-damaged": (lambda v: header("x", 9, b"x") + b"99 path=x" + padding(9) + member("bad.webm", v), "PAX header"),
+    "pax-without-member": (lambda v: pax(mtime="1") + bytes(2 * BLOCK), "ends behind an extension"),
+    "pax-twice": (lambda v: pax(mtime="1") * 2 + member("bad.webm", v), "two PAX headers"),
+    "pax-huge": (lambda v: header("x", 8**11 - 1, b"x") + member("bad.webm", v), "extension header of"),
+    "pax-global-path": (lambda v: global_path() + member("bad.webm", v), "renames all"),
+    "link-with-data": (lambda v: header("bad.webm", 512, b"2") + bytes(512), "of a type that has none"),
+    "checksum": (lambda v: b"X" + member("bad.webm", v)[1:], "not a tar header"),
+    "data-behind-the-end": (lambda v: bytes(2 * BLOCK) + member("bad.webm", v), "behind the end-of-archive mark"),
+}  # fmt: skip
+
+
+def with_size(field: bytes) -> bytes:
+    block = bytearray(header("bad.webm"))
+    block[124:136] = field
+    return checked(block)
+
+
+def global_path() -> bytes:
+    block = pax(path="x")
+    return checked(block[:156] + b"g" + block[157:BLOCK]) + block[BLOCK:]
+
+
+def write_tar(path: Path, hostile: bytes, webm: bytes) -> None:
+    """A tar of good samples with something between them."""
+    good = [member(f"good{n}.json", b"{}") + member(f"good{n}.webm", webm) for n in range(3)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(good[0] + hostile + good[1] + good[2] + bytes(2 * BLOCK))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_member_costs_its_sample_and_is_named(kind: str, webm: bytes, tmp_path: Path) -> None:
+    make, key, message = HOSTILE[kind]
+    (tmp_path / "outside").mkdir()
+    write_tar(tmp_path / "tars/x.tar", make(webm, tmp_path / "outside"), webm)
+    before = contents(tmp_path)
+    assert index_here(tmp_path / "tars") == 1
+    [failure] = failures_of(tmp_path / "tars")
+    assert (failure.stage, failure.shard, failure.action, failure.time, failure.pid) == (
+        "pack",
+        "x.tar",
+        "skipped",
+        None,
+        None,
+    )
+    assert failure.key is not None
+    assert failure.key.endswith(key)
+    assert message in failure.message
+    assert failure.offset is not None
+    assert [row["key"] for row in rows_of(tmp_path / "tars")["x.tar"]] == ["good0", "good1", "good2"]
+    with mock.patch.object(inspection, "run_local", serially):
+        assert verify.main([str(tmp_path / "tars")]) == 0
+    new = contents(tmp_path).keys() - before.keys()
+    assert new == {"tars/dataset.json", "tars/failures.jsonl", "tars/x.parquet"}
+    assert not list((tmp_path / "outside").iterdir())
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_tar_that_readers_read_differently_is_left_out_whole(kind: str, webm: bytes, tmp_path: Path) -> None:
+    make, message = BROKEN[kind]
+    write_tar(tmp_path / "tars/x.tar", make(webm), webm)
+    before = contents(tmp_path)
+    with pytest.raises(CommandError, match=r"no sample of its 1 tars can be used \(first: x.tar: ") as caught:
+        index_here(tmp_path / "tars")
+    assert len(str(caught.value).splitlines()) == 1
+    assert contents(tmp_path) == before
+    write_tar(tmp_path / "tars/y.tar", b"", webm)
+    assert index_here(tmp_path / "tars") == 1
+    [failure] = failures_of(tmp_path / "tars")
+    assert (failure.shard, failure.key) == ("x.tar", None)
+    assert message in failure.message
+    assert list(rows_of(tmp_path / "tars")) == ["y.tar"]
+    new = contents(tmp_path).keys() - before.keys()
+    assert new == {"tars/dataset.json", "tars/failures.jsonl", "tars/y.parquet", "tars/y.tar"}
+
+
+@pytest.mark.parametrize("cut", ["no-mark", "half-mark", "header", "data"])
+def test_a_tar_that_was_cut_is_left_out(cut: str, webm: bytes, tmp_path: Path) -> None:
+    """Python's tarfile, and so webdataset, ends silently at most of these."""
+    write_tar(tmp_path / "tars/x.tar", b"", webm)
+    write_tar(tmp_path / "tars/y.tar", b"", webm)
+    whole = (tmp_path / "tars/x.tar").read_bytes()
+    end = {
+        "no-mark": -2 * BLOCK,
+        "half-mark": -BLOCK,
+        "header": -2 * BLOCK - len(member("a", webm)) + 100,
+        "data": -3 * BLOCK,
+    }
+    (tmp_path / "tars/x.tar").write_bytes(whole[: end[cut]])
+    assert index_here(tmp_path / "tars") == 1
+    [failure] = failures_of(tmp_path / "tars")
+    assert (failure.shard, failure.error) == ("x.tar", "ShardDamage")
+    assert "truncated at byte" in failure.message
+
+
+def test_any_damage_of_a_tar_is_an_error_or_harmless(webm: bytes) -> None:
+    """Every byte of every header changed: either nothing of what is read changes, or it is refused."""
+    data = pax(mtime="1.5") + member("a.webm", b"video") + bytes(2 * BLOCK)
+    for place in [*range(BLOCK), *range(2 * BLOCK, 3 * BLOCK)]:
+        damaged = bytearray(data)
+        damaged[place] ^= 0x15
+        with pytest.raises(ShardDamage):
+            list(walk(Tape(io.BytesIO(damaged))))
+
+
+def test_what_passes_is_what_python_reads() -> None:
+    """Headers changed at random, with checksums that fit: refused, or the members that Python's tarfile finds."""
+    rng = random.Random(0)
+    passed = 0
+    for _ in range(3000):
+        kind = rng.choice(b"0000057xLgKS126\0")
+        block = bytearray(header(rng.choice(["a.webm", "b/", "c"]), rng.choice([0, 5, 600]), bytes([kind])))
+        for _ in range(rng.choice([0, 0, 1, 1, 2, 8])):
+            block[rng.randrange(BLOCK)] = rng.choice([0, 0x20, 0x2F, 0x30, 0x37, 0x80, 0xFF, rng.randrange(256)])
+        data = (
+            member("x.json", b"{}")
+            + checked(block)
+            + pax(mtime="1")[BLOCK:]
+            + member("y.webm", b"video")
+            + bytes(20 * BLOCK)
+        )
+        try:
+            entries = list(walk(Tape(io.BytesIO(data))))
+        except ShardDamage:
+            continue
+        if any(entry.refusal for entry in entries):
+            continue
+        passed += 1
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            expected = [
+                (m.name.rstrip("/"), m.isdir(), m.offset_data, m.size * m.isreg())
+                for m in tar
+                if m.isreg() or m.isdir()
+            ]
+        assert [(e.name.rstrip("/"), e.is_folder, e.offset, e.size) for e in entries] == expected, block[:100]
+    assert passed > 200
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE, *BROKEN])
+def test_verify_of_our_own_data_set_names_a_hostile_member(
+    kind: str, dataset: Path, webm: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "own")
+    (tmp_path / "outside").mkdir()
+    path = folder / "train-000001.tar"
+    row = read_index(folder / "train-000001.parquet").to_pylist()[1]
+    data, cut = path.read_bytes(), row["json_offset"] - BLOCK
+    extra = HOSTILE[kind][0](webm, tmp_path / "outside") if kind in HOSTILE else BROKEN[kind][0](webm)
+    path.write_bytes(data[:cut] + extra + data[cut:])
+    before = contents(tmp_path)
+    with mock.patch.object(inspection, "run_local", serially):
+        assert verify.main([str(folder), "--json"]) == 1
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert first["shard"] == "train-000001.tar"
+    assert first["kind"] in ("bad_header", "truncated", "missing_member")
+    assert first["offset"] is not None
+    if kind in HOSTILE:
+        name = extra[:100].rstrip(b"\0").decode()
+        assert name in first["detail"] or repr(name)[1:-1] in first["detail"]
+    assert contents(tmp_path) == before

@@ -1,0 +1,603 @@
+"""The teacher's tokens against an independent VideoMAEv2, in every layout its weights come in; and every mistake told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
+
+from salt_wds.models import teacher_weights
+from salt_wds.models.teacher import Teacher, load_teacher, position_table
+from shard_tools.common.cli import CommandError
+
+WIDTH, DEPTH, HEADS, HIDDEN = 128, 3, 2, 320
+SIZE, FRAMES = 48, 4  # native to the test's checkpoints: a grid of (2, 3, 3)
+
+# The config.json that OpenGVLab/VideoMAEv2-Base publishes, smaller.
+OPENGVLAB_CONFIG = {
+    "model_type": "VideoMAEv2_Base",
+    "architectures": ["VideoMAEv2_Base"],
+    "auto_map": {"AutoModel": "modeling_videomaev2.VideoMAEv2"},
+    "model_config": {
+        "img_size": SIZE,
+        "patch_size": 16,
+        "in_chans": 3,
+        "num_classes": 0,
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "mlp_ratio": 2.5,
+        "qkv_bias": True,
+        "qk_scale": None,
+        "drop_rate": 0.0,
+        "attn_drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "norm_layer": "nn.LayerNorm",
+        "layer_norm_eps": 1e-6,
+        "init_values": 0.0,
+        "use_learnable_pos_emb": False,
+        "tubelet_size": 2,
+        "use_mean_pooling": True,
+        "with_cp": False,
+        "num_frames": FRAMES,
+        "cos_attn": False,
+    },
+    "transformers_version": "4.38.0",
+    "use_cache": True,
+}
+
+
+def opengvlab_state(width: int = WIDTH, depth: int = DEPTH, hidden: int = HIDDEN) -> dict[str, torch.Tensor]:
+    """Random weights under the names of OpenGVLab's VisionTransformer; nothing is zero, one or symmetric."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int, mean: float = 0.0, std: float = 0.05) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * std + mean
+
+    state = {"patch_embed.proj.weight": normal(width, 3, 2, 16, 16), "patch_embed.proj.bias": normal(width)}
+    for i in range(depth):
+        state |= {
+            f"blocks.{i}.norm1.weight": normal(width, mean=1, std=0.2),
+            f"blocks.{i}.norm1.bias": normal(width),
+            f"blocks.{i}.attn.q_bias": normal(width, std=0.5),
+            f"blocks.{i}.attn.v_bias": normal(width, std=0.5),
+            f"blocks.{i}.attn.qkv.weight": normal(3 * width, width, std=0.1),
+            f"blocks.{i}.attn.proj.weight": normal(width, width),
+            f"blocks.{i}.attn.proj.bias": normal(width),
+            f"blocks.{i}.norm2.weight": normal(width, mean=1, std=0.2),
+            f"blocks.{i}.norm2.bias": normal(width),
+            f"blocks.{i}.mlp.fc1.weight": normal(hidden, width),
+            f"blocks.{i}.mlp.fc1.bias": normal(hidden),
+            f"blocks.{i}.mlp.fc2.weight": normal(width, hidden),
+            f"blocks.{i}.mlp.fc2.bias": normal(width),
+        }
+    return state | {"fc_norm.weight": normal(width, mean=1), "fc_norm.bias": normal(width)}
+
+
+def sinusoid(n: int, width: int) -> torch.Tensor:
+    """Position table of VideoMAE, entry by entry: (n, width)."""
+    table = np.zeros((n, width))
+    for position in range(n):
+        for j in range(width):
+            angle = position / 10000 ** (2 * (j // 2) / width)
+            table[position, j] = np.cos(angle) if j % 2 else np.sin(angle)
+    return torch.from_numpy(table).float()
+
+
+def reference_tokens(
+    state: dict[str, torch.Tensor], video: torch.Tensor, heads: int = HEADS, eps: float = 1e-6, positions=None
+) -> torch.Tensor:
+    """Tokens of VideoMAEv2's ViT after its last block, straight from the paper's code, in fp32."""
+    x = F.conv3d(video, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=(2, 16, 16))
+    x = x.flatten(2).transpose(1, 2)
+    b, n, width = x.shape
+    x = x + (sinusoid(n, width) if positions is None else positions)
+    for i in range(sum(key.endswith("attn.qkv.weight") for key in state)):
+        p = {key.removeprefix(f"blocks.{i}."): v for key, v in state.items() if key.startswith(f"blocks.{i}.")}
+        y = F.layer_norm(x, (width,), p["norm1.weight"], p["norm1.bias"], eps)
+        bias = torch.cat([p["attn.q_bias"], torch.zeros(width), p["attn.v_bias"]])
+        q, k, v = (y @ p["attn.qkv.weight"].T + bias).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        attention = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        y = (attention @ v).transpose(1, 2).reshape(b, n, width)
+        x = x + y @ p["attn.proj.weight"].T + p["attn.proj.bias"]
+        y = F.layer_norm(x, (width,), p["norm2.weight"], p["norm2.bias"], eps)
+        y = F.gelu(y @ p["mlp.fc1.weight"].T + p["mlp.fc1.bias"])
+        x = x + y @ p["mlp.fc2.weight"].T + p["mlp.fc2.bias"]
+    return x
+
+
+def clip(frames: int = FRAMES, size: int = SIZE, clips: int = 2) -> torch.Tensor:
+    return torch.randn(clips, 3, frames, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def load(path: Path | str, **changes) -> Teacher:
+    return load_teacher(str(path), **({"size": SIZE, "num_frames": FRAMES} | changes))
+
+
+def save_folder(folder: Path, state: dict[str, torch.Tensor], prefix: str = "model.", config=OPENGVLAB_CONFIG) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({prefix + key: value for key, value in state.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return opengvlab_state()
+
+
+@pytest.fixture(scope="module")
+def expected(state) -> torch.Tensor:
+    return reference_tokens(state, clip())
+
+
+def assert_same_tokens(teacher: Teacher, expected: torch.Tensor, video: torch.Tensor | None = None):
+    tokens = teacher(clip() if video is None else video)
+    assert tokens.shape == expected.shape
+    assert (tokens - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert expected.std() > 0.5
+
+
+# --- OpenGVLab layout ---
+
+
+def test_published_folder(state, expected, tmp_path):
+    teacher = load(save_folder(tmp_path, state))
+    assert_same_tokens(teacher, expected)
+    assert (teacher.width, teacher.num_tokens, teacher.tubelet, teacher.patch) == (WIDTH, 18, 2, 16)
+    assert teacher.encoder.config._attn_implementation == "sdpa"
+
+
+def test_query_and_value_biases_are_really_loaded(state, expected, tmp_path):
+    parameters = dict(load(save_folder(tmp_path, state)).named_parameters())
+    for i in range(DEPTH):
+        for ours, theirs in (("query", "q_bias"), ("value", "v_bias")):
+            loaded = [
+                value
+                for name, value in parameters.items()
+                if name.startswith(f"encoder.layer.{i}.") and name.endswith((f"{ours}.bias", theirs))
+            ]
+            assert len(loaded) == 1
+            assert torch.equal(loaded[0], state[f"blocks.{i}.attn.{theirs}"])
+    without = {key: torch.zeros_like(v) if key.endswith(("q_bias", "v_bias")) else v for key, v in state.items()}
+    assert (reference_tokens(without, clip()) - expected).abs().max() > 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "encoder.", "module."])
+def test_safetensors_file_alone(state, expected, tmp_path, prefix):
+    save_file({prefix + key: value for key, value in state.items()}, tmp_path / "teacher.safetensors")
+    assert_same_tokens(load(tmp_path / "teacher.safetensors", num_frames=FRAMES), interpolated(state, clip()))
+
+
+def interpolated(state: dict[str, torch.Tensor], video: torch.Tensor) -> torch.Tensor:
+    """Reference tokens of a clip smaller than a checkpoint's own 16 x 224 x 224."""
+    grid = (video.shape[2] // 2, video.shape[3] // 16, video.shape[4] // 16)
+    return reference_tokens(state, video, positions=position_table((8, 14, 14), grid, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"module": state},
+        lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(model="vit_b", lr=1e-3)},
+    ],
+    ids=["bare", "model", "module", "with-arguments"],
+)
+def test_pth_file_with_config_beside_it(state, expected, tmp_path, wrap):
+    torch.save(wrap(state), tmp_path / "vit_b.pth")
+    (tmp_path / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
+    assert_same_tokens(load(tmp_path / "vit_b.pth"), expected)
+
+
+def test_pretraining_checkpoint(state, expected, tmp_path):
+    tokens = {f"encoder.{key}": value for key, value in state.items() if not key.startswith("fc_norm")}
+    rest = {
+        "encoder.norm.weight": torch.ones(WIDTH),
+        "encoder.norm.bias": torch.ones(WIDTH),
+        "encoder_to_decoder.weight": torch.ones(64, WIDTH),
+        "mask_token": torch.ones(1, 1, 64),
+        "decoder.blocks.0.attn.qkv.weight": torch.ones(192, 64),
+        "decoder.head.weight": torch.ones(1536, 64),
+    }
+    torch.save({"model": tokens | rest}, tmp_path / "pretrain.pth")
+    (tmp_path / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
+    assert_same_tokens(load(tmp_path / "pretrain.pth"), expected)
+
+
+def test_finetuned_checkpoint_in_half_precision(state, expected, tmp_path):
+    head = {"head.weight": torch.ones(710, WIDTH), "head.bias": torch.ones(710)}
+    torch.save({"module": {key: value.half() for key, value in (state | head).items()}}, tmp_path / "k710.pth")
+    (tmp_path / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
+    teacher = load(tmp_path / "k710.pth")
+    assert all(p.dtype == torch.float32 for p in teacher.parameters())
+    assert (teacher(clip()) - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def test_heads_come_from_config_where_it_states_them(state, tmp_path):
+    config = json.loads(json.dumps(OPENGVLAB_CONFIG))
+    config["model_config"]["num_heads"] = 4
+    assert_same_tokens(load(save_folder(tmp_path, state, config=config)), reference_tokens(state, clip(), heads=4))
+
+
+# --- Hugging Face layout ---
+
+
+def hugging_face_config(**changes) -> VideoMAEConfig:
+    return VideoMAEConfig(
+        **(
+            {
+                "image_size": SIZE,
+                "num_frames": FRAMES,
+                "hidden_size": WIDTH,
+                "num_hidden_layers": DEPTH,
+                "num_attention_heads": HEADS,
+                "intermediate_size": HIDDEN,
+                "decoder_hidden_size": 64,
+                "decoder_num_hidden_layers": 1,
+                "decoder_num_attention_heads": 1,
+                "decoder_intermediate_size": 64,
+                "layer_norm_eps": 1e-3,
+            }
+            | changes
+        )
+    )
+
+
+def as_opengvlab(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of a transformers model (version 4 or 5) under OpenGVLab's names, written out independently."""
+    source = {key.removeprefix("videomae."): value for key, value in model.state_dict().items()}
+    patch = "embeddings.patch_embeddings.projection"
+    state = {f"patch_embed.proj.{k}": source[f"{patch}.{k}"] for k in ("weight", "bias")}
+    for i in range(DEPTH):
+        layer, attention = f"encoder.layer.{i}.", f"encoder.layer.{i}.attention.attention."
+        qkv = [source[f"{attention}{name}.weight"] for name in ("query", "key", "value")]
+        state[f"blocks.{i}.attn.qkv.weight"] = torch.cat(qkv)
+        for ours, theirs in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
+            state[f"blocks.{i}.attn.{ours}"] = source.get(attention + theirs, source.get(attention + ours))
+        for ours, theirs in (
+            ("attn.proj", "attention.output.dense"),
+            ("norm1", "layernorm_before"),
+            ("norm2", "layernorm_after"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        ):
+            state |= {f"blocks.{i}.{ours}.{k}": source[f"{layer}{theirs}.{k}"] for k in ("weight", "bias")}
+    return state
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise * 0.1 if "layernorm" in name and name.endswith("weight") else noise * 0.05)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (VideoMAEModel, {}),
+        (VideoMAEModel, {"use_mean_pooling": False}),  # has a norm after the blocks, which is not the target
+        (VideoMAEForPreTraining, {"use_mean_pooling": False}),
+        (VideoMAEForVideoClassification, {}),
+    ],
+)
+def test_saved_by_transformers(kind, changes, tmp_path):
+    model = randomise(kind(hugging_face_config(**changes)))
+    model.save_pretrained(tmp_path)
+    assert_same_tokens(load(tmp_path), reference_tokens(as_opengvlab(model), clip(), eps=1e-3))
+
+
+def test_equals_transformers_own_forward(tmp_path):
+    model = randomise(VideoMAEModel(hugging_face_config())).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(clip().transpose(1, 2)).last_hidden_state
+    assert_same_tokens(load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("names", [("q_bias", "v_bias"), ("query.bias", "value.bias")])
+def test_names_of_biases_before_and_after_transformers_5(names, tmp_path):
+    model = randomise(VideoMAEForPreTraining(hugging_face_config()))
+    model.save_pretrained(tmp_path)
+    renamed = {}
+    for key, value in load_file(tmp_path / "model.safetensors").items():
+        for name, both in zip(names, (("q_bias", "query.bias"), ("v_bias", "value.bias")), strict=True):
+            key = re.sub(rf"(?<=attention\.attention\.)({'|'.join(both)})$", name, key)
+        renamed[key] = value
+    assert sum(key.endswith(names) for key in renamed) == 2 * DEPTH + 2  # one more block in the decoder
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(renamed, tmp_path / "pytorch_model.bin")
+    assert_same_tokens(load(tmp_path), reference_tokens(as_opengvlab(model), clip(), eps=1e-3))
+
+
+# --- positions ---
+
+
+def test_positions_are_those_of_videomae():
+    model = VideoMAEModel(hugging_face_config())
+    table = position_table((2, 3, 3), (2, 3, 3), WIDTH)
+    torch.testing.assert_close(table, model.embeddings.position_embeddings, atol=1e-7, rtol=0)
+    torch.testing.assert_close(table[0], sinusoid(18, WIDTH), atol=1e-7, rtol=0)
+
+
+def test_another_size_interpolates_the_native_positions(state, tmp_path):
+    # Twice the frames: a place in time between two native ones has their mean at the quarter points, as align_corners
+    # off puts them.
+    native = position_table((2, 3, 3), (2, 3, 3), WIDTH).view(2, 9, WIDTH)
+    longer = position_table((2, 3, 3), (4, 3, 3), WIDTH).view(4, 9, WIDTH)
+    weights = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    torch.testing.assert_close(longer, torch.einsum("ij,jnd->ind", weights, native))
+    teacher = load(save_folder(tmp_path, state), num_frames=8)
+    expected = reference_tokens(state, clip(frames=8), positions=longer.reshape(36, WIDTH))
+    assert_same_tokens(teacher, expected, clip(frames=8))
+
+
+def test_positions_move_with_the_teacher_and_are_not_saved(state, tmp_path):
+    teacher = load(save_folder(tmp_path, state))
+    assert "positions" in dict(teacher.named_buffers())
+    assert "positions" not in teacher.state_dict()
+    assert teacher.to(torch.bfloat16).positions.dtype == torch.bfloat16
+    assert not [name for name, value in vars(teacher).items() if isinstance(value, torch.Tensor)]
+
+
+# --- as part of a step ---
+
+
+def test_frozen_and_always_in_evaluation_mode(state, tmp_path):
+    teacher = load(save_folder(tmp_path, state))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(module.training for module in teacher.train().modules())
+    assert not any(module.training for module in torch.nn.ModuleList([teacher]).train()[0].modules())
+    assert not teacher(clip()).requires_grad
+
+
+def test_compiles_into_one_graph(state, expected, tmp_path):
+    teacher = load(save_folder(tmp_path, state))
+    compiled = torch.compile(teacher, backend="aot_eager", fullgraph=True)
+    assert_same_tokens(compiled, expected)
+
+
+def test_bf16_by_autocast_and_by_cast(state, expected, tmp_path):
+    teacher = load(save_folder(tmp_path, state))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = teacher(clip())
+    assert (tokens - expected).abs().max() < 0.05 * expected.abs().max()
+    tokens = teacher.to(torch.bfloat16)(clip().bfloat16())
+    assert tokens.dtype == torch.bfloat16
+    assert (tokens - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_loading_leaves_the_global_generator_as_it_was(state, tmp_path):
+    folder = save_folder(tmp_path, state)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# --- random ---
+
+
+def test_random_is_seeded_and_said_aloud(caplog):
+    sizes = {"random_width": 96, "random_depth": 2, "random_heads": 3}
+    with caplog.at_level(logging.WARNING):
+        first, same, other = (load("random", **sizes, seed=seed) for seed in (1, 1, 2))
+    assert caplog.messages[0].startswith("teacher.weights = random: the teacher is UNTRAINED (width 96, 2 blocks")
+    assert torch.equal(first(clip()), same(clip()))
+    assert not torch.equal(first(clip()), other(clip()))
+    assert first(clip()).shape == (2, 18, 96)
+    assert first(clip()).std() > 0.1
+
+
+def test_random_sizes_that_do_not_fit():
+    with pytest.raises(CommandError, match=r"teacher\.random_heads: 5 heads do not divide a width of 96"):
+        load("random", random_width=96, random_heads=5)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize("weights", ["/nowhere/teacher", "teacher.pth", "some/teacher.safetensors", "../x", "videomae"])
+def test_missing_path(weights):
+    with pytest.raises(CommandError, match=re.escape(f"teacher.weights = {weights!r}: no such file or folder; give a")):
+        load(weights)
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(CommandError, match=r"expected model\.safetensors or pytorch_model\.bin in this folder"):
+        load(tmp_path)
+
+
+def test_config_may_be_left_out(state, tmp_path):
+    folder = save_folder(tmp_path, state)
+    (folder / "config.json").unlink()
+    assert_same_tokens(load(folder), interpolated(state, clip()))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x00" * 100),
+        ("pytorch_model.bin", b""),
+        ("pytorch_model.bin", b"<html>Not Found</html>"),
+    ],
+)
+def test_damaged_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CommandError, match=rf"{re.escape(str(tmp_path / name))}: damaged.*download it again"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_truncated_file(state, tmp_path, name):
+    file = tmp_path / name
+    save_file(state, file) if name.endswith("safetensors") else torch.save(state, file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CommandError, match=rf"{re.escape(str(file))}: damaged.*download it again"):
+        load(tmp_path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"model": {"x": Path("/")}}, tmp_path / "evil.pth")  # any class will do
+    with pytest.raises(CommandError, match="damaged, or holds more than tensors and plain values"):
+        load(tmp_path / "evil.pth")
+
+
+def test_not_a_state_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CommandError, match="holds a list, not a state dict of named tensors"):
+        load(tmp_path / "list.pth")
+
+
+def without(state, *keys):
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda s: without(s, "blocks.1.attn.q_bias", "blocks.2.mlp.fc1.bias"),
+            r"2 missing \(encoder.layer.1.attention.attention.query.bias, encoder.layer.2.intermediate.dense.bias\)",
+        ),
+        (lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.2.")}, r"15 missing \(encoder.layer.2.*\.\.\."),
+        (lambda s: s | {"pos_embed": torch.ones(1, 18, WIDTH)}, r"1 unexpected \(model.pos_embed\)"),
+        (lambda s: s | {"blocks.0.gamma_1": torch.ones(WIDTH)}, r"1 unexpected \(model.blocks.0.gamma_1\)"),
+        (lambda s: s | {"blocks.0.attn.qkv.bias": torch.ones(3 * WIDTH)}, r"1 unexpected \(model.blocks.0.attn.qkv.bias\)"),
+        (lambda s: s | {"encoder.blocks.0.norm1.bias": torch.ones(WIDTH)}, "1 unexpected .*encoder.blocks.0.norm1.bias"),
+        (lambda s: s | {"blocks.0.norm1.bias": torch.ones(WIDTH).int()}, "1 missing .*; 1 unexpected .*norm1.bias"),
+        (
+            lambda s: s | {"blocks.0.norm1.bias": torch.ones(7)},
+            r"1 of another shape \(encoder.layer.0.layernorm_before.bias is \(7,\), expected \(128,\)\)",
+        ),
+        (lambda s: s | {"blocks.0.norm1.bias": torch.full((WIDTH,), float("nan"))}, "NaN or infinity in encoder.layer.0.lay"),
+        (lambda s: without(s, "patch_embed.proj.weight"), "no patch embedding over tubelets, or no block 0"),
+        (lambda s: s | {"patch_embed.proj.weight": torch.ones(WIDTH, 3, 1, 14, 14)}, "tubelets of 1 frames and patches of 14"),
+        (lambda s: {"layer1.weight": torch.ones(3), "fc.bias": torch.ones(3)}, "neither OpenGVLab VideoMAEv2 nor Hugging Face"),
+    ],
+)  # fmt: skip
+def test_wrong_keys_are_named(state, tmp_path, change, text):
+    folder = save_folder(tmp_path, change(state))
+    with pytest.raises(CommandError, match=rf"^{re.escape(str(folder / 'model.safetensors'))}: .*{text}"):
+        load(folder)
+
+
+def test_unknown_key_in_hugging_face_layout(tmp_path):
+    model = VideoMAEModel(hugging_face_config())
+    model.save_pretrained(tmp_path)
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {"embeddings.cls": torch.ones(1)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(CommandError, match=r"1 unexpected \(embeddings.cls\), as transformers names them; download"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("{", r"config\.json: not JSON"),
+        ({"model_type": "vit", "hidden_size": 3}, "describes neither an OpenGVLab VideoMAEv2"),
+        ([], "describes neither"),
+        (OPENGVLAB_CONFIG | {"model_config": {"num_heads": 3}}, "config.json: 3 heads do not divide a width of 128"),
+        (OPENGVLAB_CONFIG | {"model_config": {"num_heads": "2"}}, "num_heads = '2', expected int"),
+        (OPENGVLAB_CONFIG | {"model_config": {"depth": 0}}, "depth = 0, expected int"),
+        (OPENGVLAB_CONFIG | {"model_config": {"depth": 2}}, r"of the sizes in .*config\.json: 15 unexpected"),
+        (OPENGVLAB_CONFIG | {"model_config": {"cos_attn": True}}, "cos_attn = True is not that of a VideoMAE teacher"),
+        ({"model_type": "videomae", "hidden_act": "relu"}, "hidden_act = 'relu' is not that of a VideoMAE teacher"),
+    ],
+)
+def test_wrong_config(state, tmp_path, config, text):
+    folder = save_folder(tmp_path, state)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(CommandError, match=text):
+        load(folder)
+
+
+def test_zeroed_biases_are_said_aloud(state, tmp_path, caplog):
+    zeroed = {key: torch.zeros_like(v) if key.endswith(("q_bias", "v_bias")) else v for key, v in state.items()}
+    with caplog.at_level(logging.WARNING):
+        load(save_folder(tmp_path / "good", state))
+        assert caplog.messages == []
+        load(save_folder(tmp_path / "zeroed", zeroed))
+    assert "all query and value biases are zero" in caplog.messages[0]
+
+
+# --- the hub ---
+
+DOWNLOAD = (
+    "download config.json and model.safetensors of https://huggingface.co/OpenGVLab/VideoMAEv2-Base "
+    "into one folder and use --set teacher.weights=/path/to/folder"
+)
+
+
+def test_offline_hub_name_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CommandError) as raised:
+        load("OpenGVLab/VideoMAEv2-Base")
+    message = str(raised.value)
+    assert message.startswith(
+        "teacher.weights = 'OpenGVLab/VideoMAEv2-Base': no such folder here, and not cached, and not"
+    )
+    assert message.endswith(DOWNLOAD)
+    assert "\n" not in message
+
+
+class Response:
+    """As much of an HTTP response as the hub's errors look at."""
+
+    headers: dict = {}  # noqa: RUF012
+    status_code = 404
+    request = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (GatedRepoError, "accept their terms on its page first, and to log in"),
+        (RepositoryNotFoundError, "no such folder here, and the hub has no such repository"),
+        (EntryNotFoundError, "the hub's repository lacks one of config.json and model.safetensors"),
+        (ConnectionError, "not to be had from the hub"),
+    ],
+)
+def test_hub_refusals(monkeypatch, kind, text):
+    def refuse(repository, name):
+        try:
+            error = kind("no", response=Response())
+        except TypeError:
+            error = kind("no")
+        raise error
+
+    monkeypatch.setattr(teacher_weights, "hf_hub_download", refuse)
+    with pytest.raises(CommandError, match=rf"{text}.*{re.escape(DOWNLOAD)}$"):
+        load("OpenGVLab/VideoMAEv2-Base")
+
+
+def test_hub_files_are_taken_from_the_cache(monkeypatch, state, expected, tmp_path):
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        return str(save_folder(tmp_path, state) / name)
+
+    monkeypatch.setattr(teacher_weights, "hf_hub_download", download)
+    assert_same_tokens(load("OpenGVLab/VideoMAEv2-Base"), expected)
+    repository = "OpenGVLab/VideoMAEv2-Base"
+    assert asked == [(repository, "config.json"), (repository, "model.safetensors")]

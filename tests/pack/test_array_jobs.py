@@ -1,0 +1,300 @@
+"""Array jobs: slices of one pack written at the same time, killed and run again, and committed by --finish.
+
+The result is the bytes of a plain pack; nothing is committed before all of it is there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, RunModule, contents, pack_here, wait_until
+
+from shard_tools.common.cli import CommandError
+from shard_tools.format.dataset import read_dataset
+from shard_tools.pack import packing, staging
+
+SHARDS = ["--shard-size", "64KiB"]
+
+
+@pytest.fixture(scope="module")
+def sources(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated videos in two classes, and one that cannot be packed."""
+    root = tmp_path_factory.mktemp("sources") / "root"
+    for number, path in enumerate(sorted(videos.rglob("*.webm"))):
+        folder = root / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(path, folder / path.name)
+    (root / "class0/empty.webm").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def plain(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a plain pack of `sources` gives."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    assert pack_here(sources, "--out", out, *SHARDS) == 1
+    return contents(out)
+
+
+def start(sources: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shard_tools.pack", sources, "--out", out, *SHARDS, "--workers", "1", *options]
+    return subprocess.Popen([*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def done_marks(out: Path) -> set[str]:
+    return {path.name for path in out.glob(".packing/*.done")}
+
+
+# --- at the same time, and killed -----------------------------------------------------------------------------------
+
+
+def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_plain_pack(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, run_module: RunModule
+) -> None:
+    out, rng = tmp_path / "out", random.Random(0)
+    slices = [start(sources, out, "--task", f"{number}/3") for number in range(3)]
+    wait_until(lambda: len(done_marks(out)) >= 2)
+    time.sleep(rng.random() / 20)
+    for process in slices[:2]:
+        process.kill()
+    for process in slices:
+        process.communicate()
+    assert not [path for path in out.iterdir() if path.name != staging.STAGING]  # nothing counts as finished yet
+    kept = {name: (out / staging.STAGING / name).stat().st_mtime_ns for name in done_marks(out)}
+    again = [start(sources, out, "--task", f"{number}/3") for number in range(2)]
+    outputs = [process.communicate()[0] for process in again]
+    assert {name: (out / staging.STAGING / name).stat().st_mtime_ns for name in kept} == kept
+    assert all("slice " in text for text in outputs)
+    assert sorted([slices[2].returncode, *(process.returncode for process in again)]) == [0, 0, 1]  # the empty video
+    done = run_module("shard_tools.pack", sources, "--out", out, *SHARDS, "--finish", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("not packed: class0_empty: class0/empty.webm: ")
+    assert contents(out) == plain
+
+
+def test_many_slices_starting_at_once_make_one_staging_folder(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    slices = [start(sources, out, "--task", f"{number}/4") for number in range(1, 5)]  # counted from 1
+    errors = [process.communicate()[1] for process in slices]
+    assert not [text for text in errors if "error" in text]
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
+    assert contents(out) == plain
+
+
+def test_a_slice_that_loses_the_race_for_the_folder_takes_the_one_that_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = staging.PackPlan("h", "x", 0, "source", 65536, 3)
+    create = staging._create
+
+    def slower(folder: Path, asked: staging.PackPlan) -> None:
+        create(folder, asked)
+        (folder / "train-000000.done").write_text("of the faster one")
+        create(folder, asked)
+
+    monkeypatch.setattr(staging, "_create", slower)
+    folder = staging.open_slice(tmp_path, plan, ["train-000001.tar"], False)
+    assert (folder / "train-000000.done").read_text() == "of the faster one"
+    assert [path.name for path in tmp_path.iterdir()] == [staging.STAGING]
+
+
+def test_a_slice_removes_what_was_left_half_written_of_its_own_shards_only(tmp_path: Path) -> None:
+    plan = staging.PackPlan("h", "x", 0, "source", 65536, 3)
+    folder = staging.open_slice(tmp_path, plan, [], False)
+    halves = [f".train-00000{n}.{suffix}.77.tmp" for n in (0, 1) for suffix in ("tar", "parquet", "done")]
+    for name in halves:
+        (folder / name).touch()
+    staging.open_slice(tmp_path, plan, ["train-000001.tar"], False)
+    assert {path.name for path in folder.iterdir()} == {"plan.json", *halves[:3]}
+
+
+def test_slices_and_a_plain_pack_keep_each_other_out(sources: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staging.share(out):
+        pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
+        for options in ([], ["--finish"]):
+            with pytest.raises(CommandError, match="another pack or repair is writing there"):
+                pack_here(sources, "--out", out, *SHARDS, *options)
+    with staging.hold(out), pytest.raises(CommandError, match="a pack without --task, --finish or a repair is writing"):
+        pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
+
+
+# --- what is done, and what is missing ------------------------------------------------------------------------------
+
+
+def test_a_slice_says_what_is_done_and_how_to_finish(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "an out"
+    total = len([name for name in plain if name.endswith(".tar")])
+    codes = []
+    for number in range(4):
+        codes.append(pack_here(sources, "--out", out, *SHARDS, f"--task={number}/4"))
+        text, errors = capsys.readouterr()
+        share = len(range(number, total, 4))
+        so_far = sum(len(range(k, total, 4)) for k in range(number + 1))
+        assert f"slice {number}/4: {share} shards done; of all slices, {so_far} of {total}\n" in text
+        lead = "commit them" if number == 3 else "when all are done"
+        assert f"{lead}: python -m shard_tools.pack {sources} --out '{out}' --shard-size 64KiB --finish\n" in text
+        assert ("not packed: class0_empty: class0/empty.webm: " in errors) == bool(codes[-1])
+    assert sorted(codes) == [0, 0, 0, 1]
+    assert not (out / "dataset.json").exists()
+
+
+def test_finish_names_the_missing_shards_and_the_slices_to_repeat(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    total = len([name for name in plain if name.endswith(".tar")])
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
+    text = capsys.readouterr().err
+    assert f"{total} of {total} shards are missing, nothing was committed: train-000000.tar, " in text
+    assert "train-000009.tar, ...\n" in text
+    assert "run their slices (--task)" in text
+    assert not list(out.iterdir())
+    for number in (0, 2, 3):
+        pack_here(sources, "--out", out, *SHARDS, "--task", f"{number}/4")
+    (out / ".packing/train-000003.tar").unlink()
+    capsys.readouterr()
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
+    text = capsys.readouterr().err
+    missing = ", ".join(f"train-00000{n}.tar" for n in (1, 3, 5, 9))
+    assert f"{len(range(1, total, 4)) + 1} of {total} shards are missing, nothing was committed: {missing}" in text
+    assert text.endswith("repeat --task 1/4, 3/4\n")
+    assert not (out / "dataset.json").exists()
+    for number in (1, 3):
+        pack_here(sources, "--out", out, *SHARDS, "--task", f"{number}/4")
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
+    assert contents(out) == plain
+
+
+def test_finish_reads_no_video_and_reports_again_when_all_is_committed(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    for number in range(2):
+        pack_here(sources, "--out", out, *SHARDS, "--task", f"{number}/2")
+    read = Path.read_bytes
+
+    def no_video(path: Path) -> bytes:
+        assert path.suffix != ".webm"
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", no_video)
+    capsys.readouterr()
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
+    first = capsys.readouterr()
+    for options in (["--finish"], ["--finish", "--overwrite"], ["--task", "1/2"]):
+        assert pack_here(sources, "--out", out, *SHARDS, *options) == 1
+        again = capsys.readouterr()
+        assert again.err == first.err
+        assert again.out.splitlines()[-1] == first.out.splitlines()[-1]
+    assert contents(out) == plain
+
+
+def test_a_plain_pack_goes_on_from_slices_and_commits(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    pack_here(sources, "--out", out, *SHARDS, "--task", "2/3")
+    assert pack_here(sources, "--out", out, *SHARDS) == 1
+    assert "continuing: " in capsys.readouterr().out
+    assert contents(out) == plain
+
+
+@pytest.mark.parametrize(("numbers", "count"), [(range(4), 4), (range(1, 5), 4), ([0], 1), ([1], 1), (range(99), 99)])
+def test_slices_cover_every_shard_once_and_evenly(numbers: range | list[int], count: int) -> None:
+    plan = packing.Plan(tuple(range(14)), "hash", 1)
+    slices = [packing._slice(plan, number, count).tasks for number in numbers]
+    assert sorted(task for tasks in slices for task in tasks) == list(range(14))
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+def test_a_dry_run_prints_the_part_of_a_slice(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, run_module: RunModule
+) -> None:
+    total = len([name for name in plain if name.endswith(".tar")])
+    done = run_module("shard_tools.pack", sources, "--out", tmp_path / "out", *SHARDS, "--dry-run", "--task", "1/4")
+    assert f"slice 1/4: {len(range(1, total, 4))} of {total} shards, " in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+# --- another plan ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_pack_of_another_plan_is_refused_with_the_difference_and_never_dropped(
+    sources: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pack_here(sources, "--out", out, *SHARDS, "--task", "0/3")
+    before = contents(out)
+    for options in (["--task", "1/3"], ["--task", "1/3", "--overwrite"], ["--finish"], ["--finish", "--overwrite"]):
+        with pytest.raises(CommandError, match=r"seed 0 instead of 1.*drop it: rm -r .*\.packing"):
+            pack_here(sources, "--out", out, *SHARDS, "--seed", 1, *options)
+    assert contents(out) == before
+
+
+def test_slices_beside_an_old_data_set_replace_it_only_when_finished_with_overwrite(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pack_here(sources, "--out", out, *SHARDS, "--seed", 1)
+    old = contents(out)
+    with pytest.raises(CommandError, match=r"holds a data set of another plan .seed 1 instead of 0.*--overwrite"):
+        pack_here(sources, "--out", out, *SHARDS, "--task", "0/2")
+    for number in (0, 1, 0):  # the second try of a slice keeps what the other wrote
+        pack_here(sources, "--out", out, *SHARDS, "--task", f"{number}/2", "--overwrite")
+    assert {name: data for name, data in contents(out).items() if name[0] != "."} == old
+    with pytest.raises(CommandError, match="holds a data set of another plan"):
+        pack_here(sources, "--out", out, *SHARDS, "--finish")
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish", "--overwrite") == 1
+    assert contents(out) == plain
+    assert read_dataset(out).seed == 0
+
+
+def test_shards_of_unknown_origin_are_not_touched_by_slices(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "train-000099.tar").write_bytes(b"precious")
+    with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar"):
+        pack_here(sources, "--out", tmp_path, *SHARDS, "--task", "0/2")
+    assert contents(tmp_path) == {"train-000099.tar": b"precious"}
+
+
+@pytest.mark.parametrize("text", ["5/4", "-1/4", "0/0", "1", "a/b", "1/", "/4", "1/4/2", "0.5/4"])
+def test_a_slice_that_is_none_is_a_usage_error(sources: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        pack_here(sources, f"--task={text}")
+    assert caught.value.code == 2
+    assert "is not a slice such as 0/8" in capsys.readouterr().err
+
+
+def test_task_and_finish_exclude_each_other(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pack_here(sources, "--task", "0/2", "--finish")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+# --- a slice is stopped ---------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_slice_is_exit_code_130_and_goes_on(
+    sources: Path, plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(sources, out, "--task", "0/1")
+    wait_until(lambda: len(done_marks(out)) >= 1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted; everything committed so far is kept\n")
+    pack_here(sources, "--out", out, *SHARDS, "--task", "0/1")
+    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
+    assert contents(out) == plain

@@ -1,0 +1,259 @@
+"""The estimate of `pack --dry-run`: as the planner and real packing have it, and nothing left on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RunModule, contents, pack_here
+from video_maker import make_video
+
+from shard_tools.common.cli import CommandError
+from shard_tools.format.dataset import read_dataset
+from shard_tools.pack import clip_cost, estimate
+from shard_tools.pack.clip_cost import clip_frames
+from shard_tools.pack.estimate import Estimate, TierEstimate, Written, choose, verdict
+from shard_tools.pack.pack_shard import read_source
+from shard_tools.pack.plan import PackJob
+from shard_tools.video.encoding import TIERS, Encoding
+from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.sources import Source, find_sources
+from shard_tools.video.tiers import make_payload
+
+Capture = pytest.CaptureFixture[str]
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def table(printed: str) -> dict[str, tuple[int, float]]:
+    """Shards and bytes by tier, as printed."""
+    rows = re.findall(rf"^  ({'|'.join(TIERS)}) +([\d,]+) +([\d.]+) (\w+) +(?:yes|no) .*clips/s", printed, re.MULTILINE)
+    return {tier: (int(shards.replace(",", "")), float(size) * _UNITS[unit]) for tier, shards, size, unit in rows}
+
+
+@pytest.fixture
+def some_videos(videos: Path, tmp_path: Path) -> Path:
+    """A copy of the generated videos to damage."""
+    return shutil.copytree(videos, tmp_path / "some")
+
+
+# --- against real packing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [("videos", ["--shard-size", "128KiB"]), ("real_clips", ["--short-side", 112, "--quality", 5])],
+)
+def test_shards_are_those_of_packing_and_bytes_are_within_5_percent(
+    folder: str, options: list[object], tmp_path: Path, capsys: Capture, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(folder)
+    assert pack_here(root, "--out", tmp_path / "out", "--dry-run", "--frames", "mjpeg", *options) == 0
+    expected = table(capsys.readouterr().out)
+    assert tuple(expected) == TIERS
+    for tier, (shards, size) in expected.items():
+        out = tmp_path / tier
+        allowed = options if tier != "source" else [o for o in options if o not in ("--short-side", 112)]
+        assert pack_here(root, "--out", out, "--frames", tier, *allowed) == 0
+        splits = read_dataset(out).splits.values()
+        assert sum(len(split.shards) for split in splits) == shards
+        packed = sum(split.bytes for split in splits)
+        assert size == pytest.approx(packed, rel=0.05), (tier, size, packed)
+
+
+def test_nothing_is_left_on_the_disk(videos: Path, tmp_path: Path, run_module: RunModule) -> None:
+    before = contents(videos)
+    run_module("shard_tools.pack", videos, "--dry-run", "--want-clips-per-sec", 10)
+    run_module("shard_tools.pack", videos, "--out", tmp_path / "new/shards", "--dry-run")
+    assert contents(videos) == before
+    assert sorted(os.listdir(videos)) == sorted({name.split("/")[0] for name in before})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_to_leaves_writing_out(videos: Path, capsys: Capture) -> None:
+    assert pack_here(videos, "--out", "/proc/nowhere", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "writing is not included (/proc: " in printed
+    assert len(table(printed)) == 3
+
+
+def test_few_videos_are_read_and_fewer_when_they_are_slow(
+    videos: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, original = set(), estimate.read_source
+
+    def counted(job: PackJob, source: Source) -> object:
+        read.add(source.key)
+        return original(job, source)
+
+    monkeypatch.setattr(estimate, "read_source", counted)
+    assert pack_here(videos, "--dry-run") == 0
+    assert len(read) == 24
+    assert "from 24 of 40 videos" in capsys.readouterr().out
+    monkeypatch.setattr(estimate, "_SECONDS", 0.0)
+    read.clear()
+    assert pack_here(videos, "--dry-run") == 0
+    assert len(read) == 4
+    assert "from 4 of 40 videos" in capsys.readouterr().out
+
+
+def test_the_choice_is_by_hash_and_over_all_splits(videos: Path) -> None:
+    sources = find_sources(videos, "auto", videos / "shards").sources
+    chosen = choose(sources)
+    shuffled = sources.copy()
+    random.Random(1).shuffle(shuffled)
+    assert choose(shuffled) == chosen
+    assert len({source.key for source in chosen}) == 24
+    assert {source.split for source in chosen[:4]} == {"train", "validation", "test"}
+    assert sum(source.split == "test" for source in chosen) == 4
+    assert len(choose(sources[:3])) == 3
+
+
+def test_a_clip_is_16_frames_at_stride_2_from_the_middle() -> None:
+    assert clip_frames(49) == list(range(9, 40, 2))
+    assert clip_frames(31) == list(range(0, 31, 2))
+    assert clip_frames(6) == [0, 2, 4, 5]  # the last one repeats in training, and is decoded once
+    assert clip_frames(1) == [0]
+
+
+@pytest.mark.parametrize(("width", "height", "frames"), [(66, 48, 40), (65, 47, 9)])
+def test_every_tier_decodes_the_same_frames(width: int, height: int, frames: int) -> None:
+    data = make_video(width, height, frames, options={"crf": "10"})
+    video = probe(data)
+    source = Source("a", "a.webm", "train")
+    numbers = clip_frames(frames)
+    decoded = {}
+    for tier, pictures in (
+        ("source", clip_cost.from_source),
+        ("mjpeg", clip_cost.from_mjpeg),
+        ("y4m", clip_cost.from_y4m),
+    ):
+        payload = make_payload(data, "webm", video, Encoding(tier))
+        info = payload.sample_info(source, data)
+        decoded[tier] = [[plane.copy() for plane in planes] for planes in pictures(info, payload, numbers)]
+        assert all(seconds > 0 for seconds in clip_cost.clip_seconds(info, payload, tier))
+    assert len(decoded["source"]) == len(decoded["y4m"]) == len(decoded["mjpeg"]) == len(numbers)
+    for ours, raw, jpeg in zip(decoded["source"], decoded["y4m"], decoded["mjpeg"], strict=True):
+        for plane, same, near in zip(ours, raw, jpeg, strict=True):
+            assert np.array_equal(plane, same)
+            assert plane.shape == near.shape
+            assert np.corrcoef(plane.ravel(), near.ravel())[0, 1] > 0.99
+
+
+# --- videos that cannot be packed -----------------------------------------------------------------------------------
+
+
+def test_sampled_videos_that_cannot_be_packed_are_named_and_left_out(some_videos: Path, capsys: Capture) -> None:
+    chosen = choose(find_sources(some_videos, "auto", some_videos / "shards").sources)
+    missing, cut, empty = (some_videos / source.path for source in chosen[:3])
+    missing.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    empty.write_bytes(b"")
+    assert pack_here(some_videos, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "from 21 of 40 videos" in printed
+    assert f"left out: {chosen[0].path}: No such file or directory" in printed
+    assert f"left out: {chosen[1].path}: cut short" in printed
+    assert f"left out: {chosen[2].path}: the file is empty" in printed
+    assert printed.count("left out") == 3
+
+
+def test_a_tier_that_takes_none_of_them_says_so(videos: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_source(job: PackJob, source: Source) -> object:
+        if job.encoding.tier != "source":
+            raise BadVideoError("cannot be decoded to its end")
+        return read_source(job, source)
+
+    monkeypatch.setattr(estimate, "read_source", only_source)
+    assert pack_here(videos, "--dry-run", "--want-clips-per-sec", 10**9) == 0
+    printed = capsys.readouterr().out
+    assert list(table(printed)) == ["source"]
+    for tier in ("mjpeg", "y4m"):
+        assert f"  {tier:<7} none of the sampled videos can be packed in it" in printed
+    assert "source needs the fewest" in printed
+
+
+def test_without_a_single_readable_video_one_line_says_so(some_videos: Path, run_module: RunModule) -> None:
+    for path in (some_videos / "20bn-something-something-v2").iterdir():
+        path.write_bytes(b"nothing of use")
+    done = run_module("shard_tools.pack", some_videos, "--dry-run", check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "none of the 24 sampled videos can be packed (first: 20bn-something-something-v2/" in done.stderr
+    assert not (some_videos / "shards").exists()
+
+
+# --- clips a second -------------------------------------------------------------------------------------------------
+
+
+def test_a_small_wish_is_met_by_the_smallest_tier_and_a_huge_one_by_none(videos: Path, capsys: Capture) -> None:
+    assert pack_here(videos, "--dry-run", "--want-clips-per-sec", 1, "--cores", 1) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^verdict: source, mjpeg and y4m feed 1 clips/s with 1 core; the smallest that fits is source "
+                     r"\(.*\): --frames source$", printed, re.MULTILINE)  # fmt: skip
+    assert "cores for 1/s" in printed
+    assert pack_here(videos, "--dry-run", "--want-clips-per-sec", 10**9, "--cores", 3) == 0
+    assert re.search(r"^verdict: no tier feeds 1,000,000,000 clips/s with 3 cores; y4m needs the fewest, [\d,]+$",
+                     capsys.readouterr().out, re.MULTILINE)  # fmt: skip
+
+
+GIVEN = Estimate(
+    [
+        TierEstimate("source", 290, 19_400_000_000, 60.0, decoded=60.0, fed=50.0),
+        TierEstimate("mjpeg", 600, 160_000_000_000, 600.0, decoded=250.0, fed=200.0),
+        TierEstimate("y4m", 6100, 1_500_000_000_000, 900.0, decoded=2000.0, fed=700.0),
+    ],
+    clips=24,
+    written=Written(Path("/mnt/ssv2")),
+    free=200_000_000_000,
+)
+
+
+@pytest.mark.parametrize(
+    ("free", "cores", "want", "expected"),
+    [
+        (
+            200e9,
+            8,
+            400,
+            "source, mjpeg and y4m feed 400 clips/s with 8 cores; the smallest that fits is source (19.4 GB)",
+        ),
+        (200e9, 8, 401, "mjpeg and y4m feed 401 clips/s with 8 cores; the smallest that fits is mjpeg (160 GB)"),
+        (
+            100e9,
+            8,
+            401,
+            "mjpeg and y4m feed 401 clips/s with 8 cores, but not even mjpeg (160 GB) fits into the 100 GB",
+        ),
+        (
+            200e9,
+            1,
+            700,
+            "y4m feeds 700 clips/s with 1 core, but not even y4m (1.5 TB) fits into the 200 GB that are free",
+        ),
+        (200e9, 1, 701, "no tier feeds 701 clips/s with 1 core; y4m needs the fewest, 2"),
+    ],
+)
+def test_the_verdict_weighs_cores_and_free_space(free: float, cores: int, want: int, expected: str) -> None:
+    assert verdict(dataclasses.replace(GIVEN, free=int(free)), cores, want).startswith(expected)
+
+
+@pytest.mark.parametrize("option", ["--want-clips-per-sec", "--cores"])
+def test_a_wish_without_a_dry_run_is_a_usage_error(
+    option: str, videos: Path, tmp_path: Path, capsys: Capture
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        pack_here(videos, "--out", tmp_path / "out", option, 100)
+    assert left.value.code == 2
+    assert f"{option}: only an estimate needs it; add --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_folder_stays_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="no such folder"):
+        pack_here(tmp_path / "nowhere", "--dry-run")

@@ -1,0 +1,495 @@
+"""Packing that is stopped, at any moment and by anything: the same command goes on, and the result is the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPOSITORY, RunModule, alive, contents, pack_here, wait_until
+
+from shard_tools.common.cli import CommandError
+from shard_tools.format.dataset import SampleInfo, SourceFile, Video
+from shard_tools.format.shard_writer import ShardWriter
+from shard_tools.pack import staging
+
+FOLDER = "20bn-something-something-v2"
+
+
+def final_names(out: Path) -> set[str]:
+    """What another program would take for finished: everything in the output folder that is not hidden."""
+    return {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
+
+
+# --- a stop at every step -------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """A power cut: nothing that would clean up gets to do anything."""
+
+
+class PowerCut:
+    """Lets `steps` changes of the file system pass, then refuses all: the process as good as dies before the next one.
+
+    Args:
+        lose: what then happens to what was not synced, one of LOSSES; None: it is on the disk all the same.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, lose: Loss | None = None) -> None:
+        self.left: float = float("inf")
+        self.passed = self.tries = 0
+        self.lose = lose
+        self.synced: list[int] = []  # descriptors, held open so that their inodes are not given to other files
+        self.renames: list[tuple[Path, Path]] = []  # whose folder was not synced
+        self.rename = os.rename
+        patch.setattr(os, "getpid", lambda: self.tries)  # every try is a process of its own
+        for name, function in {"rename": self._rename, "unlink": os.unlink, "rmdir": os.rmdir, "mkdir": os.mkdir,
+                               "fsync": self._fsync}.items():  # fmt: skip
+            patch.setattr(os, name, self.guard(function))
+
+    def _rename(self, old: Path, new: Path) -> None:
+        if not os.path.exists(new):  # else nothing is left to go back to
+            self.renames.append((Path(old), Path(new)))
+        self.rename(old, new)
+
+    def _fsync(self, descriptor: int) -> None:
+        self.synced.append(os.dup(descriptor))
+        folder = os.fstat(descriptor).st_ino
+        self.renames = [names for names in self.renames if names[1].parent.stat().st_ino != folder]
+
+    def not_synced(self, out: Path) -> list[Path]:
+        """Files whose content is not on the disk."""
+        kept = {os.fstat(descriptor).st_ino for descriptor in self.synced}
+        return [path for path in out.rglob("*") if path.is_file() and path.stat().st_ino not in kept]
+
+    def guard(self, function: Callable) -> Callable:
+        def step(*args: object, **options: object) -> object:
+            if self.passed >= self.left:
+                raise Stop
+            self.passed += 1
+            return function(*args, **options)
+
+        return step
+
+    def pack(self, arguments: list[object], steps: float = float("inf")) -> int:
+        """Pack, stopped after so many steps; how many there were."""
+        self.left, self.passed, self.tries = steps, 0, self.tries + 1
+        out = Path(str(arguments[arguments.index("--out") + 1]))
+        self.synced += [os.open(path, os.O_RDONLY) for path in out.rglob("*") if path.is_file()]  # of earlier tries
+        self.renames.clear()
+        try:
+            pack_here(*arguments)
+        except Stop:
+            pass
+        finally:
+            self.left = float("inf")
+            if self.lose is not None:  # also at the end of a pack: the power may fail just then
+                self.lose(self, out)
+            while self.synced:
+                os.close(self.synced.pop())
+        return self.passed
+
+
+Loss = Callable[[PowerCut, Path], None]
+
+
+def emptied(cut: PowerCut, out: Path) -> None:
+    for path in cut.not_synced(out):
+        os.truncate(path, 0)
+
+
+def zeroed(cut: PowerCut, out: Path) -> None:
+    for path in cut.not_synced(out):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def halved(cut: PowerCut, out: Path) -> None:
+    for path in cut.not_synced(out):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def indexes_emptied(cut: PowerCut, out: Path) -> None:
+    """The notes that the shards are done came to the disk on their own."""
+    for path in cut.not_synced(out):
+        if path.suffix == ".parquet":
+            os.truncate(path, 0)
+
+
+def tars_nameless(cut: PowerCut, out: Path) -> None:
+    """So did they, and only the tars' names did not."""
+    for old, new in reversed(cut.renames):
+        if new.suffix == ".tar" and new.exists():
+            cut.rename(new, old)
+
+
+LOSSES = (None, emptied, zeroed, halved, indexes_emptied, tars_nameless)
+
+
+@pytest.fixture
+def few_videos(videos: Path, tmp_path: Path) -> Path:
+    """Four videos in two classes and one that cannot be packed."""
+    root = tmp_path / "few"
+    for number, path in enumerate(sorted((videos / FOLDER).iterdir())[:4]):
+        (root / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / f"class{number % 2}/{number}.webm")
+    (root / "class0/empty.webm").touch()
+    return root
+
+
+@pytest.fixture
+def reference(few_videos: Path, tmp_path: Path) -> dict[str, bytes]:
+    """What packing `few_videos` gives when nothing disturbs it."""
+    assert pack_here(few_videos, "--out", tmp_path / "reference", "--shard-size", "64KiB") == 1
+    return contents(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+@pytest.mark.parametrize(
+    ("size", "replaced"),
+    [("64KiB", None), ("64KiB", "90KiB"), ("1MiB", "1MiB")],
+    ids=["new", "replacing another data set", "replacing one with tars of the same sizes"],
+)
+def test_a_stop_before_any_step_loses_nothing(
+    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, replaced: str | None,
+    lose: Loss | None,
+) -> None:  # fmt: skip
+    assert pack_here(few_videos, "--out", tmp_path / "reference", "--shard-size", size) == 1
+    reference = contents(tmp_path / "reference")
+    old = tmp_path / "old"
+    old.mkdir()
+    if replaced:
+        pack_here(few_videos, "--out", old, "--seed", 5, "--shard-size", replaced)
+    before = contents(old)
+    cut = PowerCut(monkeypatch, lose)
+    for step in itertools.count():
+        out = shutil.copytree(old, tmp_path / "out")
+        arguments = [few_videos, "--out", out, "--shard-size", size, *(["--overwrite"] * bool(replaced))]
+        if cut.pack(arguments, step) < step:
+            break
+        now = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+        if "dataset.json" in now:
+            assert now in (before, reference), step
+        else:
+            parts = [(before.get(name), reference.get(name)) for name in now]
+            assert all(data in part for data, part in zip(now.values(), parts, strict=True)), step
+        cut.pack(arguments)
+        assert contents(out) == reference, step
+        shutil.rmtree(out)
+    assert step > 30
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_many_stops_in_a_row_lose_nothing(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    lose: Loss | None,
+) -> None:  # fmt: skip
+    cut = PowerCut(monkeypatch, lose)
+    rng = random.Random(0)
+    arguments = [few_videos, "--out", tmp_path / "out", "--shard-size", "64KiB"]
+    for _ in range(10):
+        for _ in range(6):
+            cut.pack(arguments, rng.randrange(25))
+        cut.pack(arguments)
+        assert contents(tmp_path / "out") == reference
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_stop_while_files_move_into_place_costs_no_shard(
+    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = PowerCut(monkeypatch)
+    out = tmp_path / "out"
+    arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
+    for step in itertools.count():
+        cut.pack(arguments, step)
+        if "train-000000.tar" in final_names(out):
+            break
+        shutil.rmtree(out, ignore_errors=True)
+    assert (out / staging.STAGING / "train-000001.tar").exists()
+    capsys.readouterr()
+    cut.pack(arguments)
+    assert "continuing: 2 of 2 shards were already written" in capsys.readouterr().out
+
+
+def test_what_another_plan_left_unfinished_is_refused_with_the_difference_and_dropped_on_demand(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    others = {"seed 5 instead of 0": ["--seed", 5], "shard_bytes 92160 instead of 65536": ["--shard-size", "90KiB"],
+              "videos 2 instead of 5": ["--limit", 2], "name x instead of few": ["--name", "x"]}  # fmt: skip
+    arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
+    for difference, options in others.items():
+        with monkeypatch.context() as patch:
+            PowerCut(patch).pack([*arguments, *options], 16)
+        assert (out / staging.STAGING / "plan.json").exists()
+        with pytest.raises(CommandError, match=f"holds an unfinished pack of another plan .*{difference}.*--overwrite"):
+            pack_here(*arguments)
+        assert pack_here(*arguments, "--overwrite") == 1
+        assert contents(out) == reference
+        shutil.rmtree(out)
+
+
+def test_a_finished_shard_that_was_removed_is_written_again(
+    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
+    with monkeypatch.context() as patch:
+        cut = PowerCut(patch)
+        for step in itertools.count():
+            cut.pack(arguments, step)
+            if done := list((out / staging.STAGING).glob("*.done")):
+                break
+            shutil.rmtree(out, ignore_errors=True)
+    done[0].with_suffix(".tar").unlink()
+    pack_here(*arguments)
+    assert contents(out) == reference
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many_videos(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 videos (four names for each), enough small shards to be stopped amid them."""
+    root = tmp_path_factory.mktemp("many") / "many"
+    for path in (videos / FOLDER).iterdir():
+        for copy in range(4):
+            (root / f"class{copy}").mkdir(parents=True, exist_ok=True)
+            os.link(path, root / f"class{copy}" / path.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(many_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert pack_here(many_videos, "--out", out, "--shard-size", "64KiB") == 0
+    return contents(out)
+
+
+class Packing:
+    """A pack command under way, in a process group of its own."""
+
+    def __init__(self, root: Path, out: Path) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "shard_tools.pack",
+            root,
+            "--out",
+            out,
+            "--shard-size",
+            "64KiB",
+            "--workers",
+            "2",
+        ]
+        self.out = out
+        self.process = subprocess.Popen(
+            [str(part) for part in command], cwd=REPOSITORY, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert "layout folders" in self.process.stdout.readline()  # the command's own code has begun
+
+    def wait_for(self, shards: int) -> None:
+        """Until so many shards are done, by this or an earlier try."""
+        wait_until(lambda: len(list((self.out / staging.STAGING).glob("*.done"))) >= shards)
+
+    def stop(self, number: int, group: bool = False) -> tuple[int, str]:
+        """Send a signal; exit code and stderr. Fails if any process of the family outlives it."""
+        family = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=30)
+        wait_until(lambda: not alive(family))
+        return self.process.returncode, stderr
+
+
+def test_kills_at_any_moment_lose_nothing_and_leave_no_process(
+    many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule
+) -> None:
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    total = len([name for name in undisturbed if name.endswith(".tar")])
+    assert total > 50
+    for turn in range(6):
+        packing = Packing(many_videos, out)
+        packing.wait_for(turn * total // 7 + 1)
+        time.sleep(rng.random() / 50)
+        assert packing.stop(signal.SIGKILL)[0] == -signal.SIGKILL
+        assert not final_names(out)
+    done = run_module("shard_tools.pack", many_videos, "--out", out, "--shard-size", "64KiB")
+    assert "continuing: " in done.stdout
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
+    many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int, group: bool
+) -> None:
+    rng = random.Random(number)
+    for turn in range(4):  # three times amid the start of the workers, then amid the work
+        packing = Packing(many_videos, tmp_path / "out")
+        if turn == 3:
+            packing.wait_for(9)
+        else:
+            time.sleep(rng.random() / 4)
+        code, stderr = packing.stop(number, group)
+        assert (code, stderr) == (130, "interrupted; everything committed so far is kept\n")
+        assert not final_names(tmp_path / "out")
+    run_module("shard_tools.pack", many_videos, "--out", tmp_path / "out", "--shard-size", "64KiB")
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_second_pack_on_the_same_folder_is_refused(videos: Path, tmp_path: Path, run_module: RunModule) -> None:
+    with staging.hold(tmp_path):
+        done = run_module("shard_tools.pack", videos, "--out", tmp_path, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"error: {tmp_path}: another pack or repair is writing there; wait for it, or choose another --out\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(staging.fcntl, "flock", no_locks)
+    assert pack_here(few_videos, "--out", tmp_path / "out") == 1
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+# --- no room --------------------------------------------------------------------------------------------------------
+
+
+def one_error_line(stderr: str) -> str:
+    [line] = stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_limit_on_file_sizes_is_one_line_and_goes_on_without_it(
+    videos: Path, dataset: Path, tmp_path: Path, run_module: RunModule
+) -> None:
+    arguments = [videos, "--out", tmp_path, "--shard-size", "128KiB", "--workers", "2"]
+    limited = ["sh", "-c", 'ulimit -f 110; exec "$0" "$@"', sys.executable, "-m", "shard_tools.pack"]  # blocks of 512
+    done = subprocess.run([*limited, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert ".tar: File too large; raise the limit on file sizes" in one_error_line(done.stderr)
+    assert not final_names(tmp_path)
+    run_module("shard_tools.pack", *arguments)
+    assert contents(tmp_path) == contents(dataset)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 900 kB; the videos have 860 kB, the shards more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
+    videos: Path, dataset: Path, small_disk: Path, run_module: RunModule
+) -> None:
+    out = small_disk / "out"
+    arguments = [videos, "--out", out, "--shard-size", "128KiB", "--workers", "2"]
+    for turn in range(2):
+        done = run_module("shard_tools.pack", *arguments, check=False)
+        assert done.returncode == 2
+        assert f"error: {out}" in one_error_line(done.stderr)
+        assert "make room there and run the same command again" in done.stderr
+        assert ("No space left on device" in done.stderr) == (turn == 0)  # after that it is seen before the work
+        assert not final_names(out)
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    assert "continuing" in run_module("shard_tools.pack", *arguments).stdout
+    assert contents(out) == contents(dataset)
+
+
+def test_too_little_room_is_told_before_the_work(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(CommandError, match=r"0\.84 MB are still to be written, 0\.10 MB are free; make room"):
+        pack_here(videos, "--out", tmp_path / "out")
+
+
+SAMPLE = SampleInfo("a", "train", None, None, None, (), SourceFile("a.webm", 1, "0" * 16),
+                    Video("vp9", 2, 2, 1, 12.0, "bt601", "limited"))  # fmt: skip
+
+
+@pytest.mark.parametrize("room", [0, 512, 1000, 2000, 8000])
+def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    writev, left = os.writev, room
+
+    def to_a_full_disk(descriptor: int, parts: Sequence[bytes]) -> int:
+        """As much as there is room for, as the kernel does."""
+        nonlocal left
+        data = b"".join(parts)[:left]
+        if not data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(data)
+        return writev(descriptor, [data])
+
+    monkeypatch.setattr(os, "writev", to_a_full_disk)
+    with (
+        pytest.raises(OSError, match="No space left on device") as caught,
+        ShardWriter(tmp_path, "train-000000.tar") as writer,
+    ):
+        writer.add(SAMPLE, "webm", bytes(3000))
+    assert left == 0
+    assert caught.value.filename == str(tmp_path / "train-000000.tar")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writes_that_are_cut_short_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shard() -> bytes:
+        with ShardWriter(tmp_path, "train-000000.tar") as writer:
+            writer.add(SAMPLE, "webm", bytes(range(250)) * 12)
+        return (tmp_path / "train-000000.tar").read_bytes()
+
+    whole, writev = shard(), os.writev
+    monkeypatch.setattr(os, "writev", lambda descriptor, parts: writev(descriptor, [b"".join(parts)[:700]]))
+    assert shard() == whole
+
+
+def test_a_tar_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power cut could leave one of the right size and without content, which no look at a size tells."""
+    steps: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        steps.append(("sync", str(os.fstat(descriptor).st_ino)))
+        fsync(descriptor)
+
+    def watched_rename(old: Path, new: Path) -> None:
+        steps.append((Path(new).name, str(os.stat(old).st_ino)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    with ShardWriter(tmp_path, "train-000000.tar") as writer:
+        writer.add(SAMPLE, "webm", bytes(3000))
+    index, tar = (str((tmp_path / name).stat().st_ino) for name in ("train-000000.parquet", "train-000000.tar"))
+    assert steps == [("sync", tar), ("train-000000.parquet", index), ("train-000000.tar", tar)]

@@ -1,0 +1,111 @@
+"""The plan: a pure function that puts every source into exactly one shard, and whose hash tells plans apart."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shard_tools.pack.plan import Plan, make_plan
+from shard_tools.pack.shard_size import MIB, auto_shard_bytes
+from shard_tools.video.sources import Source
+
+SOURCES = [
+    Source(
+        key=f"{n:03}", path=f"videos/{n:03}.webm", split=("train", "train", "validation", "test")[n % 4], label=n % 3
+    )
+    for n in range(200)
+]
+SIZES = {source.key: 1000 + 97 * n for n, source in enumerate(SOURCES)}
+
+
+def plan(sources: list[Source] = SOURCES, sizes: dict[str, int] = SIZES, **changed: object) -> Plan:
+    arguments = {"encoding": "source", "seed": 0, "shard_bytes": 128 << 10} | changed
+    name, classes = arguments.pop("name", "name"), arguments.pop("classes", ["a", "b", "c"])
+    return make_plan(name, sources, classes, sizes, **arguments)
+
+
+def test_every_source_is_in_one_shard_of_its_split() -> None:
+    tasks = plan().tasks
+    placed = [source for task in tasks for source in task.sources]
+    assert sorted(placed, key=lambda s: s.key) == SOURCES
+    assert all(source.split == task.split for task in tasks for source in task.sources)
+    assert len({task.file for task in tasks}) == len(tasks)
+    assert [t.file for t in tasks if t.split == "test"][:2] == ["test-000000.tar", "test-000001.tar"]
+
+
+def test_the_order_in_which_sources_were_found_does_not_matter() -> None:
+    shuffled = SOURCES.copy()
+    random.Random(1).shuffle(shuffled)
+    assert plan(shuffled) == plan()
+
+
+@given(st.integers(64 << 10, 1 << 20), st.lists(st.integers(0, 1 << 21), min_size=1, max_size=60))
+def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, sizes: list[int]) -> None:
+    sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
+    for task in plan(sources, {str(n): size for n, size in enumerate(sizes)}, shard_bytes=target).tasks:
+        total = sum(sizes[int(source.key)] for source in task.sources)
+        assert total <= target or len(task.sources) == 1
+        assert task.sources
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"name": "other"}, {"seed": 1}, {"encoding": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c", "d"]},
+     {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]}, {"sources": [SOURCES[0]._replace(label=2), *SOURCES[1:]]},
+     {"sources": [SOURCES[0]._replace(placeholders=("cup",)), *SOURCES[1:]]}],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_whatever_changes_the_data_set_changes_the_hash(changed: dict) -> None:
+    assert plan(**changed).hash != plan().hash
+
+
+def test_another_seed_mixes_otherwise_and_classes_are_mixed() -> None:
+    first, second = ([s.key for t in plan(seed=seed).tasks for s in t.sources] for seed in (0, 1))
+    assert first != second
+    labels = [s.label for t in plan().tasks if t.split == "train" for s in t.sources]
+    assert labels != sorted(labels)
+
+
+# --- the automatic size of shards -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [(0, 16), (4096 * MIB - 1, 16), (8192 * MIB, 32), (19_400_000_000, 64), (160 * 10**9, 256), (10**15, 256)],
+)
+def test_the_automatic_shard_size_is_the_largest_that_gives_256_shards(total: int, expected: int) -> None:
+    assert auto_shard_bytes(total) == expected * MIB
+
+
+@given(st.integers(0, 10**13))
+def test_the_automatic_shard_size_stays_within_its_bounds(total: int) -> None:
+    size = auto_shard_bytes(total)
+    assert size in [n * MIB for n in (16, 32, 64, 128, 256)]
+    assert size == 16 * MIB or size * 256 <= total
+    assert size == 256 * MIB or 2 * size * 256 > total
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1.5), st.integers(1, 32))
+@settings(max_examples=20)
+def test_automatic_shards_are_even_work_for_up_to_32_workers(seed: int, spread: float, workers: int) -> None:
+    draw = random.Random(seed).lognormvariate
+    sizes = [min(int(draw(15, spread)), 12 * MIB) for _ in range(1500)]  # about 5 to 8 GB
+    sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
+    by_key = {str(n): size for n, size in enumerate(sizes)}
+    made = plan(sources, by_key, shard_bytes=None)
+    shards = [sum(by_key[s.key] for s in task.sources) for task in made.tasks]
+    largest = max(sizes) + 4096  # headers and KEY.json count, too
+    for n, (shard, task) in enumerate(zip(shards, made.tasks, strict=True)):
+        assert shard <= made.shard_bytes
+        if n < len(shards) - 1:  # all but the last of a split are full: there was no room for the next sample
+            assert shard + 4096 * len(task.sources) + largest > made.shard_bytes
+    busy = [0] * workers
+    for shard in shards:  # each goes to whoever is free first
+        busy[busy.index(min(busy))] += shard
+    even = sum(shards) / workers
+    assert max(busy) <= even + made.shard_bytes
+    if made.shard_bytes * 256 <= sum(sizes):
+        assert max(busy) <= even * (1 + workers / 256)

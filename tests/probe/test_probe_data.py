@@ -1,0 +1,245 @@
+"""The clips of a probe: parted by their keys alone, none in two parts, and what cannot be probed refused in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from salt_wds.config import read_config
+from salt_wds.data.catalog import open_catalog
+from salt_wds.probe.config import ProbeConfig
+from salt_wds.probe.splits import open_probe_data, refuse_leaks
+from shard_tools import synth
+from shard_tools.common.cli import CommandError
+from shard_tools.index import indexing as index
+from shard_tools.pack import __main__ as pack
+
+
+@pytest.fixture
+def make_config(dataset, repository):
+    def make(**settings):
+        settings = {"data__shards": dataset, "probe__selection_share": 0.2, **settings}
+        overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+        return read_config(ProbeConfig, repository / "configs" / "probe_motion.toml", overrides)
+
+    return make
+
+
+@pytest.fixture
+def relabelled(videos, tmp_path):
+    """A packed copy of the videos whose labels were changed by a function of the row and its split, and their classes."""
+
+    def make(change, classes=None):
+        root = tmp_path / "relabelled"
+        shutil.copytree(videos, root, ignore=shutil.ignore_patterns("shards"))
+        for split in ("train", "validation"):
+            path = root / "labels" / f"{split}.json"
+            path.write_text(json.dumps([change(row, split) for row in json.loads(path.read_text())]))
+        if classes is not None:
+            (root / "labels" / "labels.json").write_text(json.dumps({c: str(n) for n, c in enumerate(classes)}))
+        assert pack.main([str(root)]) == 0
+        return root / "shards"
+
+    return make
+
+
+def keys(catalog):
+    return set(catalog.table.array["key"].tolist())
+
+
+def test_parts_have_no_clip_in_common_and_no_clip_is_lost(make_config, dataset):
+    data = open_probe_data(make_config())
+    assert keys(data.fit) | keys(data.selection) == keys(data.train) == keys(open_catalog([dataset], "train"))
+    assert not keys(data.fit) & keys(data.selection)
+    assert not keys(data.train) & keys(data.evaluation)
+    assert (data.train.num_samples, data.selection.num_samples, data.evaluation.num_samples) == (30, 6, 6)
+
+
+def test_parts_follow_the_keys_whatever_the_shards(make_config, videos, tmp_path):
+    """Packed in another order into other shards: the same clips are held back."""
+    other = tmp_path / "other"
+    assert pack.main([str(videos), "--out", str(other), "--shard-size", "64KiB", "--seed", "7"]) == 0
+    ours, theirs = (open_probe_data(make_config(data__shards=f)) for f in (make_config().data.shards, other))
+    assert ours.train.first != theirs.train.first
+    assert keys(ours.selection) == keys(theirs.selection)
+    limited = [
+        open_probe_data(make_config(data__shards=f, data__train_clips=10)) for f in (ours.train.parts[0].folder, other)
+    ]
+    assert keys(limited[0].train) == keys(limited[1].train) != keys(ours.train)
+    assert limited[0].train.num_samples == 10
+
+
+def test_one_probe_needs_nobody_to_choose_it(make_config):
+    data = open_probe_data(make_config(probe__selection_share=0.0, probe__lrs=[1e-3], probe__weight_decays=[0.1]))
+    assert data.selection is None
+    assert keys(data.fit) == keys(data.train)
+
+
+# --- leaks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_on_itself_is_a_leak(make_config):
+    with pytest.raises(
+        CommandError, match=r"30 samples to measure on \(train of .*\) are also among those to learn from"
+    ) as refusal:
+        open_probe_data(make_config(data__eval_split="train"))
+    assert "\n" not in str(refusal.value)
+    named = str(refusal.value).split(": ")[1].split(";")[0].split(", ")
+    assert len(named) == 4
+    assert named[-1] == "..."
+
+
+def test_the_same_key_in_a_data_set_of_the_same_name_is_a_leak_however_it_is_stored(make_config, videos, tmp_path):
+    other = tmp_path / "mjpeg"
+    assert pack.main([str(videos), "--out", str(other), "--frames", "mjpeg"]) == 0
+    with pytest.raises(CommandError, match="30 samples to measure on"):
+        open_probe_data(make_config(data__eval_shards=other, data__eval_split="train"))
+    assert open_probe_data(make_config(data__eval_shards=other)).evaluation.num_samples == 6
+
+
+def test_the_same_video_under_another_name_is_a_leak(make_config, videos, tmp_path):
+    """One video of the training split stands in the other data set's validation split, with another key."""
+    root = tmp_path / "other"
+    synth.main([str(root), "--clips", "20", "--classes", "4", "--size", "64", "--frames", "24", "--seed", "9"])
+    twin = json.loads((videos / "labels" / "train.json").read_text())[0]["id"]
+    taken = json.loads((root / "labels" / "validation.json").read_text())[0]["id"]
+    folder = "20bn-something-something-v2"
+    shutil.copy(videos / folder / f"{twin}.webm", root / folder / f"{taken}.webm")
+    assert pack.main([str(root)]) == 0
+    with pytest.raises(CommandError, match=rf"1 samples to measure on .*: {taken};"):
+        open_probe_data(make_config(data__eval_shards=root / "shards"))
+
+
+def test_keys_of_foreign_data_sets_may_repeat_their_bytes_may_not(dataset, tmp_path):
+    """Foreign tars number their samples from 0 in each shard: the same key is another sample."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for file in dataset.glob("*.tar"):
+        shutil.copy(file, foreign / file.name)
+    assert index.main([str(foreign)]) == 0
+    train, validation = (open_catalog([foreign], split) for split in ("train", "validation"))
+    assert train.parts[0].foreign
+    validation.table.array["key"][0] = train.table.array["key"][0]
+    refuse_leaks(train, validation)
+    validation.table.array["xxh3_payload"][0] = train.table.array["xxh3_payload"][0]
+    with pytest.raises(CommandError, match="1 samples to measure on"):
+        refuse_leaks(train, validation)
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_follow_the_names_of_classes_over_two_data_sets(make_config, tmp_path):
+    """Two classes less, so other numbers; a label means the same class in both."""
+    root = tmp_path / "two"
+    synth.main([str(root), "--clips", "40", "--classes", "2", "--size", "64", "--frames", "24", "--seed", "9"])
+    assert pack.main([str(root)]) == 0
+    data = open_probe_data(make_config(data__eval_shards=root / "shards"))
+    own = open_catalog([root / "shards"], "validation")
+    ours, theirs = data.evaluation.table.array["label"], own.table.array["label"]
+    assert [data.classes[label] for label in ours] == [own.classes[label] for label in theirs]
+    assert data.evaluation.classes == data.train.classes == data.classes
+
+
+def test_samples_without_a_label_are_left_out_and_counted(make_config, dataset, videos, tmp_path):
+    """Of two data sets one has no answers for its test split."""
+    root = tmp_path / "unlabelled"
+    shutil.copytree(videos, root, ignore=shutil.ignore_patterns("shards"))
+    (root / "labels" / "test-answers.csv").unlink()
+    assert pack.main([str(root)]) == 0
+    folders = [str(dataset), str(root / "shards")]
+    data = open_probe_data(make_config(data__eval_shards=folders, data__eval_split="test"))
+    assert (data.evaluation.num_samples, data.unlabelled) == (4, {"train": 0, "evaluation": 4})
+    assert (data.evaluation.table.array["label"] >= 0).all()
+    with pytest.raises(
+        CommandError, match=r"no sample of split 'test' has a label; set data\.eval_split, or pack labels"
+    ):
+        open_probe_data(make_config(data__eval_shards=root / "shards", data__eval_split="test"))
+
+
+def test_one_class_is_refused(make_config, relabelled):
+    folder = relabelled(lambda row, split: row | {"template": "Moving [something] from left to right"})
+    with pytest.raises(
+        CommandError, match="are of one class, 'Moving something from left to right'; a probe needs two"
+    ):
+        open_probe_data(make_config(data__shards=folder))
+
+
+def test_a_class_that_nobody_could_learn_is_told_and_counts(make_config, relabelled, caplog):
+    known = "Moving [something] from left to right"
+
+    def change(row, split):
+        lost = split == "train" and row["template"] == known
+        return row | {"template": "Moving [something] from right to left"} if lost else row
+
+    data = open_probe_data(make_config(data__shards=relabelled(change)))
+    unknown = sum(data.classes[label] == known.replace("[", "").replace("]", "")
+                  for label in data.evaluation.table.array["label"])  # fmt: skip
+    assert unknown > 0
+    assert data.evaluation.num_samples == 6
+    (record,) = caplog.records
+    assert record.message.startswith(
+        f"{unknown} clips to measure on are of 1 classes that no clip to learn from has ('Moving"
+    )
+    assert record.message.endswith("they count as errors")
+
+
+def test_no_class_in_common_is_refused(make_config, relabelled):
+    folder = relabelled(lambda row, split: row | {"template": "Doing [something] else"}, ["Doing something else"])
+    config = make_config(data__eval_shards=folder)
+    with pytest.raises(
+        CommandError, match=r"no class of split 'validation' is among those to learn \('Doing something"
+    ):
+        open_probe_data(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__split": "x"}, r"no split 'x', it has train, validation, test; set data\.split"),
+        ({"data__eval_split": "x"}, r"no split 'x', it has train, validation, test; set data\.eval_split"),
+        ({"probe__selection_share": 0.01}, r"probe\.selection_share = 0\.01 of 30 clips is none to choose probes by"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_its_key(make_config, settings, message):
+    with pytest.raises(CommandError, match=message) as refusal:
+        open_probe_data(make_config(**settings))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("probe.epoch=3", "probe.epoch: unknown key; the nearest valid key is probe.epochs"),
+        ("data.eval_shard=x", "data.eval_shard: unknown key; the nearest valid key is data.eval_shards"),
+        ("probe.warmup_epochs=40", "probe.warmup_epochs: must be less than the 40 epochs"),
+        ("probe.lrs=[]", "probe.lrs: "),
+        ("probe.lrs=[1e-3, 1e-3]", "probe.lrs: names a value twice"),
+        ("supervised.epochs=1", "supervised.warmup_epochs: must be less than the 1 epochs"),
+        ("probe.selection_share=0.0", "probe.selection_share: must be above 0 to choose among 4 probes"),
+        ("optim.lr=1", "optim: unknown key; sections are data, probe, knn, time_arrow"),
+    ],
+)
+def test_a_probes_configuration_is_as_strict_as_a_runs(repository, setting, message):
+    path = repository / "configs" / "probe_motion.toml"
+    with pytest.raises(CommandError) as refusal:
+        read_config(ProbeConfig, path, [setting])
+    assert str(refusal.value).startswith(f"{path}: {message}")
+
+
+def test_the_shipped_configurations_load(repository):
+    ssv2 = read_config(ProbeConfig, repository / "configs" / "probe_ssv2.toml")
+    assert len(ssv2.probe.grid) == 20
+    assert ssv2.data.eval_folders == ssv2.data.folders
+    assert (ssv2.data.segments, ssv2.data.crops) == (2, 3)
+
+
+def test_every_key_is_explained_where_it_is_declared(repository):
+    text = (repository / "salt_wds" / "probe" / "config.py").read_text()
+    fields = [name for section in ProbeConfig.model_fields.values() for name in section.annotation.model_fields]
+    assert len(fields) > 20
+    for name in fields:
+        assert re.search(rf'^    {name}: .*\n    """', text, re.MULTILINE), name

@@ -1,0 +1,164 @@
+"""Probes on features whose answer is known, and what is made of their probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from salt_wds.probe.config import HeadsConfig, NeighboursConfig
+from salt_wds.probe.features import Features, Table
+from salt_wds.probe.fit import Measured, choose, confusion, learning_rate_factor, measure, pooled, top, train_probes
+from salt_wds.probe.results import head_results, neighbour_results, results_table
+
+CLASSES, TOKENS, WIDTH = 4, 6, 16
+HEADS = HeadsConfig(heads=2, epochs=30, lrs=(3e-3, 1e-3), weight_decays=(0.01, 0.1), warmup_epochs=1)
+
+
+def table(clips: int, seed: int, *, shuffled: bool = False, name: str = "encoder") -> Table:
+    """Noise, but for one token of each clip, at a place that means nothing: it has a mark, and carries the class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(clips) % CLASSES
+    tokens = 0.3 * rng.normal(size=(clips, TOKENS, WIDTH)).astype(np.float16)
+    place = rng.integers(TOKENS, size=clips)
+    tokens[np.arange(clips), place, labels] += 8
+    tokens[..., -1] = 0
+    tokens[np.arange(clips), place, -1] = 8
+    labels = rng.permutation(labels) if shuffled else labels
+    shards = [tokens[:50], tokens[50:]]
+    return Table(name, torch.device("cpu"), shards, labels, np.arange(clips), [str(n) for n in range(clips)])
+
+
+def accuracy(fit: Table, evaluation: Table) -> torch.Tensor:
+    trained = train_probes(fit.shuffled(32, HEADS.epochs, 1, len(fit.labels), HEADS.seed), HEADS, HEADS.epochs, CLASSES)
+    measured = measure(evaluation.in_order(50), len(evaluation.labels), 1, CLASSES, trained)["encoder"]
+    return top(measured.probabilities, measured.labels, 1)
+
+
+def test_features_that_can_be_told_apart_are():
+    assert (accuracy(table(480, seed=0), table(120, seed=1)) == 1).all()
+
+
+def test_shuffled_labels_are_at_chance():
+    """Within four standard deviations of a binomial around 1/4, every probe."""
+    clips = 400
+    found = accuracy(table(160, seed=0, shuffled=True), table(clips, seed=1, shuffled=True))
+    assert (found - 1 / CLASSES).abs().max() < 4 * math.sqrt(0.25 * 0.75 / clips), found
+
+
+def test_every_encoder_learns_from_the_same_clips_in_the_same_order():
+    orders = []
+    for name in ("one", "two"):
+        orders.append([batch.keys for batch in table(70, seed=len(name), name=name).shuffled(32, 3, 1, 70, seed=5)])
+    assert orders[0] == orders[1]
+    epochs = [[key for keys in orders[0][start : start + 3] for key in keys] for start in range(0, 9, 3)]
+    assert all(sorted(epoch, key=int) == [str(n) for n in range(70)] for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_epochs_take_turns_among_the_views_that_are_kept():
+    two = table(100, seed=0)  # of 50 samples
+    batches = list(two.shuffled(50, 3, 2, 50, seed=0))
+    assert [sorted(batch.positions.tolist()) for batch in batches] == [
+        list(range(50)), list(range(50, 100)), list(range(50)),
+    ]  # fmt: skip
+    assert [batch.epoch for batch in batches] == [0, 1, 2]
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    assert [learning_rate_factor(epoch, 2, 10) for epoch in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert learning_rate_factor(0, 0, 10) == 1
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def batch_of(tokens, positions):
+    labels = torch.tensor([p // 2 % CLASSES for p in positions])
+    return Features("encoder", tokens, labels, np.array(positions), [str(p) for p in positions], 0.0)
+
+
+def test_views_are_averaged_and_a_view_that_is_missing_is_not():
+    """Three samples of two views: one whole, one with a lost view, one lost altogether."""
+    trained = train_probes(table(32, seed=0).in_order(32), HEADS, 1, CLASSES)
+    tokens = torch.randn(3, TOKENS, WIDTH)
+    batches = [batch_of(tokens[:2], [0, 1]), batch_of(tokens[2:], [3])]
+    measured = measure(batches, 3, 2, CLASSES, trained)["encoder"]
+    with torch.no_grad():
+        alone = trained["encoder"].probes(tokens).softmax(dim=-1).transpose(0, 1)
+    assert measured.labels.tolist() == [0, 1]
+    torch.testing.assert_close(measured.probabilities[0], (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(measured.probabilities[1], alone[2])
+    torch.testing.assert_close(measured.pooled[0], pooled(tokens[:2]).mean(dim=0))
+    assert measured.pooled[1].norm().item() == pytest.approx(1)
+
+
+def probabilities(*rows):
+    """(M, P, C) of rows of probes of class shares."""
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def test_top_counts_clips_and_gives_nothing_to_a_probe_that_diverged():
+    nan = math.nan
+    shares = probabilities([[0.5, 0.3, 0.2], [nan] * 3], [[0.2, 0.5, 0.3], [nan] * 3])
+    labels = torch.tensor([0, 2])
+    assert top(shares, labels, 1).tolist() == [0.5, 0]
+    assert top(shares, labels, 2).tolist() == [1, 0]
+
+
+def test_the_probe_with_most_clips_right_is_chosen_then_the_surest():
+    labels = torch.tensor([0, 1])
+    wrong, right, surer, diverged = [0.1, 0.9], [0.6, 0.4], [0.9, 0.1], [math.nan] * 2
+    first = [wrong, diverged, right, surer]
+    second = [row[::-1] for row in first]
+    measured = Measured(labels, torch.zeros(2, 1), probabilities(first, second))
+    assert choose(measured) == 3
+    assert choose(Measured(labels, torch.zeros(2, 1), probabilities(first[:3], second[:3]))) == 2
+
+
+def test_confusion_has_a_row_a_class():
+    table = confusion(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 2]), 3)
+    assert table.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_results_list_all_probes_and_report_the_one_chosen_by_held_back_clips():
+    """The chosen one is the best on held-back clips, whatever the evaluation split says."""
+    classes = tuple("abcdef")
+    trained = train_probes(table(32, seed=0).in_order(32), HEADS, 1, CLASSES)["encoder"]
+    good, bad = [0.9, 0.02, 0.02, 0.02, 0.02, 0.02], [0.02, 0.9, 0.02, 0.02, 0.02, 0.02]
+    held_back = Measured(torch.tensor([0]), torch.zeros(1, 1), probabilities([bad, good, bad, bad]))
+    measured = Measured(
+        torch.tensor([0, 0]), torch.zeros(2, 1), probabilities([good, bad, good, good], [good, good, bad, bad])
+    )
+    result = head_results(trained, held_back, measured, HEADS, classes)
+    assert (result["lr"], result["weight_decay"]) == HEADS.grid[1]
+    assert (result["top1"], result["top5"], result["selection_top1"]) == (0.5, 1.0, 1.0)
+    assert [probe["top1"] for probe in result["probes"]] == [1.0, 0.5, 0.5, 0.5]
+    assert [probe["selection_top1"] for probe in result["probes"]] == [0.0, 1.0, 0.0, 0.0]
+    assert result["top1_stderr"] == pytest.approx(math.sqrt(0.125))
+    assert result["per_class"][0] == {"class": "a", "clips": 2, "top1": 0.5, "taken_for": "b"}
+    assert result["per_class"][1] == {"class": "b", "clips": 0, "top1": None, "taken_for": None}
+    assert all(len(probe["losses"]) == 1 for probe in result["probes"])
+    text = results_table({"student": {**result, "knn": None, "time_arrow": None}}, classes)
+    assert text.splitlines()[4].split() == ["a", "2", "50.0"]
+    assert text.splitlines()[1].split()[:6] == ["student", "50.0", "35.4", "100.0", "-", "-"]
+
+
+def test_of_many_classes_the_table_has_those_that_are_known_least():
+    rows = [{"class": f"class {n}", "clips": n % 2, "top1": n / 100 if n % 2 else None} for n in range(100)]
+    numbers = dict.fromkeys(("top1", "top1_stderr", "top5", "selection_top1", "knn", "time_arrow"))
+    result = {**numbers, "lr": 1e-3, "weight_decay": 0.1, "per_class": rows}
+    text = results_table({"student": result}, [row["class"] for row in rows])
+    assert "of 100 classes the 30 that the student knows least:" in text
+    assert "class 59" in text
+    assert "class 61" not in text
+
+
+def test_neighbours_of_known_clusters():
+    labels = torch.arange(CLASSES).repeat(10)
+    features = torch.eye(WIDTH)[labels] + 0.01
+    bank = Measured(labels, features, torch.zeros(len(labels), 0, CLASSES))
+    result = neighbour_results(bank, bank, NeighboursConfig(k=5), tuple("abcd"))
+    assert result == {"top1": 1.0, "top5": None, "k": 5, "temperature": 0.07, "bank": 40}

@@ -1,0 +1,250 @@
+"""What the report says of a run is right: of a healthy one, of collapsed ones, of one that waits for data."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from salt_wds.config import load_config
+from salt_wds.models.frozen import random_of
+from salt_wds.report.record import read_record
+from salt_wds.report.verdicts import (
+    Verdict,
+    collapse,
+    collapsed_tokens,
+    failures,
+    input_bound,
+    learning,
+    probed,
+    token_spread,
+    verdicts,
+)
+from shard_tools.format import ledger
+from shard_tools.format.ledger import Failure
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def record(tmp_path, repository):
+    """A run's folder, of 40 lines each 10 steps apart, with numbers that `make(name=value or function of the line)` sets."""
+
+    def make(lines=40, settings=(), history=None, **numbers):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        text = ["data.shards=/nowhere", "train.steps=400", "optim.warmup_steps=20", *settings]
+        (folder / "config.toml").write_text(load_config(repository / "configs/tiny.toml", text).to_toml())
+        usual = {
+            "r2": 0.4, "r2_position": 0.2, "effective_rank": 30.0, "target_std": 0.9, "prediction_std": 0.6,
+            "data_wait_share": 0.02, "clips_per_sec": 100.0, "read_ms": 1.0, "decode_ms": 20.0, "crop_ms": 2.0,
+            "step_ms": 100.0, "lr": 1e-3,
+        }  # fmt: skip
+        rows = []
+        for number in range(lines):
+            values = {k: v(number) if callable(v) else v for k, v in {**usual, **numbers}.items()}
+            rows.append({"step": 10 * (number + 1), **{k: v for k, v in values.items() if v is not None}})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if history:
+            (folder / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in history))
+        return read_record(folder)
+
+    return make
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+def test_learning_needs_more_than_the_mean_of_each_place(record):
+    assert learning(record()).kind == "good"
+    only_places = learning(record(r2_position=lambda n: 0.02 * (-1) ** n))
+    assert only_places.kind == "doubt"
+    assert "what stands where, not yet what is in a clip" in only_places.text
+    assert learning(record(r2=lambda n: -0.1)).kind == "bad"
+    assert learning(record(lines=3)).kind == "open"  # steps 10, 20, 30: the warm-up ends at 20
+
+
+def test_a_rate_that_has_moved_nothing_is_not_judged(record):
+    """40 lines of 10 steps at 4e-5: 0.016 in all, less than the 0.02 of the first weights."""
+    hardly = record(lr=4e-5, r2=-0.5, prediction_std=0.01)
+    assert learning(hardly).kind == collapse(hardly).kind == "open"
+    assert "learning rates that add up to 0.016" in learning(hardly).text
+    moved = record(lr=8e-5, r2=-0.5, prediction_std=0.01)
+    assert learning(moved).kind == collapse(moved).kind == "bad"
+
+
+def test_a_mean_that_noise_could_explain_is_no_learning(record):
+    noisy = record(r2=lambda n: 0.03 + 0.2 * (-1) ** n)
+    assert learning(noisy).kind == "bad"
+    steady = record(r2=lambda n: 0.03, r2_position=lambda n: 0.03)
+    assert learning(steady).kind == "good"
+
+
+def test_a_trend_is_not_taken_for_noise(record):
+    """From 0.1 to 0.3 within the last lines, without a tremor: that learns."""
+    rising = record(r2=lambda n: 0.4, r2_position=lambda n: max(0.1, 0.1 + 0.05 * (n - 36)))
+    assert learning(rising).kind == "good"
+
+
+def test_held_out_that_falls_is_overfitting(record):
+    held_out = record(val_r2=lambda n: (0.3 if n < 30 else 0.2) if n % 10 == 9 else None)
+    verdict = learning(held_out)
+    assert verdict.kind == "doubt"
+    assert "Held out, at step 400: 0.200, in training 0.400." in verdict.text
+    assert "best at step 100 (0.300)" in verdict.text
+    assert "overfits" not in learning(record(val_r2=lambda n: 0.3 if n % 10 == 9 else None)).text
+
+
+def test_rising_and_level_are_told_apart(record):
+    assert "still rising" in learning(record(r2=lambda n: 0.01 * n)).text
+    assert "levelled off" in learning(record(r2=lambda n: 0.4 + 0.01 * (-1) ** n)).text
+
+
+# --- collapse -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "words"),
+    [
+        ({}, "good", "30.0 directions"),
+        ({"effective_rank": 1.0}, "bad", "The encoder has collapsed"),
+        ({"effective_rank": 1.9}, "bad", "The encoder has collapsed"),
+        ({"prediction_std": 0.05}, "bad", "as good as constant: they spread 6% of what the targets do"),
+        ({"target_std": 0.01}, "bad", "The targets are constant"),
+        ({"target_std": 0.0, "prediction_std": 0.0}, "bad", "The targets are constant"),
+    ],
+)
+def test_collapse_is_seen_in_the_metrics(record, numbers, kind, words):
+    verdict = collapse(record(**numbers))
+    assert verdict.kind == kind
+    assert words in verdict.text
+
+
+def test_predictions_that_are_constant_at_the_start_are_no_collapse(record):
+    """Every run begins so: its head starts at 0."""
+    assert collapse(record(lines=3, prediction_std=0.01)).kind == "open"
+
+
+def test_an_encoder_that_is_constant_from_the_start_is_called_so_at_once(record):
+    assert "The encoder has collapsed" in collapse(record(lines=3, effective_rank=1.0)).text
+
+
+def test_targets_of_any_scale_pass_where_nothing_normalises_them(record):
+    small = record(settings=["loss.target_norm=none"], target_std=0.01, prediction_std=0.008)
+    assert collapse(small).kind == "good"
+
+
+def tokens(clips=12, places=64, width=32, seed=0):
+    return torch.randn(clips, places, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("made", "word"),
+    [
+        (torch.full((12, 64, 32), 2.5), "Constant"),
+        (torch.zeros(12, 64, 32), "Constant"),
+        (torch.full((12, 64, 32), 2.5) + 1e-3 * tokens(), "Constant"),  # its rank is high: noise fills all directions
+        (tokens(clips=1).expand(12, 64, 32) + 1e-3 * tokens(), "Blind"),  # as is that of places that differ
+        (tokens(width=1) * torch.ones(32), "Collapsed"),
+        (tokens(), "Not collapsed"),
+        (tokens() + 3 * tokens(clips=1, seed=1), "Not collapsed"),
+    ],
+)
+def test_tokens_are_called_what_they_are(made, word):
+    verdict = collapsed_tokens("student", token_spread(made))
+    assert verdict.text.startswith(word)
+    assert verdict.kind == ("good" if word == "Not collapsed" else "bad")
+
+
+def test_spread_of_tokens_is_that_of_how_they_were_made():
+    """Deviation 1 around a mean of size 2; a third of the variance from clips, of which a place knows nothing."""
+    generator = torch.Generator().manual_seed(0)
+    clips, places = (torch.randn(n, generator=generator) for n in ((400, 1, 8), (1, 400, 8)))
+    made = 2 + math.sqrt(1 / 3) * clips + math.sqrt(2 / 3) * places
+    found = token_spread(made)
+    assert found.spread == pytest.approx(1 / math.sqrt(5), rel=0.05)
+    assert found.of_clip == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_an_encoder_that_sees_nothing_is_called_blind_or_constant(repository):
+    """Real networks: patches that never reach the tokens; a final norm that gives its bias only; and a healthy one."""
+    config = load_config(repository / "configs/tiny.toml", [])
+    clips = torch.randint(
+        0, 256, (6, 8, 64 * 64 * 3 // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    colour = torch.zeros(6, dtype=torch.int64)
+
+    def verdict(change):
+        encoder = random_of(config, CPU)
+        with torch.no_grad():
+            change(encoder.network.encoder)
+        return collapsed_tokens("student", token_spread(encoder(clips, colour))).text.split(":")[0]
+
+    assert verdict(lambda network: None) == "Not collapsed"
+    assert verdict(lambda network: network.patch_embed.weight.zero_()) == "Blind"
+    assert verdict(lambda network: (network.norm.weight.zero_(), network.norm.bias.fill_(1.0))) == "Constant"
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_waiting_for_data_comes_with_the_remedy(record):
+    start = {"event": "start", "time": 0, "step": 0, "cores": 16, "extensions": ["webm"], "folders": "/data/shards"}
+    assert input_bound(record()).kind == "good"
+    waits = input_bound(record(history=[start], data_wait_share=0.4))
+    assert waits.kind == "doubt"
+    assert "40% of the time" in waits.text
+    assert "raise data.num_workers from 2, up to the 16 cores, or pack with --frames mjpeg or y4m" in waits.text
+    reads = input_bound(record(history=[start], data_wait_share=0.4, read_ms=200.0))
+    assert "python -m shard_tools.bench /data/shards" in reads.text
+
+
+def test_the_first_interval_does_not_count_as_waiting(record):
+    assert input_bound(record(lines=3, data_wait_share=lambda n: 0.9 if n == 0 else 0.0)).kind == "good"
+
+
+def test_failures_are_counted_as_a_share_of_what_was_tried(record, tmp_path):
+    run = record()
+    path = run.folder / "failures/rank0.jsonl"
+    lost = [Failure("decode", "E", "m", "substituted", shard="a.tar", key=str(n)) for n in range(32)]
+    ledger.append(path, [*lost, Failure("read", "E", "went away when read again", None)])
+    verdict = failures(read_record(run.folder))
+    assert verdict.kind == "doubt"
+    assert "32 times a sample failed, 0.50% of the 6,432 that were tried" in verdict.text
+    assert "1 record cost no sample" in verdict.text
+    assert failures(run) == Verdict("good", "Did data fail?", "No sample failed.")
+
+
+@pytest.mark.parametrize(("student", "kind"), [(0.61, "good"), (0.56, "doubt"), (0.2, "doubt")])
+def test_a_probe_compares_beyond_chance(student, kind):
+    results = {"student": student, "teacher": 0.55, "random": 0.13}
+    probe = {"encoders": {name: {"top1": top1, "top1_stderr": 0.01} for name, top1 in results.items()}}
+    (verdict,) = probed("motion", probe)
+    assert verdict.kind == kind
+    assert f"{100 * (student - 0.55):+.1f} points to the teacher" in verdict.text
+
+
+def test_a_run_without_any_line_is_not_judged(record):
+    kinds = {verdict.kind for verdict in verdicts(record(lines=0), {})}
+    assert kinds == {"open", "good"}  # good: no sample failed
+
+
+# --- states -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "events", "age", "state", "words"),
+    [
+        (40, [{"event": "end", "code": 0}], 10, "finished", "all 400 steps are done"),
+        (20, [{"event": "end", "code": 130}], 10, "stopped", "interrupted after step 200 of 400"),
+        (20, [{"event": "end", "code": 1}], 10, "stopped", "stopped by a problem"),
+        (20, [{"event": "start"}], 10, "running", "at step 200 of 400; the last line is 10 s old"),
+        (20, [{"event": "start"}], 7200, "stopped", "for 2.0 h no line came"),
+        (20, [], 10, "running", "at step 200"),
+    ],
+)
+def test_how_a_run_stands(record, lines, events, age, state, words):
+    run = record(lines=lines, time=lambda n: 1000.0 + n, history=[{"time": 1000.0, **event} for event in events])
+    found = run.state(1000.0 + lines - 1 + age)
+    assert found[0] == state
+    assert words in found[1]

@@ -1,0 +1,230 @@
+"""Checkpoints: whole or not there, exact, and damaged ones are passed over by name."""
+
+import json
+import logging
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from salt_wds.runs import checkpoint
+from shard_tools.common.cli import CommandError
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim < 2]},
+    ]
+    return model, torch.optim.AdamW(groups, lr=1e-2, fused=True)
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(16, 4)).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
+    model, optimizer = make()
+    for _ in range(3):
+        step(model, optimizer)
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {"next_batch": 3, "value": 0.1 + 0.2})
+    step(model, optimizer)
+
+    other, other_optimizer = make(seed=9)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == path
+    assert found[1]["value"] == 0.1 + 0.2
+    checkpoint.load(path, other, other_optimizer)
+    step(other, other_optimizer)  # draws from the restored generator
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage):
+    model, optimizer = make()
+    step(model, optimizer)
+    good = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    bad = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    victim = bad / ("state.json" if damage == "state" else "trainer.safetensors")
+    data = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "flip":
+        data[-5] ^= 1
+        victim.write_bytes(data)
+    else:
+        victim.write_bytes(data[: len(data) // 2])
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == good
+    assert str(bad) in caplog.text
+
+
+def test_an_interrupted_write_is_not_a_checkpoint(tmp_path, monkeypatch):
+    model, optimizer = make()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 1, model, optimizer, {})
+    assert list(tmp_path.iterdir()) == []
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_old_checkpoints_and_leftovers_are_removed(tmp_path):
+    model, optimizer = make()
+    for number in range(1, 6):
+        checkpoint.save(tmp_path, number, model, optimizer, {})
+    (tmp_path / ".step-00000009.77.tmp").mkdir()
+    checkpoint.remove_old(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    other = nn.Linear(3, 3)
+    with pytest.raises(CommandError, match="not a checkpoint of this model"):
+        checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    assert json.loads((path / "state.json").read_text())["step"] == 1
+
+
+def test_when_all_are_damaged_nothing_is_started_anew(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CommandError, match="all 1 checkpoints are damaged"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("edit", [('"step": 2', '"step": 3'), ("0.25", "0.75"), ("{", "{}{")])
+def test_an_edited_state_is_damage(tmp_path, edit):
+    good = checkpoint.save(tmp_path, 1, *make(), {"value": 0.25})
+    bad = checkpoint.save(tmp_path, 2, *make(), {"value": 0.25})
+    text = (bad / "state.json").read_text()
+    (bad / "state.json").write_text(text.replace(*edit, 1))
+    assert text != (bad / "state.json").read_text()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == good
+
+
+def test_damaged_ones_do_not_push_out_new_ones(tmp_path):
+    model, optimizer = make()
+    checkpoint.save(tmp_path, 9, model, optimizer, {})
+    checkpoint.set_aside(tmp_path, 5)
+    checkpoint.save(tmp_path, 6, model, optimizer, {})
+    checkpoint.remove_old(tmp_path, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-step-00000009", "step-00000006"]
+
+
+def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path):
+    """safetensors hides it in an error of its own; with a limit on file sizes as the disk that is full."""
+    import errno
+    import resource
+
+    model, optimizer = make()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            checkpoint.save(tmp_path, 1, model, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- while training goes on ---------------------------------------------------------------------------------------
+
+
+def values(model, optimizer):
+    state = optimizer.state_dict()["state"]
+    moments = [state[number][part] for number in sorted(state) for part in sorted(state[number])]
+    return [tensor.clone() for tensor in (*model.state_dict().values(), *moments)]
+
+
+@pytest.fixture
+def slow_write(monkeypatch):
+    """Writes wait for the event that this gives."""
+    go, real = threading.Event(), checkpoint.write
+
+    def write(*args):
+        assert go.wait(20)
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    return go
+
+
+def test_a_checkpoint_is_the_state_at_its_step_however_late_it_is_written(tmp_path, slow_write):
+    model, optimizer = make()
+    step(model, optimizer)
+    then = values(model, optimizer)
+    writer = checkpoint.Writer(tmp_path, 3, None, in_background=True)
+    writer.start(1, checkpoint.snapshot(model, optimizer), {"next_batch": 1})
+    step(model, optimizer)
+    writer.report()
+    assert (writer.written, checkpoint.newest(tmp_path)) == (None, None)  # still on its way, and nobody waits for it
+    slow_write.set()
+    writer.finish()
+    assert writer.written == 1
+    checkpoint.load(tmp_path / "step-00000001", *(other := make(seed=9)))
+    assert all(torch.equal(a, b) for a, b in zip(then, values(*other), strict=True))
+    writer.close()
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(tmp_path, slow_write):
+    model, optimizer = make()
+    step(model, optimizer)
+    writer = checkpoint.Writer(tmp_path, 1, None, in_background=True)
+    writer.start(1, checkpoint.snapshot(model, optimizer), {})
+    threading.Timer(0.1, slow_write.set).start()
+    writer.start(2, checkpoint.snapshot(model, optimizer), {})
+    assert writer.written == 1
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_failed_write_is_told_and_only_the_last_one_raises(tmp_path, monkeypatch, caplog, in_background):
+    def full_disk(*args):
+        raise OSError(28, "No space left on device", "here")
+
+    model, optimizer = make()
+    writer = checkpoint.Writer(tmp_path, 3, None, in_background)
+    writer.start(1, checkpoint.snapshot(model, optimizer), {})
+    writer.report(wait=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        writer.start(2, checkpoint.snapshot(model, optimizer), {})
+        writer.report(wait=True)
+        assert "no checkpoint: here: No space left on device" in caplog.text
+        assert "going on with the one before" in caplog.text
+        assert writer.written == 1
+        writer.start(3, checkpoint.snapshot(model, optimizer), {})
+        with pytest.raises(OSError, match="No space"):
+            writer.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    writer.close()
+
+
+def test_every_kth_checkpoint_is_kept_for_good(tmp_path):
+    model, optimizer = make()
+    for number in range(1, 11):
+        checkpoint.save(tmp_path, number, model, optimizer, {})
+        checkpoint.remove_old(tmp_path, keep=2, keep_every=4)
+    assert sorted(int(p.name[-8:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]

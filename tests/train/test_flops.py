@@ -1,0 +1,103 @@
+"""FLOPs by formula against torch's own count of the operators that really run, and MFU against hand-computed figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from salt_wds.config import load_config
+from salt_wds.models.build import Models, build_models
+from salt_wds.train import flops
+from salt_wds.train.flops import Peak, Stack, Utilisation, Workload, matmul_rate, peak_of, workload
+from salt_wds.train.step import Step, make_forward
+from salt_wds.train.tuning import synthetic_batch
+
+CPU = torch.device("cpu")
+CLIPS = 2
+
+
+@pytest.fixture
+def small(repository):
+    def make(**settings):
+        config = load_config(
+            repository / "configs" / "tiny.toml",
+            [f"{key.replace('__', '.')}={value}" for key, value in settings.items()],
+        )
+        return config, build_models(config, CPU)
+
+    return make
+
+
+def counted(config, models: Models, targets: torch.Tensor | None = None) -> int:
+    """FLOPs of one step of CLIPS clips; the math kernel, whose backward pass recomputes nothing."""
+    step = Step(make_forward(config, models.teacher, models.student, CPU), "off")
+    batch = synthetic_batch(config, CLIPS, CPU)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step(*batch, targets)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"student__mode": "visible"},
+        {"student__mode": "dense"},
+        {"mask__ratio": 0.5, "mask__kind": "random", "student__depth": 2},
+        {"student__heads": 4, "student__predictor_depth": 5, "data__num_frames": 4},
+        {"objective": "pixels"},
+    ],
+    ids=str,
+)
+def test_formula_equals_what_torch_counts(small, settings):
+    config, models = small(**settings)
+    expected = counted(config, models) / CLIPS
+    assert workload(config, models.teacher, models.student).flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_without_the_teacher(small):
+    config, models = small()
+    work = workload(config, models.teacher, models.student)
+    targets = torch.randn(CLIPS, work.masked, models.teacher.width)
+    expected = counted(config, models, targets) / CLIPS
+    assert work.flops(teacher=False) == pytest.approx(expected, rel=0.02)
+    assert work.flops() - work.flops(teacher=False) == work.teacher_flops() > 0
+
+
+def test_base_is_what_the_design_says():
+    """ViT-B at 1568 tokens: 361 GFLOP a forward pass; about 930 a clip in visible mode and 1450 in dense mode."""
+    vit_b, predictor = 4 * 768**2 + 8 * 768**2, 12 * 384**2
+    teacher = Stack(1568, 768, 12, 12, vit_b)
+    visible = Workload(teacher, Stack(392, 768, 12, 12, vit_b), Stack(1568, 384, 12, 6, predictor), 1176, 768)
+    dense = Workload(teacher, teacher, None, 1176, 768)
+    assert teacher.flops() / 1e9 == pytest.approx(361, rel=0.02)
+    assert visible.flops() / 1e9 == pytest.approx(930, rel=0.02)
+    assert dense.flops() / 1e9 == pytest.approx(1450, rel=0.02)
+
+
+def test_mfu_by_hand():
+    work = Workload(Stack(10, 8, 0, 1, 0), Stack(10, 8, 0, 1, 0), None, 5, 8)
+    a_clip = 3 * (2 * 10 * 1536 * 8) + 3 * (
+        2 * 5 * 8 * 8
+    )  # teacher and student embed, the student backwards, too; head
+    assert work.flops() == a_clip
+    utilisation = Utilisation(work, Peak(1e9, "by hand"))
+    assert utilisation.mfu(100) == pytest.approx(100 * a_clip / 1e9)
+    assert utilisation.mfu(100, devices=4) == pytest.approx(100 * a_clip / 4e9)
+    assert "peak 0 TFLOP/s (by hand)" in utilisation.line()
+    assert Utilisation(work, None).mfu(100) is None
+
+
+def test_matmul_rate_is_a_rate():
+    assert 1e8 < matmul_rate(CPU, torch.float32, repeats=1) < 1e15
+
+
+def test_peak_is_tabled_by_name_and_measured_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 5e12)
+    gpu = torch.device("cuda", 0)
+    assert peak_of(gpu, torch.bfloat16).flops_per_sec == 989e12
+    assert peak_of(gpu, torch.float32).flops_per_sec == 5e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert peak_of(gpu, torch.bfloat16) == Peak(5e12, "measured: a bfloat16 matrix product")

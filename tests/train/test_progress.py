@@ -1,0 +1,122 @@
+"""The bar on a real terminal, lines elsewhere, and the warning when data limits a run."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections import Counter
+
+import pytest
+
+from salt_wds.runs.metrics import Clock
+from salt_wds.train.progress import InputBound
+
+RUN = """
+import logging
+from salt_wds.train.progress import Progress
+logging.basicConfig(level=logging.INFO)
+progress = Progress(2, 5)
+for step in (3, 4, 5):
+    progress.advance()
+    logging.warning("warning %d", step)
+    line = {"step": step, "loss": 0.5, "r2": 0.25, "clips_per_sec": 12.0, "data_wait_share": 0.5}
+    progress.show(line, f"step {step} as a line")
+progress.close()
+"""
+
+
+def test_a_bar_on_a_terminal(repository):
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 160))
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=repository, stdout=subprocess.PIPE, stderr=child, text=True, check=True
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while part := os.read(parent, 65536):
+            shown += part
+    except OSError:  # Linux says so when the other end is closed and everything was read
+        pass
+    os.close(parent)
+    text = shown.decode()
+    assert done.stdout == ""
+    assert "5/5" in text
+    assert "loss 0.5000, R2 +0.250, 12.0 clips/s, wait 50%" in text
+    assert [f"warning {n}" in text for n in (3, 4, 5)] == [True] * 3
+
+
+def test_lines_elsewhere(repository):
+    done = subprocess.run([sys.executable, "-c", RUN], cwd=repository, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"step {n} as a line" for n in (3, 4, 5)]
+    assert done.stderr.splitlines() == [f"WARNING:root:warning {n}" for n in (3, 4, 5)]
+
+
+def test_output_on_a_full_disk_ends_nothing(repository, tmp_path):
+    code = """
+import resource, sys
+from salt_wds.train.progress import Progress
+progress = Progress(0, 3)
+for step in (1, 2, 3):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5 if step == 2 else 1000, 1000))
+    progress.show({}, f"step {step}")
+"""
+    with (tmp_path / "out.txt").open("w") as out:
+        subprocess.run([sys.executable, "-c", code], cwd=repository, stdout=out, check=True)
+    printed = (tmp_path / "out.txt").read_text().splitlines()
+    assert (printed[0], printed[-1]) == ("step 1", "step 3")
+
+
+# --- input-bound --------------------------------------------------------------------------------------------------
+
+DECODING = Counter(read=1.0, decode=20.0, crop=5.0)
+
+
+def warnings(shares, watch=None, ms=DECODING):
+    watch = watch or InputBound(4, 8, ["webm"], "shards")
+    return [watch.observe(share, ms) for share in shares]
+
+
+def test_three_intervals_in_a_row_after_the_first():
+    assert warnings([0.9, 0.2, 0.2, 0.1, 0.2, 0.2]) == [None] * 6
+    *before, warning = warnings([0.9, 0.2, 0.2, 0.125])
+    assert before == [None] * 3
+    assert warning.startswith(
+        "input-bound: 12% of the time went into waiting for data, and over 10% in each of the last 3"
+    )
+
+
+def test_not_at_every_interval_again():
+    found = [n for n, warning in enumerate(warnings([0.5] * 60), 1) if warning]
+    assert found == [4, 24, 44]
+
+
+@pytest.mark.parametrize(
+    ("workers", "extensions", "ms", "remedy"),
+    [
+        (4, ["webm"], DECODING, "raise data.num_workers from 4, up to the 8 cores, or pack with --frames mjpeg or y4m"),
+        (8, ["webm"], DECODING, "limit: pack with --frames mjpeg or y4m"),
+        (8, ["mjpeg"], DECODING, "limit: pack with --frames y4m"),
+        (8, ["y4m"], DECODING, "limit: use more cores"),
+        (4, ["webm"], Counter(read=30.0, decode=20.0, crop=5.0), "check the drive, python -m shard_tools.bench shards"),
+        (4, ["webm"], Counter(read=1.0, decode=20.0, augment=40.0), "the run's own stages limit"),
+        (0, ["webm"], DECODING, "set data.num_workers"),
+    ],
+)
+def test_the_remedy_is_for_what_limits(workers, extensions, ms, remedy):
+    (warning,) = filter(None, warnings([0.5] * 4, InputBound(workers, 8, extensions, "shards"), ms))
+    assert remedy in warning
+
+
+def test_time_for_something_else_does_not_count(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("salt_wds.runs.metrics.time.perf_counter", lambda: now[0])
+    clock = Clock()
+    clock.add(8, 1.0, {})
+    now[0] = 10.0
+    clock.exclude(6.0)
+    assert clock.rates()["clips_per_sec"] == 2.0
+    assert clock.rates()["data_wait_share"] == 0.25

@@ -1,0 +1,106 @@
+"""The main job on real video: 36 real clips are packed, verified and trained on; the full-size run takes its first steps."""
+
+import gc
+import subprocess
+
+import pytest
+import torch
+import webdataset
+
+from salt_wds.models.build import multiplies_bf16_slowly
+from salt_wds.runs.metrics import read_metrics
+from shard_tools.format import ledger
+
+
+@pytest.fixture(scope="module")
+def shards(real_clips, run_module, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "shards"
+    run_module("shard_tools.pack", real_clips, "--out", out, "--shard-size", "512KiB")
+    run_module("shard_tools.verify", out)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+def test_plain_webdataset_and_gnu_tar_read_the_shards(shards):
+    files = sorted(str(path) for path in shards.glob("*.tar"))
+    samples = list(webdataset.WebDataset(files, shardshuffle=False))
+    gc.collect()
+    assert len(samples) == 36
+    assert all(sample["webm"][:4] == b"\x1a\x45\xdf\xa3" and sample["json"] for sample in samples)
+    for file in files:
+        subprocess.run(["tar", "tf", file], check=True, capture_output=True)
+
+
+def test_two_hundred_steps_cut_the_masked_loss(shards, run_module, tmp_path):
+    run_module(
+        "salt_wds.train", "--config", "configs/tiny.toml", "--set", f"data.shards={shards}",
+        "--set", f"train.run_dir={tmp_path / 'run'}", timeout=400,
+    )  # fmt: skip
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    first, last = lines[0], lines[-1]
+    print(f"loss {first['loss']:.4f} -> {last['loss']:.4f}, R2 {first['r2']:+.3f} -> {last['r2']:+.3f}")
+    assert (first["step"], last["step"]) == (1, 200)
+    assert last["loss"] < 0.7 * first["loss"]
+    assert last["r2"] > 0
+    assert last["failures"] == 0
+
+
+def test_the_full_size_run_takes_two_steps_on_a_cpu(shards, run_module, tmp_path):
+    precision = "fp32" if multiplies_bf16_slowly(torch.device("cpu")) else "bf16"  # that took 6 minutes a step
+    overrides = (
+        f"data.shards={shards}", "teacher.weights=random", "data.batch_size=2", "data.num_workers=1",
+        "train.compile=off", "train.steps=2", f"train.precision={precision}", f"train.run_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    arguments = [word for override in overrides for word in ("--set", override)]
+    done = run_module("salt_wds.train", "--config", "configs/base.toml", *arguments, timeout=900)
+    assert "8 x 14 x 14 = 1568 tokens" in done.stdout
+    assert "UNTRAINED" in done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_three_damaged_videos_are_named_on_the_way(real_clips, run_module, tmp_path):
+    """Packing names the three it can see; a fourth that only the decoder can see is named in training."""
+    root = tmp_path / "videos"
+    for path in real_clips.rglob("*"):
+        if path.is_file():
+            copy = root / path.relative_to(real_clips)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    folder = root / "20bn-something-something-v2"
+    truncated, noise, empty, wrecked = "63089", "140479", "111286", "164478"  # all of the training split
+    (folder / f"{truncated}.webm").write_bytes((folder / f"{truncated}.webm").read_bytes()[:20_000])
+    (folder / f"{noise}.webm").write_bytes(bytes(range(256)) * 200)
+    (folder / f"{empty}.webm").write_bytes(b"")
+    video = bytearray((folder / f"{wrecked}.webm").read_bytes())
+    start = video.index(b"\x1f\x43\xb6\x75") + 60  # past the head of the first cluster: the container stays whole
+    video[start : start + 3000] = b"\xff" * 3000
+    (folder / f"{wrecked}.webm").write_bytes(video)
+
+    packed = run_module("shard_tools.pack", root, check=False)
+    assert packed.returncode == 1
+    failures, _ = ledger.read(root / "shards" / "failures.jsonl")
+    assert {truncated, noise, empty} <= {f.key for f in failures} <= {truncated, noise, empty, wrecked}
+    run_module("shard_tools.verify", root / "shards")
+
+    run_dir = tmp_path / "run"
+    overrides = (
+        f"data.shards={root / 'shards'}",
+        f"train.run_dir={run_dir}",
+        "train.steps=8",
+        "data.max_failure_rate=1.0",
+    )
+    arguments = [word for override in overrides for word in ("--set", override)]
+    run_module("salt_wds.train", "--config", "configs/tiny.toml", *arguments)
+    named, _ = ledger.read(run_dir / "failures" / "rank0.jsonl")
+    assert {f.key for f in named} <= {wrecked}
+    if wrecked not in {f.key for f in failures}:
+        assert named
+        assert all(f.shard == "train-000000.tar" and f.worker is not None and f.traceback for f in named)
+
+
+def test_preflight_holds_on_real_clips(shards, run_module):
+    done = run_module(
+        "salt_wds.preflight", "--config", "configs/tiny.toml", "--set", f"data.shards={shards}", "--batches", 20
+    )
+    assert done.stdout.count("ok    ") == 3
+    assert "forecast" in done.stdout

@@ -37,9 +37,8 @@ from salt_wds.data.reader import Reader
 from salt_wds.data.views import choose_frames, random_crop
 from shard_tools.format.dataset import COLOURS, Video
 from shard_tools.video.decode import Decoder, VideoInfo, get_decoder
-from shard_tools.video.encoding import TIERS
 from shard_tools.video.ffmpeg import decode_frames, open_video, padded_packet
-from shard_tools.video.tiers import to_jpeg_colour
+from shard_tools.video.tiers import TIERS, to_jpeg_colour
 
 FRAMES, STRIDE, SIZE, SCALE, RATIO = 16, 2, 224, (0.5, 1.0), (3 / 4, 4 / 3)
 LEAST = {"mjpeg": 3.0, "y4m": 12.0}

@@ -32,7 +32,7 @@ from shard_tools.common.files import page_buffer
 from shard_tools.common.worker_process import end_with_parent
 from shard_tools.format.dataset import Dataset, index_name, read_dataset
 from shard_tools.format.index import read_index
-from shard_tools.video.encoding import EXPECTED_GROWTH
+from shard_tools.video.tiers import EXPECTED_GROWTH
 
 _CHUNK = 1 << 20  # bytes of one read of a whole shard
 _WARM_BYTES = 2 << 30  # what is read again, all readers together: it has to stay in the page cache

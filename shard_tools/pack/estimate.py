@@ -27,9 +27,9 @@ from shard_tools.pack.clip_cost import CLIP_FRAMES, SIZE, STRIDE, clip_seconds
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.pack.plan import PackJob, Plan
 from shard_tools.pack.shard_size import MIB
-from shard_tools.video.encoding import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
+from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
 
 _SAMPLES, _FEWEST = 24, 4
 _SECONDS = 5.0  # for a tier: then no further video is tried

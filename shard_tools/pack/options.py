@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shard_tools.common.cli import Parser
 from shard_tools.pack.shard_size import MIB, auto_shard_bytes
-from shard_tools.video.encoding import BEST_QUALITY, LEAST_PSNR_DB, TIERS, WORST_QUALITY
+from shard_tools.video.tiers import BEST_QUALITY, LEAST_PSNR_DB, TIERS, WORST_QUALITY
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": MIB, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

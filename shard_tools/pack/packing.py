@@ -26,8 +26,8 @@ from shard_tools.pack.ray_executor import ray_cluster, run_ray
 from shard_tools.pack.schedule import write_shards
 from shard_tools.pack.shard_size import MIB
 from shard_tools.pack.staging import PackPlan, ShardResult
-from shard_tools.video.encoding import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
 from shard_tools.video.sources import SourceSet, find_sources
+from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
 
 _SHOWN = 10  # names printed of a longer list; the files have them all
 

@@ -16,8 +16,8 @@ import xxhash
 from shard_tools.format.dataset import FORMAT_VERSION, SPLITS, Video, shard_name
 from shard_tools.format.tar import BLOCK
 from shard_tools.pack.shard_size import auto_shard_bytes
-from shard_tools.video.encoding import SOURCE, Encoding
 from shard_tools.video.sources import Source
+from shard_tools.video.tiers import SOURCE, Encoding
 
 _JSON_ESTIMATE = 2 * BLOCK  # KEY.json is 400-700 bytes for Something-Something-v2
 

@@ -23,10 +23,9 @@ from shard_tools.format.index import parse_index, read_index
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import read_members
 from shard_tools.repair.damaged_tar import TarRemains, fits
-from shard_tools.video.encoding import BEST_QUALITY, SOURCE, WORST_QUALITY, Encoding
 from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import Source, find_sources
-from shard_tools.video.tiers import make_payload
+from shard_tools.video.tiers import BEST_QUALITY, SOURCE, WORST_QUALITY, Encoding, make_payload
 
 _BUFFER = 4 << 20
 _NO_ENTRY = "its KEY.json is damaged, and the source folder has no video or label of this key"

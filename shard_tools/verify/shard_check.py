@@ -29,8 +29,8 @@ from shard_tools.format.dataset import (
 )
 from shard_tools.format.index import parse_index
 from shard_tools.format.tar import BLOCK, Member, ShardDamage, parse_header, read_members
-from shard_tools.video.encoding import TIERS
 from shard_tools.video.ffmpeg import frame_decoder, open_video, padded_packet
+from shard_tools.video.tiers import TIERS
 from shard_tools.video.webm import vp9_packets
 
 KINDS = (

@@ -76,6 +76,15 @@ def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) 
     return _samples(y, height, width), _samples(u, rows, columns), _samples(v, rows, columns)
 
 
+def fill_frame(planes: Planes, format_name: str) -> av.VideoFrame:
+    """A frame of format yuv420p or yuvj420p with a copy of these planes."""
+    height, width = planes[0].shape
+    frame = av.VideoFrame(width, height, format_name)
+    for plane, samples in zip(frame.planes, planes, strict=True):
+        _samples(plane, *samples.shape)[:] = samples
+    return frame
+
+
 def _samples(plane: av.video.plane.VideoPlane, rows: int, columns: int) -> np.ndarray:
     """A plane without the padding of its rows: a view."""
     return np.ndarray((rows, columns), np.uint8, plane, strides=(plane.line_size, 1))

@@ -1,10 +1,10 @@
-"""Storage tiers: disk space for decode time. What of a video goes into its shard.
+"""Storage tiers: what of a video goes into its shard, trading disk space for decoding time.
 
     source   the file's own bytes
-    mjpeg    every frame a JPEG (bt601, full range), one after the other; each is found and decoded alone
-    y4m      every frame as the decoder left it (YUV4MPEG2); found by arithmetic, nothing to decode
+    mjpeg    every frame as a JPEG (bt601, full range), one after the other; each can be found and decoded alone
+    y4m      every frame as decoded (YUV4MPEG2); found by arithmetic, nothing left to decode
 
-Frames never pass through RGB, and are numbered as they are decoded: a variable frame rate is kept as frames.
+Frames never pass through RGB. They are numbered in decoding order, so a variable frame rate is kept as frames.
 """
 
 from __future__ import annotations
@@ -21,13 +21,49 @@ import numpy as np
 import xxhash
 
 from shard_tools.format.dataset import SampleInfo, SourceFile, Video, y4m_frame_bytes
-from shard_tools.video.encoding import BEST_QUALITY, LEAST_PSNR_DB, TIERS, Encoding
-from shard_tools.video.ffmpeg import Planes, decode_frames, frame_decoder, open_video, padded_packet, planes_of
+from shard_tools.video.ffmpeg import (
+    Planes,
+    decode_frames,
+    fill_frame,
+    frame_decoder,
+    open_video,
+    padded_packet,
+    planes_of,
+)
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 
-_COARSEST = 8  # that is chosen
-_LOOK_EVERY = 8  # frames; a quality that fails these is not tried on all
+TIERS = ("source", "mjpeg", "y4m")
+# Bytes of a tier over bytes of the source, for clips like those of Something-Something-v2. Shards are planned with it.
+EXPECTED_GROWTH = {"source": 1, "mjpeg": 5.5, "y4m": 85}
+
+BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
+# The automatic quality is the coarsest that keeps every plane of every frame this close to the decoded one: decoding
+# time grows with the coefficients. The promise is 40 dB; the rest allows for the rounding of other decoders.
+LEAST_PSNR_DB = 41.0
+_COARSEST = 8  # quality that is tried
+_LOOK_EVERY = 8  # frames; a quality that fails on these is not tried on all
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A tier and its settings.
+
+    Attributes:
+        quality: of mjpeg, FFmpeg's qscale from 2 (best) to 31; None chooses it for each video (LEAST_PSNR_DB).
+        short_side: pixels; frames whose shorter side is longer are shrunk to it. Not for tier "source".
+    """
+
+    tier: str = "source"
+    quality: int | None = None
+    short_side: int | None = None
+
+    def __str__(self) -> str:
+        quality = f" quality {self.quality or 'auto'}" if self.tier == "mjpeg" else ""
+        return self.tier + quality + (f" short side {self.short_side}" if self.short_side else "")
+
+
+SOURCE = Encoding()
 
 
 @dataclass(frozen=True)
@@ -162,10 +198,7 @@ def _jpegs(pictures: list[Planes], video: Video, quality: int) -> list[bytes]:
     encoder.thread_count = 1
     jpegs: list[bytes] = []
     for number, planes in enumerate(pictures):
-        frame = av.VideoFrame(width, height, "yuvj420p")
-        for plane, samples in zip(frame.planes, planes, strict=True):
-            rows, columns = samples.shape
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns] = samples
+        frame = fill_frame(planes, "yuvj420p")
         frame.pts = number
         jpegs += [bytes(packet) for packet in encoder.encode(frame)]
     jpegs += [bytes(packet) for packet in encoder.encode(None)]

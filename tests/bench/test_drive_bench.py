@@ -10,7 +10,7 @@ import pytest
 from shard_tools import bench
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
-from shard_tools.video.encoding import EXPECTED_GROWTH
+from shard_tools.video.tiers import EXPECTED_GROWTH
 from tests.conftest import contents
 
 

@@ -21,10 +21,9 @@ from shard_tools.pack.clip_cost import clip_frames
 from shard_tools.pack.estimate import Estimate, TierEstimate, Written, choose, verdict
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.pack.plan import PackJob
-from shard_tools.video.encoding import TIERS, Encoding
 from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import Source, find_sources
-from shard_tools.video.tiers import make_payload
+from shard_tools.video.tiers import TIERS, Encoding, make_payload
 
 Capture = pytest.CaptureFixture[str]
 _UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}

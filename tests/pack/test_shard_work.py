@@ -18,8 +18,8 @@ from shard_tools.common.processes import WorkerDiedError
 from shard_tools.pack import schedule as shard_work
 from shard_tools.pack.plan import PackJob, Plan, ShardTask
 from shard_tools.pack.shard_size import MIB
-from shard_tools.video.encoding import Encoding
 from shard_tools.video.sources import Source
+from shard_tools.video.tiers import Encoding
 
 SHARDS = ["--shard-size", "64KiB"]
 

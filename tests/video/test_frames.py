@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shard_tools.format.dataset import Video
-from shard_tools.video.encoding import Encoding
 from shard_tools.video.probe import BadVideoError, declared_size, probe
-from shard_tools.video.tiers import make_payload
+from shard_tools.video.tiers import Encoding, make_payload
 
 
 @pytest.fixture(scope="module")

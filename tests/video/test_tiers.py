@@ -9,9 +9,8 @@ import video_maker
 import xxhash
 
 from shard_tools.format.dataset import SampleInfo, SourceFile, frame_span
-from shard_tools.video.encoding import Encoding
 from shard_tools.video.probe import BadVideoError, probe
-from shard_tools.video.tiers import make_payload, to_jpeg_colour
+from shard_tools.video.tiers import Encoding, make_payload, to_jpeg_colour
 
 
 def make_video(width, height, frames, pix_fmt="yuv420p", codec="ffv1", container="matroska", **more):

@@ -18,12 +18,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import harness
 import numpy as np
@@ -33,11 +31,12 @@ sys.path.insert(0, str(harness.REPOSITORY))
 from salt_wds.data.catalog import Catalog, Row, open_catalog
 from salt_wds.data.crop_resize import ClipWriter, Crop
 from salt_wds.data.order import Order, Place, sample_rng
+from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import Reader
 from salt_wds.data.views import choose_frames, random_crop
-from shard_tools.format.dataset import COLOURS, Video
+from shard_tools.format.dataset import Video
 from shard_tools.video.decode import Decoder, VideoInfo, get_decoder
-from shard_tools.video.ffmpeg import decode_frames, open_video, padded_packet
+from shard_tools.video.ffmpeg import Planes
 from shard_tools.video.tiers import TIERS, to_jpeg_colour
 
 FRAMES, STRIDE, SIZE, SCALE, RATIO = 16, 2, 224, (0.5, 1.0), (3 / 4, 4 / 3)
@@ -100,7 +99,7 @@ class Lane:
         started = time.perf_counter()
         record, payload = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
-        info = VideoInfo(row.num_frames, row.width, row.height, colour(record))
+        info = video_info(row, record, foreign=False)
         self.writer.write(self.decoder(payload, info, numbers).pictures, frames, crop, self.out)
         self.position += 1
 
@@ -128,7 +127,7 @@ def measure(work: Path, seconds: float, turn: float) -> dict[str, Any]:
         order = Order(catalog.part_samples[0], _WINDOW, _SEED)
         out = np.empty((FRAMES, SIZE * SIZE * 3 // 2), np.uint8)
         [ext] = catalog.extensions
-        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder("pyav", ext), ClipWriter(SIZE), out)
+        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder(ext), ClipWriter(SIZE), out)
         for _ in range(3):  # first calls set up what later ones find ready
             lanes[tier].clip()
         lanes[tier].reading, lanes[tier].position, lanes[tier].requests = 0.0, 0, []
@@ -151,10 +150,6 @@ def measure(work: Path, seconds: float, turn: float) -> dict[str, Any]:
     return {"clip": {"frames": FRAMES, "stride": STRIDE, "size": SIZE}, "page_cache": "warm", "tiers": tiers}
 
 
-def colour(record: dict[str, Any]) -> int:
-    return COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
-
-
 # --- quality ------------------------------------------------------------------------------------------------------
 
 
@@ -170,15 +165,14 @@ def quality(work: Path) -> dict[str, Any]:
             clips += 1
             frames = range(row.num_frames)
             record, payload = readers["source"].read(shard, row, frames)
-            jpegs = [bytes(frame) for frame in readers["mjpeg"].read(*rows["mjpeg"][key], frames)[1]]
+            decoded = all_pictures("webm", payload, VideoInfo.of(Video(**record["video"])))
             raw = [bytes(frame) for frame in readers["y4m"].read(*rows["y4m"][key], frames)[1]]
-            video = Video(**record["video"])
-            decoded = [planes(frame) for frame in decode(payload)]
-            assert len(decoded) == len(jpegs) == len(raw) == row.num_frames, key
-            for picture, jpeg, bytes_kept in zip(decoded, jpegs, raw, strict=True):
-                lossless &= b"".join(plane.tobytes() for plane in picture) == bytes_kept
-                [kept] = av.CodecContext.create("mjpeg", "r").decode(padded_packet(jpeg))
-                levels.append(psnr(planes(kept)[0], to_jpeg_colour(picture, video)[0]))
+            kept_record, jpegs = readers["mjpeg"].read(*rows["mjpeg"][key], frames)
+            kept = all_pictures("mjpeg", jpegs, VideoInfo.of(Video(**kept_record["video"])))
+            assert len(decoded) == len(kept) == len(raw) == row.num_frames, key
+            for picture, jpeg, stored in zip(decoded, kept, raw, strict=True):
+                lossless &= b"".join(plane.tobytes() for plane in picture) == stored
+                levels.append(psnr(jpeg[0], to_jpeg_colour(picture, Video(**record["video"]))[0]))
     return {
         "clips": clips,
         "frames": len(levels),
@@ -194,20 +188,10 @@ def rows_by_key(catalog: Catalog) -> dict[str, tuple[int, Any]]:
     return {row.key: (shard, row) for shard, row in rows}
 
 
-def decode(payload: bytes) -> Iterator[av.VideoFrame]:
-    with open_video(payload) as container:
-        yield from decode_frames(container)
-
-
-def planes(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Y, U and V without padding, copied."""
-    assert frame.format.name in ("yuv420p", "yuvj420p"), frame.format.name
-    chroma = (frame.height + 1) // 2, (frame.width + 1) // 2
-    y, u, v = (
-        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns].copy()
-        for plane, (rows, columns) in zip(frame.planes, ((frame.height, frame.width), chroma, chroma), strict=True)
-    )
-    return y, u, v
+def all_pictures(ext: str, payload: Any, info: VideoInfo) -> list[Planes]:
+    """Y, U and V of every frame, copied."""
+    pictures = get_decoder(ext)(payload, info, None).pictures
+    return [tuple(plane.copy() for plane in picture) for picture in pictures]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

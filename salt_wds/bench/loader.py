@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -29,12 +29,12 @@ from salt_wds.data.batches import TIMED, Batch
 from salt_wds.data.catalog import open_catalog
 from salt_wds.data.loader import Loader
 from salt_wds.data.order import sample_rng
-from salt_wds.data.pipeline import make_order
+from salt_wds.data.pipeline import make_order, video_info
 from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.views import training_view
 from shard_tools.common.worker_process import end_with_parent
 from shard_tools.format.dataset import FRAME_TIERS
-from shard_tools.video.ffmpeg import decode_frames, open_video, padded_packet
+from shard_tools.video.decode import DecodeError, get_decoder
 
 _BUSY = ("read", "decode", "crop", "augment", "collate")
 
@@ -132,6 +132,7 @@ def _decode_only(config: Config, worker: int, seconds: float) -> float:
     data = config.data
     catalog = open_catalog(data.folders, data.split)
     order, reader = make_order(catalog, data, config.train.seed), Reader(catalog, 0)
+    decoders = {ext: get_decoder(ext) for ext in catalog.extensions}
     started, clips = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         position = worker + clips * data.num_workers
@@ -139,28 +140,15 @@ def _decode_only(config: Config, worker: int, seconds: float) -> float:
         row = catalog.row(*place)
         rng = sample_rng(config.train.seed, position)
         frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
-        with contextlib.suppress(OSError, HashMismatchError, av.FFmpegError):  # the loader, measured before, named them
-            payload = reader.read(place.shard, row, sorted(set(frames.tolist())))[1]
-            _decode_and_drop(payload, row.ext, int(frames[-1]))
+        numbers = sorted(set(frames.tolist()))
+        with contextlib.suppress(
+            OSError, HashMismatchError, DecodeError, av.FFmpegError
+        ):  # the loader was measured before, and named them
+            record, payload = reader.read(place.shard, row, numbers)
+            info = video_info(row, record, foreign=catalog.part(place.shard).foreign)
+            deque(decoders[row.ext](payload, info, numbers).pictures, maxlen=0)
         clips += 1
     return clips / (time.perf_counter() - started)
-
-
-def _decode_and_drop(payload: bytes | Iterator[memoryview], ext: str, last: int) -> None:
-    if ext == "y4m":
-        for _ in payload:
-            pass
-        return
-    if ext == "mjpeg":
-        decoder = av.CodecContext.create("mjpeg", "r")
-        decoder.thread_count = 1
-        for jpeg in payload:
-            decoder.decode(padded_packet(jpeg))
-        return
-    with open_video(payload) as container:
-        for number, _ in enumerate(decode_frames(container)):
-            if number == last:
-                return
 
 
 # --- what a person reads ------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class SamplePipeline:
         self.seconds: Counter[str] = Counter()  # by stage
         self._spec = spec
         self._order = make_order(spec.catalog, spec.data, spec.seed, spec.views)
-        self._decoders = {ext: get_decoder(spec.data.decoder, ext) for ext in spec.catalog.extensions}
+        self._decoders = {ext: get_decoder(ext, spec.data.decoder) for ext in spec.catalog.extensions}
         self._clip_writer = ClipWriter(spec.data.size)
         self._reader = Reader(spec.catalog, spec.data.read_retries)
         self._status = spec.in_flight.array[self.worker]
@@ -292,11 +292,8 @@ class SamplePipeline:
 
     def _decode(self, sample: Sample) -> Sample:
         """Decode, crop and resize into the sample's clip."""
-        row, record = sample["row"], sample["json"]
-        colour = None
-        if not self._spec.catalog.part(sample["shard"]).foreign:  # the JSON of other tools may hold anything
-            colour = COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
-        info = VideoInfo(row.num_frames, row.width, row.height, colour)
+        row = sample["row"]
+        info = video_info(row, sample["json"], self._spec.catalog.part(sample["shard"]).foreign)
         payload = sample.pop("payload")
         reading = None if isinstance(payload, bytes) else _Timed(payload)
         decoded = self._decoders[row.ext](reading or payload, info, sample["numbers"])
@@ -309,6 +306,12 @@ class SamplePipeline:
             self.seconds["decode"] -= reading.seconds
         sample["colour"] = decoded.colour
         return sample
+
+
+def video_info(row: Row, record: Mapping[str, Any], foreign: bool) -> VideoInfo:
+    """What a decoder needs to know of a sample; `record` is the content of its JSON, which is not used if `foreign`."""
+    colour = None if foreign else COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
+    return VideoInfo(row.num_frames, row.width, row.height, colour)
 
 
 def _checked(stage: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:

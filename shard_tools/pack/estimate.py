@@ -22,15 +22,17 @@ import cv2
 import xxhash
 
 from shard_tools.common.cli import CommandError, one_line
+from shard_tools.format.dataset import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
-from shard_tools.pack.clip_cost import CLIP_FRAMES, SIZE, STRIDE, clip_seconds
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.pack.plan import PackJob, Plan
 from shard_tools.pack.shard_size import MIB
+from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
-from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
+from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding, Payload
 
+CLIP_FRAMES, STRIDE, SIZE = 16, 2, 224  # a training clip, as configs/base.toml has it
 _SAMPLES, _FEWEST = 24, 4
 _SECONDS = 5.0  # for a tier: then no further video is tried
 _MOST_WRITTEN = 256 * MIB
@@ -186,8 +188,8 @@ def _measure(job: PackJob, chosen: Sequence[Source], scratch: _Scratch, failed: 
             data, payload = read_source(job, source)
             info = payload.sample_info(source, data)
             packed = time.thread_time()
-            decode_seconds, resize_seconds = clip_seconds(info, payload, job.encoding.tier)
-        except (OSError, BadVideoError, av.FFmpegError) as error:
+            decode_seconds, resize_seconds = clip_seconds(info, payload)
+        except (OSError, BadVideoError, DecodeError, av.FFmpegError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             failed.setdefault(source.path, one_line(reason))
             continue
@@ -201,6 +203,28 @@ def _measure(job: PackJob, chosen: Sequence[Source], scratch: _Scratch, failed: 
         one.decode_seconds += decode_seconds
         one.resize_seconds += resize_seconds
     return one
+
+
+def clip_seconds(info: SampleInfo, payload: Payload) -> tuple[float, float]:
+    """CPU seconds to decode one training clip of a sample, and to resize its planes."""
+    numbers = clip_frames(info.video.num_frames)
+    content = payload_frames(payload.data, payload.ext, info, numbers)
+    resizing = 0.0
+    began = time.thread_time()
+    for planes in get_decoder(payload.ext)(content, VideoInfo.of(info.video), numbers).pictures:
+        decoded = time.thread_time()
+        for plane, size in zip(planes, (SIZE, SIZE // 2, SIZE // 2), strict=True):
+            shrinks = min(plane.shape) > 2 * size
+            cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        resizing += time.thread_time() - decoded
+    return time.thread_time() - began - resizing, resizing
+
+
+def clip_frames(num_frames: int) -> list[int]:
+    """Numbers of the different frames of the middlemost clip, whose cost is the mean over random starts."""
+    last = num_frames - 1
+    start = max(last - (CLIP_FRAMES - 1) * STRIDE, 0) // 2
+    return sorted({min(start + STRIDE * n, last) for n in range(CLIP_FRAMES)})
 
 
 class _Scratch:

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import av
 import xxhash
 
 from shard_tools.format.dataset import ShardInfo, index_name
@@ -20,10 +19,11 @@ from shard_tools.verify.shard_check import (
     Problem,
     ShardCheck,
     ShardReport,
+    decoding_wrong,
     repair_command,
     restore_tar,
-    video_wrong,
 )
+from shard_tools.video.decode import VideoInfo
 
 _BUFFER = 4 << 20
 _CHUNK = 1 << 20
@@ -62,10 +62,8 @@ def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | 
     with (folder / shard).open("rb") as file:
         file.seek(row["payload_offset"])
         payload = file.read(row["payload_size"])
-    try:
-        detail = video_wrong(payload, row["num_frames"])
-    except av.FFmpegError as error:
-        detail = f"cannot be decoded to its end: {error.strerror or error}"
+    info = VideoInfo(row["num_frames"], row["width"], row["height"])
+    detail = decoding_wrong(payload, row["ext"], info)
     return undecodable(shard, row, detail) if detail else None
 
 

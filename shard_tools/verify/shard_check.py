@@ -23,15 +23,13 @@ from shard_tools.format.dataset import (
     Dataset,
     SampleInfo,
     ShardInfo,
-    frame_span,
     index_name,
     parse_sample,
 )
 from shard_tools.format.index import parse_index
 from shard_tools.format.tar import BLOCK, Member, ShardDamage, parse_header, read_members
-from shard_tools.video.ffmpeg import frame_decoder, open_video, padded_packet
+from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.tiers import TIERS
-from shard_tools.video.webm import vp9_packets
 
 KINDS = (
     "missing_shard", "extra_shard", "unreadable", "truncated", "bad_header", "payload_mismatch", "json_mismatch",
@@ -150,15 +148,10 @@ def decode_problem(folder: Path, task: tuple[str, dict[str, Any]]) -> Problem | 
         sample = parse_sample(file.read(row["json_size"]))
         file.seek(row["payload_offset"])
         payload = file.read(row["payload_size"])
-    try:
-        ready = row["ext"] in FRAME_TIERS
-        if ready:
-            detail = _frames_wrong(sample, row["ext"], payload)
-        else:
-            detail = video_wrong(payload, sample.video.num_frames)
-            detail = detail or _packets_wrong(payload, sample.video.num_frames)
-    except av.FFmpegError as error:
-        detail = f"cannot be decoded to its end: {error.strerror or error}"
+    detail = _frames_wrong(sample, row["ext"], payload) if row["ext"] in FRAME_TIERS else None
+    if detail is None:
+        content = payload_frames(payload, row["ext"], sample, None)
+        detail = decoding_wrong(content, row["ext"], VideoInfo.of(sample.video))
     return undecodable(shard, row, detail) if detail else None
 
 
@@ -166,43 +159,25 @@ def undecodable(shard: str, row: dict[str, Any], detail: str) -> Problem:
     return Problem(shard, row["key"], "undecodable", row["payload_offset"], detail, _FETCH_AGAIN)
 
 
-def video_wrong(payload: bytes, expected: int) -> str | None:
-    """What is wrong with the file of a video, all of whose frames are decoded; None if nothing is."""
-    with open_video(payload) as container:
-        if not container.streams.video:
-            return "no video stream in it"
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # shards are the unit of parallel work
-        found = sum(1 for _ in container.decode(stream))
-    return None if found == expected else f"{found} frames can be decoded, {expected} are promised"
-
-
-def _packets_wrong(payload: bytes, expected: int) -> str | None:
-    """What is wrong with a video's packets, from which training decodes; None if nothing is."""
-    packets = vp9_packets(payload)
-    if packets is None:
-        return None
-    decoder = frame_decoder("vp9")
-    found = sum(len(decoder.decode(padded_packet(payload[at : at + size]))) for at, size in packets)
-    return None if found == len(packets) == expected else f"its packets give {found} frames, {expected} are promised"
+def decoding_wrong(content: bytes | list[memoryview], ext: str, info: VideoInfo) -> str | None:
+    """What is wrong with a sample when all of its frames are decoded as for training; None if nothing is."""
+    try:
+        found = sum(1 for _ in get_decoder(ext)(content, info, None).pictures)
+    except DecodeError as error:
+        return str(error)
+    except av.FFmpegError as error:
+        return f"cannot be decoded to its end: {error.strerror or error}"
+    return None if found == info.num_frames else f"{found} frames can be decoded, {info.num_frames} are promised"
 
 
 def _frames_wrong(sample: SampleInfo, ext: str, payload: bytes) -> str | None:
-    """What is wrong with the frames of a payload of a frame tier; None if nothing is."""
-    expected = sample.video.num_frames
-    record, hashes = dataclasses.asdict(sample), sample.frame_xxh3 or ()
-    if sample.frame_offsets is None:
-        del record["frame_offsets"]
+    """What is wrong with the bytes of frames in a frame tier; None if nothing is."""
+    expected, hashes = sample.video.num_frames, sample.frame_xxh3 or ()
     if len(hashes) != expected:
         return f"{len(hashes)} frame hashes for {expected} frames"
-    for number in range(expected):
-        start, end = frame_span(record, number, len(payload))
-        if xxhash.xxh3_64_hexdigest(payload[start:end]) != hashes[number]:
+    for number, frame in enumerate(payload_frames(payload, ext, sample, None)):
+        if xxhash.xxh3_64_hexdigest(frame) != hashes[number]:
             return f"frame {number} does not match its hash in {sample.key}.json"
-        if ext == "mjpeg":
-            pictures = av.CodecContext.create("mjpeg", "r").decode(padded_packet(payload[start:end]))
-            if [(p.width, p.height) for p in pictures] != [(sample.video.width, sample.video.height)]:
-                return f"frame {number} is no JPEG of the promised size"
     return None
 
 

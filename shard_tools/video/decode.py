@@ -1,4 +1,8 @@
-"""Payload bytes -> pictures: decode the wanted frames of a sample, to YUV planes."""
+"""The one decoder of payloads: the wanted frames of a sample as YUV planes.
+
+Training, the estimate of `pack --dry-run`, `describe`, `verify --deep` and the benchmarks decode with it, so that they
+all speak of the same frames at the same speed. One thread each: parallel work is done by processes.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,14 @@ import importlib.util
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import cv2
 import numpy as np
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import COLOURS, FRAME_TIERS
+from shard_tools.format.dataset import COLOURS, FRAME_TIERS, SampleInfo, Video, frame_span
 from shard_tools.video.ffmpeg import (
     Planes,
     colour_of,
@@ -25,18 +29,18 @@ from shard_tools.video.ffmpeg import (
 )
 from shard_tools.video.webm import vp9_packets
 
-DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # what the way back from decord's RGB uses
+_DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # of the conversion back from decord's RGB
 
 
 class DecodeError(Exception):
-    """A payload that does not give the frames its index promises."""
+    """A payload does not give the frames that its index promises."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What decoding needs to know in advance: frames, size in pixels.
+    """What decoding needs to know in advance: number of frames, size in pixels.
 
-    `colour` is an index into format.COLOURS; None: the video file says it.
+    `colour` is an index into format.COLOURS; None takes it from the video file.
     """
 
     num_frames: int
@@ -44,170 +48,166 @@ class VideoInfo:
     height: int
     colour: int | None = None
 
+    @classmethod
+    def of(cls, video: Video) -> VideoInfo:
+        return cls(video.num_frames, video.width, video.height, COLOURS.index((video.matrix, video.range)))
+
 
 class Decoded(NamedTuple):
-    """Colour of the pictures (index into format.COLOURS), and one picture for each wanted frame as they are decoded.
-
-    A picture is valid until clip_writer.AT_ONCE - 1 more were taken.
-    """
+    """The colour of the pictures (index into format.COLOURS), and one for each wanted frame, decoded on demand."""
 
     colour: int
     pictures: Iterator[Planes]
 
 
-# decoder(payload, info, numbers): `numbers` are the wanted frames, ascending, each once.
-Decoder = Callable[..., Decoded]
+# decoder(payload, info, numbers): `payload` as payload_frames gives it; `numbers` are the wanted frames, ascending and
+# each once, or None for every frame.
+Decoder = Callable[[Any, VideoInfo, "Sequence[int] | None"], Decoded]
 
 
-def get_decoder(name: str, ext: str) -> Decoder:
-    """The decoder for payloads of extension `ext`: `decoder(payload, info, numbers) -> Decoded`.
+def get_decoder(ext: str, name: str = "pyav") -> Decoder:
+    """The decoder for payloads of extension `ext`.
 
-    `numbers` are the wanted frames, ascending, each once. `name` (data.decoder) decides for video files; the frame
-    tiers have one decoder each, whose payload are the bytes of every wanted frame, one after the other.
+    Each frame tier has its own; for video files `name` (data.decoder) chooses "pyav" or "decord".
 
     Raises:
-        CommandError: the decoder's package is not installed.
+        CommandError: the package of the decoder is not installed.
     """
     if ext in FRAME_TIERS:
-        return {"mjpeg": MjpegDecoder(), "y4m": decode_y4m}[ext]
+        return {"mjpeg": decode_mjpeg, "y4m": decode_y4m}[ext]
     if name == "decord":
         if importlib.util.find_spec("decord") is None:
             raise CommandError(
                 'data.decoder = "decord": the package is not installed; pip install decord, or use "pyav"'
             )
-        return decode_decord
-    return PyavDecoder()
+        return decode_with_decord
+    return decode_video
+
+
+def payload_frames(
+    payload: bytes, ext: str, sample: SampleInfo, numbers: Sequence[int] | None
+) -> bytes | list[memoryview]:
+    """What a decoder takes of a payload: all of a video file, or the bytes of each wanted frame of a frame tier."""
+    if ext not in FRAME_TIERS:
+        return payload
+    record: dict[str, Any] = {"video": vars(sample.video)}
+    if sample.frame_offsets is not None:
+        record["frame_offsets"] = sample.frame_offsets
+    wanted = range(sample.video.num_frames) if numbers is None else numbers
+    spans = (frame_span(record, number, len(payload)) for number in wanted)
+    return [memoryview(payload)[start:end] for start, end in spans]
 
 
 # --- video files --------------------------------------------------------------------------------------------------
 
 
-class PyavDecoder:
-    """Decodes with FFmpeg through PyAV; no more frames than needed, no colour conversion.
+def decode_video(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
+    """Decode a video file with FFmpeg, up to its last wanted frame.
 
-    The container of an ordinary VP9 file is not opened: that would take as long as four frames (webm.py).
+    The container of an ordinary VP9 file is not opened, because that takes as long as decoding four frames.
 
     Raises (when called, or while the pictures are taken):
-        DecodeError: the video ends before its last wanted frame.
+        DecodeError: the video ends before its last wanted frame, or has no video stream.
         av.FFmpegError: FFmpeg cannot read the payload.
     """
-
-    def __init__(self) -> None:
-        self._vp9 = _KeptDecoder("vp9")
-
-    def __call__(self, payload: bytes, info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-        packets = vp9_packets(payload) if info.colour is not None else None
-        if packets is not None and info.colour is not None and len(packets) == info.num_frames:
-            return Decoded(info.colour, self._from_packets(payload, info, info.colour, packets, numbers))
-        container = open_video(payload)
-        colour = colour_of(container.streams.video[0].codec_context)
-        return Decoded(COLOURS.index(colour), _from_container(container, info, colour[1], numbers))
-
-    def _from_packets(
-        self, payload: bytes, info: VideoInfo, colour: int, packets: Sequence[tuple[int, int]], numbers: Sequence[int]
-    ) -> Iterator[Planes]:
-        view, wanted = memoryview(payload), frozenset(numbers)
-        with self._vp9 as decoder:
-            for number, (start, size) in enumerate(packets[: numbers[-1] + 1]):
-                frames = decoder.decode(padded_packet(view[start : start + size]))
-                if len(frames) != 1:
-                    raise DecodeError(f"packet {number} of {len(packets)} gives {len(frames)} frames")
-                if number in wanted:
-                    yield planes_of(frames[0], info.width, info.height, COLOURS[colour][1])
+    packets = vp9_packets(payload) if info.colour is not None else None
+    if info.colour is not None and packets is not None and len(packets) == info.num_frames:
+        return Decoded(info.colour, _decode_packets(payload, info, COLOURS[info.colour][1], packets, numbers))
+    container = open_video(payload)
+    if not container.streams.video:
+        raise DecodeError("no video stream in the file")
+    colour = colour_of(container.streams.video[0].codec_context)
+    return Decoded(COLOURS.index(colour), _decode_container(container, info, colour[1], numbers))
 
 
-class _KeptDecoder:
-    """A decoder of FFmpeg that is used again and again, with the memory it has; after an error it is made anew."""
-
-    def __init__(self, codec: str) -> None:
-        self._codec = codec
-        self._decoder: av.VideoCodecContext | None = None
-
-    def __enter__(self) -> av.VideoCodecContext:
-        if self._decoder is None:
-            self._decoder = frame_decoder(self._codec)
-        else:
-            self._decoder.flush_buffers()
-        return self._decoder
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and kind is not GeneratorExit:  # closed after the last wanted picture
-            self._decoder = None
-
-
-def _from_container(
-    container: av.container.InputContainer, info: VideoInfo, colour_range: str, numbers: Sequence[int]
+def _decode_packets(
+    payload: bytes,
+    info: VideoInfo,
+    colour_range: str,
+    packets: Sequence[tuple[int, int]],
+    numbers: Sequence[int] | None,
 ) -> Iterator[Planes]:
-    wanted = iter(numbers)
+    wanted = range(info.num_frames) if numbers is None else numbers
+    view, chosen, decoder = memoryview(payload), frozenset(wanted), frame_decoder("vp9")
+    for number, (start, size) in enumerate(packets[: wanted[-1] + 1]):
+        frames = decoder.decode(padded_packet(view[start : start + size]))
+        if len(frames) != 1:
+            raise DecodeError(f"packet {number} of {len(packets)} gives {len(frames)} frames")
+        if number in chosen:
+            yield planes_of(frames[0], info.width, info.height, colour_range)
+
+
+def _decode_container(
+    container: av.container.InputContainer, info: VideoInfo, colour_range: str, numbers: Sequence[int] | None
+) -> Iterator[Planes]:
+    chosen = None if numbers is None else frozenset(numbers)
+    found = 0
     with container:
-        following = next(wanted)
-        for number, frame in enumerate(decode_frames(container)):
-            if number == following:
+        for frame in decode_frames(container):
+            if chosen is None or found in chosen:
                 yield planes_of(frame, info.width, info.height, colour_range)
-                following = next(wanted, None)
-                if following is None:
-                    return
-    raise DecodeError(f"the video ends early: it has no frame {following}, its index says {info.num_frames} frames")
+            found += 1
+            if numbers is not None and found > numbers[-1]:
+                return
+    if numbers is not None:
+        raise DecodeError(f"the video ends early: {found} frames can be decoded, its index says {info.num_frames}")
 
 
-def decode_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-    """Decode with decord, the user's package, which gives RGB only: back to YUV 4:2:0 (bt601 limited).
+def decode_with_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
+    """Decode a video file with decord, which gives RGB only: converted back to YUV 4:2:0 (bt601 limited).
 
     Raises:
-        DecodeError: fewer frames than the index says.
+        DecodeError: the video has fewer frames than its index says.
         decord.DECORDError: decord cannot read the payload.
     """
-    import decord  # not everywhere installed; see get_decoder
+    import decord  # an optional package, see get_decoder
 
     reader = decord.VideoReader(io.BytesIO(payload), ctx=decord.cpu(0), num_threads=1)
-    if len(reader) <= numbers[-1]:
-        raise DecodeError(f"the video ends early: {len(reader)} frames, the index says {info.num_frames}")
-    pictures = reader.get_batch(list(numbers)).asnumpy()  # (frames, H, W, 3) RGB
-    return Decoded(DECORD_COLOUR, map(_rgb_to_planes, pictures))
+    wanted = list(range(info.num_frames) if numbers is None else numbers)
+    if len(reader) <= wanted[-1]:
+        raise DecodeError(f"the video ends early: {len(reader)} frames, its index says {info.num_frames}")
+    pictures = reader.get_batch(wanted).asnumpy()  # (frames, H, W, 3) RGB
+    return Decoded(_DECORD_COLOUR, map(_rgb_to_planes, pictures))
 
 
 def _rgb_to_planes(picture: np.ndarray) -> Planes:
-    """(H, W, 3) RGB to Y, U, V; an odd side is continued by one pixel for the sake of chroma."""
+    """(H, W, 3) RGB to Y, U, V; an odd side is extended by one pixel, which chroma needs."""
     height, width = picture.shape[:2]
     even = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
     return _i420_planes(cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420), even.shape[1], even.shape[0])
 
 
-# --- frame tiers: only the wanted frames were read ----------------------------------------------------------------
+# --- frame tiers: the payload is the bytes of the wanted frames --------------------------------------------------
 
 
-class MjpegDecoder:
-    """Decodes JPEGs with FFmpeg's mjpeg decoder, to planes.
+def decode_mjpeg(payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
+    """Decode JPEGs with FFmpeg.
 
     Raises (while the pictures are taken):
-        DecodeError: a JPEG gives no picture.
+        DecodeError: a JPEG gives no picture, or one of another size than its index says.
         av.FFmpegError: a JPEG is damaged.
     """
-
-    def __init__(self) -> None:
-        self._mjpeg = _KeptDecoder("mjpeg")
-
-    def __call__(self, payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-        assert info.colour is not None
-        return Decoded(info.colour, self._pictures(payload, info, COLOURS[info.colour][1]))
-
-    def _pictures(self, payload: Iterable[bytes | memoryview], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
-        with self._mjpeg as decoder:
-            for jpeg in payload:
-                frames = decoder.decode(padded_packet(jpeg))
-                if len(frames) != 1:
-                    raise DecodeError(f"a JPEG of {len(jpeg)} bytes gives {len(frames)} pictures")
-                yield planes_of(frames[0], info.width, info.height, colour_range)
+    assert info.colour is not None
+    return Decoded(info.colour, _decode_jpegs(payload, info, COLOURS[info.colour][1]))
 
 
-def decode_y4m(payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int]) -> Decoded:
-    """Views into the bytes of raw frames: nothing to decode."""
+def _decode_jpegs(payload: Iterable[bytes | memoryview], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
+    decoder = frame_decoder("mjpeg")
+    for jpeg in payload:
+        frames = decoder.decode(padded_packet(jpeg))
+        if [(frame.width, frame.height) for frame in frames] != [(info.width, info.height)]:
+            raise DecodeError(f"a frame is not a JPEG of {info.width}x{info.height}, as its index says")
+        yield planes_of(frames[0], info.width, info.height, colour_range)
+
+
+def decode_y4m(payload: Iterable[bytes | memoryview], info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
+    """Raw frames: views into their bytes, nothing to decode."""
     assert info.colour is not None
     return Decoded(info.colour, (_i420_planes(frame, info.width, info.height) for frame in payload))
 
 
-def _i420_planes(frame: bytes | memoryview, width: int, height: int) -> Planes:
-    """The three planes in the bytes of a frame."""
+def _i420_planes(frame: bytes | memoryview | np.ndarray, width: int, height: int) -> Planes:
+    """The three planes in the bytes of a frame, as views."""
     rows, columns = (height + 1) // 2, (width + 1) // 2
     luma, chroma = width * height, rows * columns
     return (

@@ -87,7 +87,7 @@ def view_by_hand(encoder, payload, ext, views=ONE_VIEW, number=0):
     data = DataConfig(shards="-", num_frames=c.num_frames, frame_stride=c.frame_stride, size=c.size)
     frames, crop = evaluation_view(video.num_frames, video.width, video.height, data, views, number)
     info = VideoInfo(video.num_frames, video.width, video.height)
-    decoded = get_decoder("pyav", ext)(payload, info, np.unique(frames).tolist())
+    decoded = get_decoder(ext)(payload, info, np.unique(frames).tolist())
     clip = np.zeros((c.num_frames, c.size**2 * 3 // 2), np.uint8)
     ClipWriter(c.size).write(decoded.pictures, frames, crop, clip)
     rgb = yuv_to_rgb(torch.from_numpy(clip)[None], torch.tensor([decoded.colour]), c.size)

@@ -1,5 +1,6 @@
 """Decoding: frame choice, crops, planes exactly as the decoder gives them, and both backends in agreement."""
 
+import dataclasses
 import importlib.util
 import io
 
@@ -14,8 +15,10 @@ from salt_wds.data.order import sample_rng
 from salt_wds.data.pixels import yuv_to_rgb
 from salt_wds.data.views import choose_frames, random_crop
 from shard_tools.format.dataset import COLOURS
-from shard_tools.video.decode import DecodeError, PyavDecoder, VideoInfo, get_decoder
+from shard_tools.video.decode import DecodeError, VideoInfo, decode_video, get_decoder, payload_frames
 from shard_tools.video.probe import probe
+from shard_tools.video.sources import Source
+from shard_tools.video.tiers import Encoding, make_payload
 from shard_tools.video.webm import vp9_packets
 
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
@@ -28,7 +31,7 @@ def info_of(payload):
 
 def decode(payload, frames, crop, size, decoder=None):
     out = np.zeros((len(frames), size * size * 3 // 2), np.uint8)
-    decoded = (decoder or PyavDecoder())(payload, info_of(payload), np.unique(frames).tolist())
+    decoded = (decoder or decode_video)(payload, info_of(payload), np.unique(frames).tolist())
     assert ClipWriter(size).write(decoded.pictures, np.asarray(frames), crop, out) > 0
     return out, decoded.colour
 
@@ -91,12 +94,12 @@ def test_frames_repeat_where_the_clip_is_longer_than_the_video():
 def test_a_video_that_ends_early_is_an_error_not_a_shorter_clip(name):
     payload = make_video(32, 32, 5)
     with pytest.raises(DecodeError, match="ends early"):
-        list(get_decoder(name, "webm")(payload, VideoInfo(9, 32, 32), [0, 8]).pictures)
+        list(get_decoder("webm", name)(payload, VideoInfo(9, 32, 32), [0, 8]).pictures)
 
 
 def test_bytes_that_are_no_video_are_an_error():
     with pytest.raises(av.FFmpegError):
-        PyavDecoder()(b"no video" * 100, VideoInfo(9, 32, 32), [0])
+        decode_video(b"no video" * 100, VideoInfo(9, 32, 32), [0])
 
 
 @needs_decord
@@ -113,7 +116,7 @@ def test_decord_agrees_with_pyav_on_real_clips(real_clips):
         crop = random_crop(info.width, info.height, (0.5, 1), (0.75, 1.33), False, rng)
         pictures = []
         for name in ("pyav", "decord"):
-            out, colour = decode(payload, frames, crop, size, get_decoder(name, "webm"))
+            out, colour = decode(payload, frames, crop, size, get_decoder("webm", name))
             pictures.append(255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([colour]), size))
         difference = (pictures[0] - pictures[1]).abs()
         other_frames = (pictures[0][:, :, 1:] - pictures[1][:, :, :-1]).abs().mean()
@@ -145,7 +148,7 @@ def test_decord_chooses_the_same_pictures_as_pyav(real_clips):
 def with_packets(payload):
     video = probe(payload)
     assert len(vp9_packets(payload)) == video.num_frames
-    return VideoInfo(video.num_frames, video.width, video.height, COLOURS.index((video.matrix, video.range)))
+    return VideoInfo.of(video)
 
 
 def demuxed(payload):
@@ -166,14 +169,15 @@ def assert_same(one, other):
 
 
 def test_packets_give_the_pictures_that_the_container_gives(real_clips):
-    kept, rng = PyavDecoder(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for path in sorted(real_clips.rglob("*.webm")):
         payload = path.read_bytes()
         info = with_packets(payload)
         assert [payload[at : at + size] for at, size in vp9_packets(payload)] == demuxed(payload)
         numbers = sorted(rng.choice(info.num_frames, 5, replace=False).tolist())
         assert_same(
-            all_pictures(kept, payload, info, numbers), all_pictures(PyavDecoder(), payload, info_of(payload), numbers)
+            all_pictures(decode_video, payload, info, numbers),
+            all_pictures(decode_video, payload, info_of(payload), numbers),
         )
 
 
@@ -184,8 +188,8 @@ def test_packets_of_hidden_frames_and_full_chroma(options):
     assert [payload[at : at + size] for at, size in vp9_packets(payload)] == demuxed(payload)
     numbers = list(range(0, 40, 3))
     assert_same(
-        all_pictures(PyavDecoder(), payload, info, numbers),
-        all_pictures(PyavDecoder(), payload, info_of(payload), numbers),
+        all_pictures(decode_video, payload, info, numbers),
+        all_pictures(decode_video, payload, info_of(payload), numbers),
     )
 
 
@@ -228,7 +232,7 @@ def test_damaged_packets_give_the_pictures_that_the_container_gives():
         outcomes = []
         for known in (info, info_of(payload)):  # with its colour known, the packets are used
             try:
-                outcomes.append(all_pictures(PyavDecoder(), changed, known, list(range(12))))
+                outcomes.append(all_pictures(decode_video, changed, known, list(range(12))))
             except (av.FFmpegError, DecodeError):
                 outcomes.append(None)
         if None in outcomes:
@@ -239,14 +243,35 @@ def test_damaged_packets_give_the_pictures_that_the_container_gives():
     assert damaged > 10
 
 
-def test_a_kept_decoder_forgets_a_damaged_clip_and_one_that_was_left_early():
-    good, other = make_video(64, 64, 12), make_video(96, 48, 12)
-    info = with_packets(good)
-    start, size = vp9_packets(good)[3]
-    damaged = good[:start] + bytes(size) + good[start + size :]
-    kept, reference = PyavDecoder(), all_pictures(PyavDecoder(), good, info, [2, 9])
-    with pytest.raises((av.FFmpegError, DecodeError)):
-        all_pictures(kept, damaged, info, [2, 9])
-    assert_same(all_pictures(kept, good, info, [2, 9]), reference)
-    next(kept(other, with_packets(other), [5, 9]).pictures)
-    assert_same(all_pictures(kept, good, info, [2, 9]), reference)
+# --- every decoder ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", ["source", "mjpeg", "y4m"])
+def test_every_tier_decodes_the_wanted_frames_and_without_numbers_all(tier):
+    data = make_video(66, 47, 20, options={"crf": "10"})
+    video = probe(data)
+    payload = make_payload(data, "webm", video, Encoding(tier))
+    sample = payload.sample_info(Source("k", "k", "train"), data)
+
+    def pictures(numbers):
+        content = payload_frames(payload.data, payload.ext, sample, numbers)
+        return all_pictures(get_decoder(payload.ext), content, VideoInfo.of(payload.video), numbers)[1]
+
+    everything, some = pictures(None), pictures([3, 4, 19])
+    assert len(everything) == 20
+    for picture, same in zip(some, (everything[3], everything[4], everything[19]), strict=True):
+        assert all((plane == twin).all() for plane, twin in zip(picture, same, strict=True))
+    for picture, source in zip(everything, all_pictures(decode_video, data, info_of(data), None)[1], strict=True):
+        for plane, near in zip(picture, source, strict=True):
+            assert plane.shape == near.shape
+            assert (plane == near).all() or tier == "mjpeg"
+            assert np.corrcoef(plane.ravel(), near.ravel())[0, 1] > 0.99
+
+
+def test_a_jpeg_of_another_size_is_an_error():
+    data = make_video(64, 48, 2)
+    payload = make_payload(data, "webm", probe(data), Encoding("mjpeg"))
+    info = dataclasses.replace(VideoInfo.of(payload.video), width=96)
+    content = payload_frames(payload.data, "mjpeg", payload.sample_info(Source("k", "k", "train"), data), [1])
+    with pytest.raises(DecodeError, match="not a JPEG of 96x48"):
+        list(get_decoder("mjpeg")(content, info, [1]).pictures)

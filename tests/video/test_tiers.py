@@ -1,6 +1,7 @@
 """Storage tiers: what is stored is the video, to the level (y4m) or to 40 dB (mjpeg), and every frame is found alone."""
 
 import io
+import json
 
 import av
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import video_maker
 import xxhash
 
-from shard_tools.format.dataset import SampleInfo, SourceFile, frame_span
+from shard_tools.format.dataset import frame_span
 from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.sources import Source
 from shard_tools.video.tiers import Encoding, make_payload, to_jpeg_colour
 
 
@@ -34,12 +36,8 @@ def planes_of(data, format_name=None):
     return pictures
 
 
-def record_of(payload):
-    info = SampleInfo("k", "train", None, None, None, (), SourceFile("k", 1, "0"), payload.video, payload.frame_offsets,
-                      payload.frame_xxh3)  # fmt: skip
-    import json
-
-    return json.loads(info.to_json())
+def sample_of(payload):
+    return payload.sample_info(Source("k", "k", "train"), payload.data)
 
 
 def psnr(a, b):
@@ -110,7 +108,7 @@ def test_noise_gets_the_best_quality_and_smooth_pictures_the_coarsest():
 def test_every_frame_is_found_alone_and_has_its_hash(tier):
     data = make_video(50, 38, 7)
     payload = make_payload(data, "mkv", probe(data), Encoding(tier))
-    record = record_of(payload)
+    record = json.loads(sample_of(payload).to_json())
     whole = planes_of(payload.data, {"mjpeg": "mjpeg", "y4m": "yuv4mpegpipe"}[tier])
     for number in range(7):
         start, end = frame_span(record, number, len(payload.data))
@@ -233,8 +231,7 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
     from salt_wds.data.order import sample_rng
     from salt_wds.data.pixels import yuv_to_rgb
     from salt_wds.data.views import choose_frames, random_crop
-    from shard_tools.format.dataset import COLOURS
-    from shard_tools.video.decode import VideoInfo, get_decoder
+    from shard_tools.video.decode import VideoInfo, get_decoder, payload_frames
 
     for position, path in enumerate(sorted(real_clips.rglob("*.webm"))[::6]):
         data = path.read_bytes()
@@ -245,17 +242,10 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
             rng = sample_rng(0, position)
             frames = choose_frames(video.num_frames, 16, 2, rng)
             crop = random_crop(video.width, video.height, (0.5, 1), (0.75, 1.33), False, rng)
-            info = VideoInfo(video.num_frames, video.width, video.height,
-                             COLOURS.index((payload.video.matrix, payload.video.range)))  # fmt: skip
-            record = record_of(payload)
-            spans = (
-                [frame_span(record, n, len(payload.data)) for n in np.unique(frames).tolist()]
-                if tier != "source"
-                else []
-            )
-            content = [payload.data[a:b] for a, b in spans] or payload.data
+            numbers = np.unique(frames).tolist()
+            content = payload_frames(payload.data, payload.ext, sample_of(payload), numbers)
+            decoded = get_decoder(payload.ext)(content, VideoInfo.of(payload.video), numbers)
             out = np.zeros((16, 112 * 112 * 3 // 2), np.uint8)
-            decoded = get_decoder("pyav", payload.ext)(content, info, np.unique(frames).tolist())
             ClipWriter(112).write(decoded.pictures, frames, crop, out)
             clips[tier] = out, 255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([decoded.colour]), 112)
         assert (clips["y4m"][0] == clips["source"][0]).all()

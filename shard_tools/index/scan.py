@@ -25,7 +25,7 @@ from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo, Video
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes
 from shard_tools.format.ledger import Failure
 from shard_tools.format.tar import ShardDamage
-from shard_tools.index.tar_reader import Part, Sample, Tape, read_samples
+from shard_tools.index.tar_reader import Part, Sample, TarStream, read_samples
 from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import VIDEO_SUFFIXES
 
@@ -78,9 +78,9 @@ def scan_tar(job: ScanJob, file: str, deadly: frozenset[int] = frozenset()) -> S
         if not (job.folder / file).is_file():
             raise ShardDamage("unreadable", 0, "not a file (a folder, pipe or device, or a link to nothing)")
         with (job.folder / file).open("rb", buffering=_BUFFER) as opened:
-            tape = Tape(opened, hasher.update)
-            scan.bytes = tape.total
-            for sample in read_samples(tape, functools.partial(_most_bytes, job.ext), scan.notes):
+            stream = TarStream(opened, hasher.update)
+            scan.bytes = stream.total
+            for sample in read_samples(stream, functools.partial(_size_limit, job.ext), scan.notes):
                 try:
                     rows.append(_row(job, scan, sample, deadly))
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
@@ -99,7 +99,7 @@ def payload_places(job: ScanJob, file: str) -> list[tuple[int, int]]:
     """Offset and size of the videos in a tar, none of them opened."""
     places = []
     with (job.folder / file).open("rb", buffering=_BUFFER) as opened:
-        for sample in read_samples(Tape(opened), functools.partial(_most_bytes, job.ext), Counter()):
+        for sample in read_samples(TarStream(opened), functools.partial(_size_limit, job.ext), Counter()):
             places += [(p.offset, len(p.data)) for p in sample.parts if is_video(p.ext) and sample.refusal is None]
     return places
 
@@ -118,7 +118,7 @@ def is_video(ext: str) -> bool:
     return "." + ext.rpartition(".")[2] in VIDEO_SUFFIXES
 
 
-def _most_bytes(chosen: str | None, sample: Sample, ext: str) -> int:
+def _size_limit(chosen: str | None, sample: Sample, ext: str) -> int:
     """Bytes that a member may have to be kept; 0 for those that nobody asks for."""
     if chosen is None and is_video(ext):
         return 0 if any(is_video(part.ext) for part in sample.parts) else _MOST_PAYLOAD

@@ -1,9 +1,9 @@
-"""Read tars that other tools wrote: every header, and the samples that webdataset makes of them.
+"""Read tars that other tools wrote: every member, and the samples that webdataset makes of them.
 
-Lenient in what does no harm: any owner, mode and time, GNU and PAX headers that say nothing else. Strict in the rest.
-Python's tarfile (and so webdataset) ends silently at damage; here damage is an error with its place. Links, devices,
-names that lead out of a folder, and extensions that give a member another name, size or type are refused by name:
-readers differ in what they make of them. Nothing is extracted, and nothing unpickled.
+The standard library's tarfile parses the headers, as it does for webdataset. What it lacks is added here. It stops
+silently at a damaged header; here damage is an error with its offset. It follows whatever a header says; here links,
+devices, names that lead out of the folder, and extensions that change a member's name or size are refused with a
+reason, because readers disagree about them. Nothing is extracted, and nothing unpickled.
 
 Sources: POSIX.1-2024, pax interchange format; GNU tar manual, "Basic Tar Format"; webdataset/tariterators.py.
 """
@@ -12,30 +12,32 @@ from __future__ import annotations
 
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from shard_tools.format.tar import BLOCK, ShardDamage
 
-_CHUNK = 1 << 20  # bytes read at once of members that are not kept
+_CHUNK = 1 << 20
 _LONGEST_EXTENSION = 1 << 20  # bytes of a PAX header or a GNU long name
-_LONGEST_NAME = 4096  # of a GNU long name, more is only cut: such a member is refused anyway
-_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
-_CHECKSUM = slice(148, 156)
-_NUMBERS = tuple(slice(a, b) for a, b in ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345)))
-_SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset's base_plus_ext has it
-_META_NAME = re.compile(r"__[^/]*__($|/)")  # as webdataset's tar_file_iterator passes over them
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext
+_META_NAME = re.compile(r"__[^/]*__($|/)")  # skipped by webdataset's tar_file_iterator
 _TYPES = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a character device",
-    b"4": "a block device",
-    b"6": "a FIFO",
-    b"S": "a sparse file",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a character device",
+    tarfile.BLKTYPE: "a block device",
+    tarfile.FIFOTYPE: "a FIFO",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_EXTENSIONS = {
+    tarfile.GNUTYPE_LONGNAME: "its name is in a GNU extension (a long name); write it with --format=ustar, or a shorter name",
+    tarfile.GNUTYPE_LONGLINK: "it has a GNU extension (a long link)",
+}
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _HARMLESS_RECORDS = re.compile(
     r"[amc]time|comment|[ug]id|[ug]name|(hdr)?charset|(SCHILY\.(dev|ino|nlink|fflags|xattr\.|acl\.)|"
     r"LIBARCHIVE\.(creationtime|xattr\.)|RHT\.security\.).*"
@@ -44,7 +46,7 @@ _HARMLESS_RECORDS = re.compile(
 
 @dataclass(frozen=True)
 class Entry:
-    """One member: its name (bytes that are no UTF-8 as surrogates), where its data lies, and why it is refused."""
+    """One member: its name (undecodable bytes as surrogates), where its data lies, and why it is refused."""
 
     name: str
     is_folder: bool
@@ -53,202 +55,157 @@ class Entry:
     refusal: str | None
 
 
-class Tape:
-    """A tar read once from its start to its end; every byte passes through `update`, say that of a hash."""
+class TarStream:
+    """A tar read once from start to end, as a file object for tarfile; every byte passes through `update`.
+
+    Seeking is reading on, so that a hash sees what tarfile skips.
+    """
 
     def __init__(self, file: BinaryIO, update: Callable[[bytes], Any] = lambda data: None) -> None:
         self.total = file.seek(0, os.SEEK_END)
-        self.offset = file.seek(0)
+        self.last = b""  # what tarfile read last
+        self._offset = file.seek(0)
         self._file, self._update = file, update
 
+    def tell(self) -> int:
+        return self._offset
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes: tarfile reads headers and extensions with this."""
+        if not 0 <= size <= _LONGEST_EXTENSION:
+            raise ShardDamage("bad_header", self._offset, f"an extension header of {size} bytes")
+        self.last = self._read(size)
+        return self.last
+
+    def seek(self, offset: int) -> None:
+        for _ in self.chunks(offset - self._offset):
+            pass
+
     def take(self, size: int) -> bytes:
-        """The next bytes; ShardDamage where the file ends before."""
-        if size > self.total - self.offset:  # asked before reading: a wrong size would ask for any memory
-            raise ShardDamage("truncated", self.offset, f"{size} bytes are missing, the file ends before")
-        data = self._file.read(size)
+        """Exactly `size` bytes; raises ShardDamage where the file ends before."""
+        data = self._read(size)
         if len(data) != size:
-            raise ShardDamage("truncated", self.offset + len(data), "the file became shorter while it was read")
-        self._update(data)
-        self.offset += size
+            raise ShardDamage("truncated", self._offset, "the file became shorter while it was read")
         return data
 
     def chunks(self, size: int) -> Iterator[bytes]:
-        """The next bytes, in pieces."""
-        end = self.offset + size
-        while self.offset < end:
-            yield self.take(min(_CHUNK, end - self.offset))
+        """The next `size` bytes in pieces."""
+        end = self._offset + size
+        while self._offset < end:
+            yield self.take(min(_CHUNK, end - self._offset))
 
-    def pass_to(self, offset: int) -> None:
-        """Go on to a later place."""
-        for _ in self.chunks(offset - self.offset):
-            pass
-
-
-# --- headers ------------------------------------------------------------------------------------------------------
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._update(data)
+        self._offset += len(data)
+        return data
 
 
-@dataclass(frozen=True)
-class Header:
-    """What one header block says. `refusal` is None where nothing is wrong with that."""
+# --- members ------------------------------------------------------------------------------------------------------
 
-    name: bytes
+
+class _Header(NamedTuple):
+    """What one header block says by itself, before extensions change it."""
+
     type: bytes
+    name: str
     size: int
-    refusal: str | None
+    has_gnu_times: bool  # of GNU's incremental dumps, in the place of a name's prefix
 
 
-def parse_block(block: bytes, offset: int) -> Header:
-    """The header in a block of any tar (V7, USTAR, GNU, PAX).
-
-    Raises:
-        ShardDamage: it is none.
-    """
-    said = _OCTAL.fullmatch(block[_CHECKSUM])
-    unsigned = sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
-    signed = unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])  # as some old tars count
-    if len(block) != BLOCK or said is None or not said[1] or int(said[1], 8) not in (unsigned, signed):
-        packed = "; it is compressed: unpack it first" if offset == 0 and block[:2] in (b"\x1f\x8b", b"BZ") else ""
-        raise ShardDamage("bad_header", offset, f"not a tar header, or its checksum is wrong{packed}")
-    magic, kind = block[257:265], block[156:157]
-    if magic[:5] != b"ustar" and any(magic):
-        raise ShardDamage("bad_header", offset, f"not a kind of tar that is known (magic {magic!r})")
-    name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
-    size = _size(block[124:136])
-    if size is None:
-        raise ShardDamage("bad_header", offset, f"member {_text(name)!r} has a size that is no number, or negative")
-    for place in _NUMBERS:
-        if block[place][0] not in (0x80, 0xFF) and not _OCTAL.fullmatch(block[place]):  # where tarfile ends silently
-            raise ShardDamage("bad_header", offset, f"member {_text(name)!r} has mode, owner or time that is no number")
-    refusal = None
-    if prefix and magic == b"ustar  \0":  # times of GNU's incremental dumps, which tarfile takes for a folder
-        refusal = "it has GNU fields that readers take for a part of its name"
-    elif prefix and any(magic) and kind not in b"LKxgXS":
-        name = prefix + b"/" + name
-    if kind in (b"0", b"\0", b"7"):
-        kind = b"5" if kind == b"\0" and name.endswith(b"/") else b"0"
-    return Header(name, kind, size, refusal)
-
-
-def _size(number: bytes) -> int | None:
-    """A size in octal digits, or in GNU's base 256; None if it is neither, or negative."""
-    if number[0] & 0x80:
-        return int.from_bytes(number, "big") - (0x80 << 88) if number[0] == 0x80 else None
-    match = _OCTAL.fullmatch(number)
-    return int(match[1] or b"0", 8) if match else None
-
-
-def _text(name: bytes) -> str:
-    return name.decode(errors="surrogateescape")
-
-
-def walk(tape: Tape) -> Iterator[Entry]:
-    """Every member in order, links and folders included. After each the caller may take its data from the tape.
+def iter_members(stream: TarStream) -> Iterator[Entry]:
+    """Every member in order, links and folders included. After each, the caller may take its data from the stream.
 
     Raises:
-        ShardDamage: at the first place where the structure is broken, the end mark included.
+        ShardDamage: at the first place where the structure is broken, the end-of-archive mark included.
     """
-    records: dict[str, str] = {}  # what PAX headers say of the next member
-    refusal: str | None = None
-    long_name: bytes | None = None
-    while True:
-        start = tape.offset
-        if tape.total - start < BLOCK:
-            raise ShardDamage("truncated", start, "the file ends without the end-of-archive mark")
-        block = tape.take(BLOCK)
-        if not any(block):
-            if refusal or records:
-                raise ShardDamage(
-                    "bad_header", start, "the archive ends behind an extension, where its member has to be"
-                )
-            break
-        header = parse_block(block, start)
-        if header.type in (b"x", b"X", b"g", b"L", b"K"):
-            content = _extension(tape, header, start)
-            if header.type == b"L":
-                long_name = content.rstrip(b"\0")[:_LONGEST_NAME]
-                refusal = "its name is in a GNU extension (a long name); write it with --format=ustar, or shorter names"
-            elif header.type == b"K":
-                refusal = "it has a GNU extension (a long link)"
-            else:
-                found = _records(content)
-                if found is None or (header.type == b"g" and _harm(found, b"", 0)):
-                    raise ShardDamage("bad_header", start, "a PAX header that is damaged, or renames all members")
-                if header.type != b"g" and records:
-                    raise ShardDamage("bad_header", start, "two PAX headers before one member")
-                records = found if header.type != b"g" else records
-            continue
-        refusal = refusal or header.refusal or _harm(records, header.name, header.size)
-        size = _size_on_tape(tape, header, records, block)
-        name = _text(header.name if long_name is None else long_name)
-        entry = Entry(name, header.type == b"5", tape.offset, size, refusal or _refused(name, header.type))
-        end = entry.offset + size + -size % BLOCK
-        if end > tape.total:
-            raise ShardDamage("truncated", start, f"{name!r} should hold {size} bytes, the file ends before")
-        yield entry
-        tape.pass_to(end)
-        records, refusal, long_name = {}, None, None
-    if len(tape.take(min(BLOCK, tape.total - tape.offset))) < BLOCK:
+    headers: list[_Header] = []  # of one member: extensions first, its own last
+
+    class Recorded(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Recorded:
+            info = super().frombuf(buf, encoding, errors)
+            gnu_times = buf[257:265] == tarfile.GNU_MAGIC and buf[345] != 0
+            headers.append(_Header(info.type, info.name, info.size, gnu_times))
+            return info
+
+    start, reason = 0, "no header follows"
+    try:
+        tar = tarfile.TarFile(fileobj=cast(IO[bytes], stream), tarinfo=Recorded, encoding="utf-8")
+        while (info := tar.next()) is not None:
+            _check_structure(tar, info, headers, stream.total)
+            yield Entry(info.name, info.isdir(), info.offset_data, info.size, _refusal(info, headers))
+            start = tar.offset
+            headers.clear()
+            tar.members.clear()
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as error:  # tarfile lets some through
+        reason = str(error)
+    # tarfile stops without an error at the end mark, and at any block that is not a header
+    if len(stream.last) < BLOCK:
+        raise ShardDamage("truncated", start, "the file ends without the end-of-archive mark")
+    if headers:
+        raise ShardDamage("bad_header", start, f"an extension header without its member ({reason})")
+    if any(stream.last):
+        hint = "; it is compressed: unpack it first" if start == 0 and stream.last.startswith(_COMPRESSED) else ""
+        raise ShardDamage("bad_header", start, f"not a tar header, or its checksum is wrong{hint}")
+    _check_end_mark(stream, start)
+
+
+def _check_end_mark(stream: TarStream, start: int) -> None:
+    """The second zero block of the mark that begins at `start`, and zeros from there to the end of the file."""
+    mark = stream.tell()
+    if stream.total - mark < BLOCK:
         raise ShardDamage("truncated", start, "the end-of-archive mark is incomplete")
-    mark = tape.offset
-    if any(any(chunk) for chunk in tape.chunks(tape.total - mark)):
+    if any(any(chunk) for chunk in stream.chunks(stream.total - mark)):
         raise ShardDamage("bad_header", mark, "there is data behind the end-of-archive mark, where readers stop")
 
 
-def _extension(tape: Tape, header: Header, start: int) -> bytes:
-    if header.size > _LONGEST_EXTENSION:
-        raise ShardDamage("bad_header", start, f"an extension header of {header.size} bytes")
-    return tape.take(header.size + -header.size % BLOCK)[: header.size]
+def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, headers: list[_Header], total: int) -> None:
+    """Raise ShardDamage where nobody can say for sure which members follow this one."""
+
+    def damaged(kind: str, detail: str) -> ShardDamage:
+        return ShardDamage(kind, info.offset, f"{info.name!r} {detail}")
+
+    if sum(header.type in _PAX for header in headers) > 1:
+        raise damaged("bad_header", "has two PAX headers")
+    if (key := _harmful_record(tar.pax_headers)) is not None:
+        raise damaged("bad_header", f"stands behind a PAX header that changes the {key} of all members")
+    if info.size < 0 or tar.offset < info.offset_data:
+        raise damaged("bad_header", "has a negative size")
+    if info.size and info.type in tarfile.SUPPORTED_TYPES and not info.isreg():
+        raise damaged("bad_header", "has data, and is of a type that has none")
+    if tar.offset > total:
+        raise damaged("truncated", f"should hold {info.size} bytes, the file ends before")
 
 
-def _records(content: bytes) -> dict[str, str] | None:
-    """The records of a PAX header, each `LENGTH KEY=VALUE\\n`; None if they are damaged."""
-    records = {}
-    position = 0
-    while position < len(content):
-        match = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n]+)=").match(content, position)
-        end = position + int(match[1]) if match else 0
-        if match is None or not match.end() < end <= len(content) or content[end - 1 : end] != b"\n":
-            return None
-        records[_text(match[2])] = _text(content[match.end() : end - 1])
-        position = end
-    return records
-
-
-def _harm(records: dict[str, str], name: bytes, size: int) -> str | None:
-    """What PAX records change of a member that its own header says otherwise; None if nothing."""
-    for key, value in records.items():
-        same = {"path": _text(name), "size": str(size)}.get(key) == value
-        if not same and not _HARMLESS_RECORDS.fullmatch(key):
-            return f"a PAX header changes its {key}"
-    return None
-
-
-def _size_on_tape(tape: Tape, header: Header, records: dict[str, str], block: bytes) -> int:
-    """Bytes of data behind a header, which is where the next one is looked for."""
-    start, name = tape.offset - BLOCK, _text(header.name)
-    size = header.size
-    if "size" in records:  # goes before the header's, for every reader
-        if not re.fullmatch(r"[0-9]{1,18}", records["size"]):
-            raise ShardDamage("bad_header", start, f"member {name!r} has a PAX size that is no number, or negative")
-        size = int(records["size"])
-    if header.type in _WITHOUT_DATA and size:
-        raise ShardDamage("bad_header", start, f"member {name!r} has data, and is of a type that has none")
-    more = header.type == b"S" and block[482]
-    while more:  # the map of a sparse file goes on
-        more = tape.take(BLOCK)[504]
-    return size
-
-
-def _refused(name: str, kind: bytes) -> str | None:
-    if kind not in (b"0", b"5"):
-        return f"it is {_TYPES.get(kind, f'of the unknown type {kind!r}')}"
-    if name.startswith("/"):
+def _refusal(info: tarfile.TarInfo, headers: list[_Header]) -> str | None:
+    """Why a member is refused; None if it is not."""
+    own = headers[-1]
+    if own.has_gnu_times:
+        return "it has GNU fields that readers take for a part of its name"
+    for header in headers:
+        if header.type in _EXTENSIONS:
+            return _EXTENSIONS[header.type]
+    records = dict(info.pax_headers)
+    for key, same in (("path", info.name == own.name), ("size", info.size == own.size)):
+        if same:
+            records.pop(key, None)
+    if (harmful := _harmful_record(records)) is not None:
+        return f"a PAX header changes its {harmful}"
+    if info.type in _TYPES or not (info.isreg() or info.isdir()):
+        return f"it is {_TYPES.get(info.type, f'of the unknown type {info.type!r}')}"
+    if info.name.startswith("/"):
         return "its name is absolute"
-    if ".." in name.split("/"):
+    if ".." in info.name.split("/"):
         return "its name leads out of the folder (..)"
-    if not name.isprintable():  # surrogates are not either
-        return "its name is no printable UTF-8"
+    if not info.name.isprintable():  # surrogates are not printable either
+        return "its name is not printable UTF-8"
     return None
+
+
+def _harmful_record(records: dict[str, str]) -> str | None:
+    """The first PAX record that changes more than owner, times and attributes."""
+    return next((key for key in records if not _HARMLESS_RECORDS.fullmatch(key)), None)
 
 
 # --- samples ------------------------------------------------------------------------------------------------------
@@ -265,7 +222,7 @@ class Part:
 
 @dataclass
 class Sample:
-    """Adjacent members of one key, in order. `offset` is that of the first one's data, or of the first refused one's."""
+    """Adjacent members of one key, in order. `offset` is that of its first member's data, or of what is refused."""
 
     key: str
     offset: int
@@ -274,31 +231,33 @@ class Sample:
     refusal: str | None = None
 
     def refuse(self, reason: str, offset: int) -> None:
-        """Keep the first reason."""
+        """Refuse the sample; the first reason is kept."""
         if self.refusal is None:
             self.refusal, self.offset = reason, offset
         self.parts.clear()
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension (lower case) as webdataset takes them: up to the first dot of the base name; None without."""
+    """Key and extension (lower case) as webdataset splits them, at the first dot of the base name; None without one."""
     match = _SAMPLE_NAME.match(name)
     return (match[1], match[2].lower()) if match else None
 
 
-def read_samples(tape: Tape, most: Callable[[Sample, str], int], notes: Counter[str]) -> Iterator[Sample]:
-    """The samples that webdataset makes of a tar. What it would mix up, and what is refused, has a `refusal`.
+def read_samples(
+    stream: TarStream, size_limit: Callable[[Sample, str], int], notes: Counter[str]
+) -> Iterator[Sample]:
+    """The samples that webdataset makes of a tar; those it would mix up, and refused ones, have a `refusal`.
 
     Args:
-        most: bytes that a member of a sample (so far) may have to be kept, by extension; 0 to pass over it.
-        notes: takes what was passed over without harm.
+        size_limit: most bytes of a member to keep, by its sample so far and its extension; 0 skips the member.
+        notes: counts what was skipped without harm.
 
     Raises:
-        ShardDamage: see `walk`.
+        ShardDamage: see `iter_members`.
     """
     sample: Sample | None = None
     known: set[str] = set()
-    for entry in walk(tape):
+    for entry in iter_members(stream):
         if entry.refusal is None and (entry.is_folder or _META_NAME.match(entry.name)):
             continue
         named = split_name(entry.name)
@@ -306,7 +265,7 @@ def read_samples(tape: Tape, most: Callable[[Sample, str], int], notes: Counter[
             if entry.refusal:
                 yield Sample(entry.name, entry.offset, refusal=f"{entry.name}: {entry.refusal}")
             else:
-                notes["members without an extension passed over"] += 1
+                notes["members without an extension skipped"] += 1
             continue
         key, ext = named
         if sample is None or sample.key != key:
@@ -314,21 +273,23 @@ def read_samples(tape: Tape, most: Callable[[Sample, str], int], notes: Counter[
                 yield sample
             sample = Sample(key, entry.offset)
             if key in known:
-                sample.refuse("its key was there before in this tar, with other members between", entry.offset)
+                sample.refuse("its key occurs earlier in this tar, with other members between", entry.offset)
             known.add(key)
-        _add(tape, sample, ext, entry, most)
+        _add(stream, sample, ext, entry, size_limit)
     if sample is not None:
         yield sample
 
 
-def _add(tape: Tape, sample: Sample, ext: str, entry: Entry, most: Callable[[Sample, str], int]) -> None:
+def _add(
+    stream: TarStream, sample: Sample, ext: str, entry: Entry, size_limit: Callable[[Sample, str], int]
+) -> None:
     if entry.refusal:
         sample.refuse(f"{entry.name}: {entry.refusal}", entry.offset)
     if ext in sample.exts:
-        sample.refuse(f"{entry.name}: its extension is there twice", entry.offset)
+        sample.refuse(f"{entry.name}: the sample has this extension twice", entry.offset)
     sample.exts.add(ext)
-    limit = most(sample, ext) if sample.refusal is None else 0
+    limit = size_limit(sample, ext) if sample.refusal is None else 0
     if limit and entry.size > limit:
-        sample.refuse(f"{entry.name}: {entry.size} bytes, {limit} are the most that is taken", entry.offset)
+        sample.refuse(f"{entry.name}: {entry.size} bytes, the limit is {limit}", entry.offset)
     elif limit:
-        sample.parts.append(Part(ext, entry.offset, tape.take(entry.size)))
+        sample.parts.append(Part(ext, entry.offset, stream.take(entry.size)))

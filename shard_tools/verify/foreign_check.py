@@ -6,6 +6,7 @@ Members are found by the place that the index has for them; what else is in the 
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ import xxhash
 from shard_tools.format.dataset import ShardInfo, index_name
 from shard_tools.format.index import parse_index
 from shard_tools.format.tar import BLOCK, ShardDamage
-from shard_tools.index.tar_reader import Entry, Tape, parse_block, split_name, walk
+from shard_tools.index.tar_reader import Entry, TarStream, split_name, iter_members
 from shard_tools.verify.shard_check import (
     Problem,
     ShardCheck,
@@ -93,22 +94,22 @@ class ForeignCheck(ShardCheck):
         hasher = xxhash.xxh3_64()
         left = {place[0]: place for place in self.places()}
         with self.path.open("rb", buffering=_BUFFER) as file:
-            tape = Tape(file, hasher.update)
+            stream = TarStream(file, hasher.update)
             try:
-                for entry in walk(tape):
+                for entry in iter_members(stream):
                     if (place := left.pop(entry.offset, None)) is not None:
-                        self.member(tape, entry, place)
+                        self.member(stream, entry, place)
             except ShardDamage as damage:
                 self.report(damage.kind, self.key_at(damage.offset), damage.offset, damage.detail)
                 for place in left.values():
                     if damage.offset not in (place[0], place[0] - BLOCK):  # that one was just reported
-                        self.behind_damage(file, tape.total, place)
+                        self.behind_damage(file, stream.total, place)
                 return
         for offset, key, part in left.values():
             self.report("missing_member", key, offset, f"the index has its {part} there, no member begins there")
-        self.whole(hasher.hexdigest() == self.info.xxh3, tape.total, before)
+        self.whole(hasher.hexdigest() == self.info.xxh3, stream.total, before)
 
-    def member(self, tape: Tape, entry: Entry, place: Place) -> None:
+    def member(self, stream: TarStream, entry: Entry, place: Place) -> None:
         """Compare a member with its index row: name, size, hash."""
         offset, key, part = place
         row = self.rows[key]
@@ -118,7 +119,7 @@ class ForeignCheck(ShardCheck):
             self.report("bad_header", key, offset, f"{entry.name}: {entry.refusal}")
             return
         digest = xxhash.xxh3_64()
-        for chunk in tape.chunks(entry.size):
+        for chunk in stream.chunks(entry.size):
             digest.update(chunk)
         if digest.intdigest() != row[f"xxh3_{part}"]:
             self.report(f"{part}_mismatch", key, offset, f"{entry.name} does not match its hash in the index")
@@ -144,10 +145,10 @@ class ForeignCheck(ShardCheck):
                     continue
                 file.seek(offset - BLOCK)
                 try:
-                    header = parse_block(file.read(BLOCK), offset - BLOCK)
-                    self.other_header(header.name.decode(errors="surrogateescape"), header.size, place)
-                except ShardDamage as damage:
-                    self.report("bad_header", key, offset - BLOCK, f"before its {part}: {damage.detail}")
+                    header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+                    self.other_header(header.name, header.size, place)
+                except tarfile.HeaderError as error:
+                    self.report("bad_header", key, offset - BLOCK, f"before its {part}: {error}")
 
     def within(self, total: int, place: Place) -> bool:
         """Whether a member lies within the file; reported if not."""

@@ -196,10 +196,24 @@ class CreatedBy:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The options of pack that decided the bytes, beside the tier: what `repair` needs to encode a sample again.
+
+    `layout` is "ssv2" or "folders"; `quality` and `short_side` are those of the encoding (None: automatic; as it is).
+    """
+
+    layout: str
+    quality: int | None
+    short_side: int | None
+    shard_bytes: int
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The content of dataset.json. `xxh3` is the hash of everything else in it, so that an edit is seen.
 
-    `foreign`: the tars were written by another tool, and indexed; it stands in the JSON only where it is true.
+    `foreign`: the tars were written by another tool, and indexed; only in the JSON where it is true. `settings`: not in
+    the JSON of data sets that were packed by version 0.1, or indexed.
     """
 
     format_version: int
@@ -212,6 +226,7 @@ class Dataset:
     created_by: CreatedBy
     xxh3: str = ""
     foreign: bool = False
+    settings: Settings | None = None
 
     def self_hash(self) -> str:
         """XXH3-64 over the canonical JSON of all fields but `xxh3`."""
@@ -225,18 +240,36 @@ class Dataset:
         record = dataclasses.asdict(self)
         if not self.foreign:
             del record["foreign"]
+        if self.settings is None:
+            del record["settings"]
         return record
 
 
 def make_dataset(
-    name: str, frames: str, plan_hash: str, seed: int, shards: dict[str, list[ShardInfo]], classes: Sequence[str]
+    name: str,
+    frames: str,
+    plan_hash: str,
+    seed: int,
+    shards: dict[str, list[ShardInfo]],
+    classes: Sequence[str],
+    settings: Settings | None = None,
 ) -> Dataset:
     """A Dataset with its totals computed from the shards of each split."""
     splits = {
         split: SplitInfo(tuple(infos), sum(i.samples for i in infos), sum(i.bytes for i in infos))
         for split, infos in shards.items()
     }
-    return Dataset(FORMAT_VERSION, name, frames, plan_hash, seed, splits, tuple(classes), CreatedBy(__version__))
+    return Dataset(
+        FORMAT_VERSION,
+        name,
+        frames,
+        plan_hash,
+        seed,
+        splits,
+        tuple(classes),
+        CreatedBy(__version__),
+        settings=settings,
+    )
 
 
 def read_dataset(folder: Path) -> Dataset:

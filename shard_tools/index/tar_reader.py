@@ -243,9 +243,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def read_samples(
-    stream: TarStream, size_limit: Callable[[Sample, str], int], notes: Counter[str]
-) -> Iterator[Sample]:
+def read_samples(stream: TarStream, size_limit: Callable[[Sample, str], int], notes: Counter[str]) -> Iterator[Sample]:
     """The samples that webdataset makes of a tar; those it would mix up, and refused ones, have a `refusal`.
 
     Args:
@@ -280,9 +278,7 @@ def read_samples(
         yield sample
 
 
-def _add(
-    stream: TarStream, sample: Sample, ext: str, entry: Entry, size_limit: Callable[[Sample, str], int]
-) -> None:
+def _add(stream: TarStream, sample: Sample, ext: str, entry: Entry, size_limit: Callable[[Sample, str], int]) -> None:
     if entry.refusal:
         sample.refuse(f"{entry.name}: {entry.refusal}", entry.offset)
     if ext in sample.exts:

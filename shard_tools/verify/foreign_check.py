@@ -15,7 +15,7 @@ import xxhash
 from shard_tools.format.dataset import ShardInfo, index_name
 from shard_tools.format.index import parse_index
 from shard_tools.format.tar import BLOCK, ShardDamage
-from shard_tools.index.tar_reader import Entry, TarStream, split_name, iter_members
+from shard_tools.index.tar_reader import Entry, TarStream, iter_members, split_name
 from shard_tools.verify.shard_check import (
     Problem,
     ShardCheck,

@@ -34,7 +34,8 @@ from salt_wds.data.catalog import open_catalog
 from salt_wds.data.loader import Loader
 from salt_wds.data.order import Order
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import index_name, make_dataset, read_dataset, write_atomic
+from shard_tools.common.files import write_atomic
+from shard_tools.format.dataset import index_name, make_dataset, read_dataset
 from shard_tools.format.index import index_bytes, read_index
 
 SAMPLES, SHARDS = 220_847, 64

@@ -24,7 +24,7 @@ from salt_wds.config import TUBELET, Config
 from salt_wds.data.masks import Grid, num_masked
 from salt_wds.data.pixels import yuv_to_rgb
 from shard_tools.common.cli import describe_os_error, one_line
-from shard_tools.format.dataset import write_atomic
+from shard_tools.common.files import write_atomic
 
 log = logging.getLogger(__name__)
 

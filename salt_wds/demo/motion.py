@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import write_atomic
+from shard_tools.common.files import write_atomic
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = 8

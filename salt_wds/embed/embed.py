@@ -27,8 +27,9 @@ from salt_wds.embed.video_files import look_at_files
 from salt_wds.models.build import pick_device
 from salt_wds.models.exported import VideoEncoder, load_encoder
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line
+from shard_tools.common.files import write_atomic
 from shard_tools.format import ledger
-from shard_tools.format.dataset import DATASET_FILE, read_dataset, write_atomic
+from shard_tools.format.dataset import DATASET_FILE, read_dataset
 from shard_tools.format.ledger import Failure
 
 _NEVER = 10**9  # a share of failures that stops a training is no reason to stop here

@@ -21,7 +21,7 @@ import torch
 from salt_wds.data.loader import Loader
 from salt_wds.data.pixels import yuv_to_rgb
 from salt_wds.models.exported import VideoEncoder
-from shard_tools.format.dataset import sync_folder
+from shard_tools.common.files import sync_folder
 
 _ROWS = 1024  # of a row group
 

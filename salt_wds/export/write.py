@@ -31,7 +31,7 @@ from salt_wds.models.exported import (
 )
 from salt_wds.models.frozen import FrozenEncoder, student_of
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser
-from shard_tools.format.dataset import sync_folder
+from shard_tools.common.files import sync_folder
 
 TOLERANCE = 1e-3  # of a token, which a norm has brought to a scale of 1; what is written and read back is equal
 

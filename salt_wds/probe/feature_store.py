@@ -27,7 +27,7 @@ from salt_wds.config import Config
 from salt_wds.models.frozen import FrozenEncoder
 from salt_wds.probe.features import Features, Part, Table, to_half
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import sync_folder, write_atomic
+from shard_tools.common.files import sync_folder, write_atomic
 
 _FORMAT = 1
 _SHARD_BYTES = 256 << 20

@@ -14,7 +14,7 @@ from torch import Tensor
 from salt_wds.probe.config import HeadsConfig, NeighboursConfig
 from salt_wds.probe.fit import Measured, Trained, choose, confusion, top
 from salt_wds.probe.knn import vote
-from shard_tools.format.dataset import write_atomic
+from shard_tools.common.files import write_atomic
 
 _SHOWN = 30  # classes that a table lists, and whose names a picture has room for
 

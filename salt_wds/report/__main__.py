@@ -19,7 +19,7 @@ from salt_wds.report.page import build_page
 from salt_wds.report.record import RunRecord, moment, read_record
 from salt_wds.report.verdicts import verdicts
 from shard_tools.common.cli import OK, PROBLEMS, Parser, run
-from shard_tools.format.dataset import write_atomic
+from shard_tools.common.files import write_atomic
 
 
 def main(argv: list[str] | None = None) -> int:

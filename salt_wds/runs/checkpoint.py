@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shard_tools.common.cli import CommandError, describe_os_error
-from shard_tools.format.dataset import sync_folder
+from shard_tools.common.files import sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from salt_wds.runs.growing_file import GrowingFile
 from salt_wds.runs.tensorboard import Board
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import write_atomic
+from shard_tools.common.files import write_atomic
 
 
 class Meter:

@@ -30,7 +30,7 @@ from salt_wds.train.resume import check_same_data, describe, held, open_run
 from salt_wds.train.step import make_forward
 from salt_wds.train.tuning import tuned_step
 from shard_tools.common.cli import OK, PROBLEMS
-from shard_tools.format.dataset import write_atomic
+from shard_tools.common.files import write_atomic
 
 log = logging.getLogger(__name__)
 

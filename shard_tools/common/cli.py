@@ -1,7 +1,7 @@
-"""What every command of both packages does the same way: exit codes and one-line errors (design, section 3).
+"""The command line of every command of both packages: options, one-line errors, exit codes.
 
-0 fine; 1 ran, and found or left problems; 2 usage or configuration; 130 interrupted. A user's mistake is told in one
-line (what, where, what to do), never as a traceback; a bug of ours keeps its traceback.
+Exit codes: 0 fine; 1 ran, and found or left problems; 2 usage or configuration; 130 interrupted. A user's mistake is
+reported in one line (what, where, what to do) without a traceback. A bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ import argparse
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 OK, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+T = TypeVar("T")
 
 _REMEDIES = {
     errno.ENOSPC: "make room there and run the same command again; it continues where it stopped",
@@ -37,18 +44,136 @@ _REMEDIES = {
 
 
 class CommandError(Exception):
-    """A mistake in usage, configuration or surroundings: one line for the user, exit code 2."""
+    """A mistake in usage, configuration or environment: one line for the user, exit code 2."""
+
+
+# --- options ------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line, too."""
+    """An ArgumentParser with one-line errors and the options that several commands share.
+
+    Args:
+        command: the module, such as "shard_tools.verify".
+        exit_codes: what each means, such as "0 whole; 1 problems, one line each; 2 usage".
+        page: the page in docs/ that explains the command at length, without its suffix.
+        options: of argparse.ArgumentParser.
+    """
+
+    def __init__(
+        self, command: str = "", description: str = "", exit_codes: str = "", page: str = "", **options: Any
+    ) -> None:
+        if command:
+            options["prog"] = _program(command)
+        if exit_codes:
+            options["epilog"] = f"Exit codes: {exit_codes}." + (f" More in docs/{page}.md." if page else "")
+        super().__init__(description=description, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(fail(f"{message}; see {self.prog} --help"))
 
+    def add_dataset(self) -> None:
+        """The argument `dir`: the folder of a data set."""
+        self.add_argument("dir", type=path, metavar="DIR", help="folder of the data set (holds dataset.json)")
+
+    def add_json(self, help: str = "print one JSON object instead of text") -> None:
+        self.add_argument("--json", action="store_true", help=help)
+
+    def add_workers(self, what: str = "worker processes") -> None:
+        """The option `--workers N`; its default is the number of cores this process may use."""
+        cores = available_cores()
+        self.add_argument(
+            "--workers", type=positive_int, default=cores, metavar="N", help=f"{what} (default {cores}, the cores)"
+        )
+
+    def add_config(self, what: str = "TOML file of the run, see configs/") -> None:
+        """The options `--config FILE` and `--set SECTION.KEY=VALUE` (a list of texts)."""
+        self.add_argument("--config", type=path, required=True, metavar="FILE", help=what)
+        self.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable"
+        )
+
+    def add_device(self) -> None:
+        self.add_argument(
+            "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one"
+        )
+
+
+def _program(command: str) -> str:
+    """The command as the user called it: `python -m shard_tools.pack`, or `shard-tools pack`."""
+    package, _, name = command.partition(".")
+    script = package.replace("_", "-")
+    by_script = any(Path(word).name == script for word in sys.orig_argv[:3])
+    return f"{script} {name}" if by_script else f"python -m {command}"
+
+
+def available_cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def path(text: str) -> Path:
+    """The path in an argument, `~` expanded."""
+    return Path(text).expanduser()
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The parser of an argument that is a whole number within limits."""
+
+    def parse(text: str) -> int:
+        number = int(text) if re.fullmatch(r"[0-9]{1,19}", text) else least - 1
+        if number < least or (most is not None and number > most):
+            limits = f"from {least}" + (f" to {most}" if most is not None else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+        return number
+
+    return parse
+
+
+positive_int = whole_number(1)
+seed_number = whole_number(0, 2**63 - 1)
+
+
+def positive_float(text: str) -> float:
+    """The number above 0 in an argument."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def size_in_bytes(text: str) -> int:
+    """The bytes in an argument such as 256MiB."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([A-Z]*)", text.strip().upper())
+    if match is None or match[2] not in _SIZE_UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB")
+    return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
+def one_of(*valid: str) -> Callable[[str], str]:
+    """The parser of an argument that is one of these words; for use with `comma_separated`."""
+
+    def parse(text: str) -> str:
+        if text not in valid:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(valid)}")
+        return text
+
+    return parse
+
+
+def comma_separated(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """The parser of an argument such as 1,2,4 whose parts `parse` reads."""
+    return lambda text: tuple(parse(part.strip()) for part in text.split(","))
+
+
+# --- errors and exit codes ----------------------------------------------------------------------------------------
+
 
 def one_line(text: object) -> str:
-    """The text without line breaks: one problem, one line, whatever names and messages hold."""
+    """The text without line breaks."""
     return " ".join(str(text).split())
 
 
@@ -61,16 +186,16 @@ def describe_os_error(error: OSError) -> str:
 
 
 def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run a command's `main` and leave with its exit code, by `sys.exit` unless told otherwise.
+    """Run a command's `main` and end the process with its exit code, by default through `sys.exit`.
 
-    `CommandError` and operating system errors that a user can mend become one line on stderr and exit 2; Ctrl-C and
-    SIGTERM become exit 130. Anything else is a bug of ours and keeps its traceback.
+    `CommandError` and operating system errors that a user can fix become one line on stderr and exit 2; Ctrl-C, SIGTERM
+    and SIGHUP become exit 130. Any other exception is a bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, _interrupt)  # a polite kill ends like Ctrl-C
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as shells start what runs in the background
-        signal.signal(signal.SIGINT, _interrupt)
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `command &` in a script ignores SIGINT, nohup SIGHUP
+            signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be printable
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be unprintable
     try:
         code = main(None)
         print(end="", flush=True)
@@ -79,8 +204,8 @@ def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn
     except KeyboardInterrupt:
         print("interrupted; everything committed so far is kept", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # `... | head`: nobody reads on. The work stopped there, so this is not exit code 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there once more at exit
+    except BrokenPipeError:  # `... | head`: the reader is gone; the work stopped there, so the exit code is not 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at exit
         code = INTERRUPTED
     except OSError as error:
         if error.errno not in _REMEDIES:
@@ -90,9 +215,9 @@ def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
-    """Raise KeyboardInterrupt, once: what is cleaned up because of it is not to be interrupted by a second one."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: None)  # unlike SIG_IGN, programs that are started do not inherit it
+    """Raise KeyboardInterrupt, once: a second signal must not interrupt the clean-up after the first."""
+    for each in _STOP_SIGNALS:
+        signal.signal(each, lambda *_: None)  # unlike SIG_IGN, child processes do not inherit it
     raise KeyboardInterrupt
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from shard_tools.common.cli import one_line
+from shard_tools.common.files import write_atomic
 from shard_tools.describe.samples import SampleError, decode_frames, evenly, probed_record, read_member, read_record
-from shard_tools.format.dataset import Dataset, write_atomic
+from shard_tools.format.dataset import Dataset
 
 # In pixels. A frame is fitted into its box; the line above it holds key, split and label, the one below the times.
 BOX_WIDTH, BOX_HEIGHT = 214, 120

@@ -15,12 +15,10 @@ without one), and the same key may be in two shards.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import json
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,56 +300,7 @@ def read_dataset(folder: Path) -> Dataset:
         raise DatasetError(f"{path}: damaged ({one_line(error)[:200]}); {remedy}") from None
 
 
-# --- durable writes -----------------------------------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot; nothing more can be done there
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def remove_shard(folder: Path, shard: str) -> None:
     """Remove what there is of a shard in a folder: its index and its tar."""
     for name in (index_name(shard), shard):
         (folder / name).unlink(missing_ok=True)
-
-
-def sync_files(paths: Iterable[Path]) -> None:
-    """Bring the content of files to the disk, whoever wrote it."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:  # say which file: a failed sync alone does not know
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file so that its final name only ever shows the whole content: temporary name, fsync, rename.
-
-    An exception leaves the old file, and no temporary one. Without `durable` that does not hold for a power cut before
-    `sync_files` and `sync_folder`: it may leave the old file, none, or one without its content.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:  # say which file: a failed write alone does not know
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)

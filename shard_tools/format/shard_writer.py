@@ -5,7 +5,7 @@ Other writers finish the file even when an exception passes through, and a crash
 
 The tar is on the disk before it gets its name, so that a power cut leaves it whole, too. The index is not waited for,
 and neither is the folder: asked for each small file of each shard, a drive writes more slowly. Whoever makes a shard
-part of a data set calls `sync_files` on its index before, and `sync_folder` after.
+part of a data set calls `sync_file` on its index before, and `sync_folder` after.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Self
 
 import xxhash
 
-from shard_tools.format.dataset import SampleInfo, ShardInfo, index_name, write_atomic
+from shard_tools.common.files import write_atomic
+from shard_tools.format.dataset import SampleInfo, ShardInfo, index_name
 from shard_tools.format.index import index_bytes
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
 

@@ -25,6 +25,7 @@ import xxhash
 from tqdm import tqdm
 
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line
+from shard_tools.common.files import sync_folder, write_atomic
 from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.format import ledger
 from shard_tools.format.dataset import (
@@ -37,8 +38,6 @@ from shard_tools.format.dataset import (
     index_name,
     make_dataset,
     read_dataset,
-    sync_folder,
-    write_atomic,
 )
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes
 from shard_tools.index.scan import (

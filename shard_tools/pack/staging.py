@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.common.cli import CommandError
-from shard_tools.common.files import file_hash
+from shard_tools.common.files import file_hash, sync_file, sync_folder, write_atomic
 from shard_tools.format import ledger
 from shard_tools.format.dataset import (
     DATASET_FILE,
@@ -39,9 +39,6 @@ from shard_tools.format.dataset import (
     index_name,
     read_dataset,
     remove_shard,
-    sync_files,
-    sync_folder,
-    write_atomic,
 )
 from shard_tools.format.ledger import Failure
 
@@ -360,7 +357,9 @@ def _sync(staging: Path, shard: str) -> None:
     An error is told once, and the next try would believe the page cache: so the shard is to be written again.
     """
     try:
-        sync_files(path for path in (staging / index_name(shard), _mark(staging, shard)) if path.exists())
+        for path in (staging / index_name(shard), _mark(staging, shard)):
+            if path.exists():
+                sync_file(path)
     except OSError:
         discard(staging, shard)
         raise

@@ -24,19 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line
-from shard_tools.common.files import file_hash
+from shard_tools.common.files import file_hash, sync_file, sync_folder, write_atomic
 from shard_tools.common.processes import WorkerDiedError, run_local
-from shard_tools.format.dataset import (
-    DATASET_FILE,
-    Dataset,
-    ShardInfo,
-    index_name,
-    read_dataset,
-    remove_shard,
-    sync_files,
-    sync_folder,
-    write_atomic,
-)
+from shard_tools.format.dataset import DATASET_FILE, Dataset, ShardInfo, index_name, read_dataset, remove_shard
 from shard_tools.index.scan import index_again
 from shard_tools.pack import staging
 from shard_tools.repair import salvage
@@ -286,7 +276,7 @@ def _put_in_place(job: RepairJob, shard: DamagedShard) -> None:
     if not job.dry_run:
         for name, intact in ((shard.parquet.name, shard.index_intact), (shard.tar.name, shard.tar_intact)):
             if not intact:
-                sync_files([job.scratch / name])
+                sync_file(job.scratch / name)
                 (job.scratch / name).rename(job.folder / name)
         sync_folder(job.folder)
     remove_shard(job.scratch, shard.tar.name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shard_tools.common.cli import CommandError
-from shard_tools.common.files import file_hash
+from shard_tools.common.files import file_hash, sync_file, sync_folder, write_atomic
 from shard_tools.format import ledger
 from shard_tools.format.dataset import (
     DATASET_FILE,
@@ -26,9 +26,6 @@ from shard_tools.format.dataset import (
     index_name,
     make_dataset,
     remove_shard,
-    sync_files,
-    sync_folder,
-    write_atomic,
 )
 from shard_tools.format.ledger import Failure
 from shard_tools.verify.shard_check import PACK_AGAIN
@@ -71,7 +68,8 @@ def commit(
         "failures": [dataclasses.asdict(failure) for failure in failures],
     }
     scratch = folder / STAGING
-    sync_files(scratch / index_name(shard) for shard, info in new.items() if info is not None)
+    for shard in [shard for shard, info in new.items() if info is not None]:
+        sync_file(scratch / index_name(shard))
     write_atomic(scratch / _COMMIT_FILE, json.dumps(decision).encode())
     finish(folder, old)
 

@@ -18,6 +18,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shard_tools.common.files import write_atomic
 from shard_tools.format import dataset as contract
 from shard_tools.format.dataset import (
     DATASET_FILE,
@@ -27,7 +28,6 @@ from shard_tools.format.dataset import (
     make_dataset,
     make_key,
     read_dataset,
-    write_atomic,
 )
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes, parse_index, read_index
 from shard_tools.format.tar import BLOCK, MAX_MEMBER_BYTES, ShardDamage, padding, parse_header, read_members, tar_header

@@ -10,6 +10,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -28,6 +29,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
+class OnResume(Enum):
+    """Whether a resumed run may have another value of a key. A key without this mark must stay as it was."""
+
+    MAY_CHANGE = "may change on resume"
+    WARN = "may change on resume, with a warning"
+
+
 def require(condition: bool, key: str, message: str) -> None:
     """Of a section's own checks: a message that opens with the key, which `read_config` makes a dotted one."""
     if not condition:
@@ -42,25 +50,25 @@ R = TypeVar("R", bound=Section)
 
 
 class DataConfig(Section):
-    shards: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+    shards: Annotated[Text | Annotated[tuple[Text, ...], Field(min_length=1)], OnResume.MAY_CHANGE]
     """Folder of the packed or indexed data set: the one that holds dataset.json. Or a list of several."""
     weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = ()
     """Of several data sets: how often each is drawn from, relative to each other; [] means by their samples."""
     split: str = "train"
     """Split to train on, as named in dataset.json."""
-    validation_split: Text = "validation"
+    validation_split: Annotated[Text, OnResume.MAY_CHANGE] = "validation"
     """Split the held-out loss is measured on, every train.validate_every steps."""
     batch_size: PositiveInt = 64
     """Global batch: clips in one optimiser step, over all ranks."""
-    num_workers: NonNegativeInt = 32
+    num_workers: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 32
     """DataLoader worker processes a rank; 0 decodes in the training process (for debugging)."""
-    prefetch_factor: PositiveInt = 4
+    prefetch_factor: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 4
     """Batches each worker prepares ahead. Shrunk at start, with the arithmetic printed, if /dev/shm is too small."""
-    pin_memory: bool = True
+    pin_memory: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Copy batches to page-locked memory, so that the copy to the GPU overlaps the step. No effect without a GPU."""
-    persistent_workers: bool = True
+    persistent_workers: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Keep workers for the whole run. The training order is endless, so there is no epoch end at which to restart."""
-    start_method: Literal["forkserver"] = "forkserver"
+    start_method: Annotated[Literal["forkserver"], OnResume.MAY_CHANGE] = "forkserver"
     """How workers are started; the only way offered. fork copies CUDA and thread state and can dead-lock; spawn imports
     everything anew in every worker, and its SIGCHLD would raise in the middle of a step when a worker dies."""
     num_frames: PositiveInt = 16
@@ -81,15 +89,15 @@ class DataConfig(Section):
     """Mirror half of the clips. Off: labels of Something-Something-v2 depend on left and right."""
     window: PositiveInt = 16
     """Shards whose samples are mixed with each other: more is better mixed, and more open files."""
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: Annotated[PositiveFloat, OnResume.MAY_CHANGE] = 120.0
     """Seconds without a batch after which a worker counts as hung."""
-    read_retries: NonNegativeInt = 2
+    read_retries: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 2
     """Repeat a read that failed in a way that may pass (I/O error, time-out of a file server, wrong hash) so often."""
-    max_consecutive_failures: PositiveInt = 64
+    max_consecutive_failures: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 64
     """Stop after this many failed samples in a row: then it is the data set, not a sample."""
-    max_failure_rate: Fraction = 0.05
+    max_failure_rate: Annotated[Fraction, OnResume.MAY_CHANGE] = 0.05
     """Stop when a larger share of the last 4096 samples tried has failed (judged from 256 samples on)."""
-    max_recoveries: NonNegativeInt = 50
+    max_recoveries: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 50
     """Stop when workers were lost more often than this within 100 batches: then it is the machine, not a sample."""
 
     @model_validator(mode="after")
@@ -182,22 +190,22 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: PositiveFloat = 1e-4
+    lr: Annotated[PositiveFloat, OnResume.WARN] = 1e-4
     """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    schedule: Annotated[Literal["cosine", "constant", "wsd"], OnResume.WARN] = "cosine"
     """After the warm-up. cosine: half a cosine down to min_lr; constant: lr, without end (continue it as wsd to decay);
     wsd: lr, then down to min_lr within the last wsd_decay_steps, as 1 - sqrt of the progress."""
-    min_lr: NonNegativeFloat = 1e-6
+    min_lr: Annotated[NonNegativeFloat, OnResume.WARN] = 1e-6
     """Learning rate at the end of the decay, and after it. No effect with schedule = "constant"."""
-    decay_steps: PositiveInt | None = None
+    decay_steps: Annotated[PositiveInt | None, OnResume.WARN] = None
     """cosine and wsd: step at which min_lr is reached; unset: train.steps. Set it where train.steps may change between a
     run and its resumption, so that the learning rate of a step does not. constant: must be unset."""
-    wsd_decay_steps: PositiveInt | None = None
+    wsd_decay_steps: Annotated[PositiveInt | None, OnResume.WARN] = None
     """wsd: length of the decay in steps, 10 to 20 % of the run as a rule; it begins so many steps before decay_steps.
     Must be set with wsd, and unset with the others."""
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: Annotated[NonNegativeFloat, OnResume.WARN] = 0.05
     """Decoupled weight decay; never applied to norms, biases, positions and the mask token."""
-    warmup_steps: NonNegativeInt = 2000
+    warmup_steps: Annotated[NonNegativeInt, OnResume.WARN] = 2000
     """Steps of linear warm-up from 0 to lr."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW: decay of the first moment."""
@@ -205,7 +213,7 @@ class OptimConfig(Section):
     """AdamW: decay of the second moment (0.95 as MAE and its kin; 0.999 is slow to forget)."""
     eps: PositiveFloat = 1e-8
     """AdamW: term of the denominator."""
-    clip_grad_norm: NonNegativeFloat = 1.0
+    clip_grad_norm: Annotated[NonNegativeFloat, OnResume.WARN] = 1.0
     """Largest norm of the gradient over all parameters; 0 turns clipping off."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Keep a running mean of the student's parameters, the weight of a step falling by this factor a step (0.999 is a
@@ -232,59 +240,61 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: Annotated[int, Field(ge=1, le=99_999_999)]
+    steps: Annotated[Annotated[int, Field(ge=1, le=99_999_999)], OnResume.MAY_CHANGE]
     """Optimiser steps of the whole run."""
-    run_dir: Text
+    run_dir: Annotated[Text, OnResume.MAY_CHANGE]
     """Folder for everything the run writes (metrics, failures, checkpoints)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, sample order, crops and masks."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Annotated[Literal["auto", "cuda", "cpu"], OnResume.MAY_CHANGE] = "auto"
     """auto: CUDA where there is a GPU, else the CPU."""
-    compile: Literal["max-autotune", "max-autotune-no-cudagraphs", "default", "off"] = "max-autotune"
+    compile: Annotated[Literal["max-autotune", "max-autotune-no-cudagraphs", "default", "off"], OnResume.MAY_CHANGE] = (
+        "max-autotune"
+    )
     """torch.compile mode. One that fails is followed by the next in this order; the run says which and why."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: every matrix product in bfloat16, with master weights and AdamW state in fp32 (parameters in bf16 would
     not move at this learning rate); fp32: for comparisons on a CPU."""
-    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    attention: Annotated[Literal["auto", "flash", "cudnn", "efficient", "math"], OnResume.MAY_CHANGE] = "auto"
     """Kernel of attention. auto: on a GPU the ones there are are timed at the start and the fastest is pinned; on a CPU
     torch chooses. The others pin one without timing others."""
-    checkpointing: Literal["off", "selective", "full", "auto"] = "full"
+    checkpointing: Annotated[Literal["off", "selective", "full", "auto"], OnResume.MAY_CHANGE] = "full"
     """Gradient checkpointing of the student. full: keep only the blocks' inputs and compute each block twice; selective:
     compute only the MLPs twice, whose activations are the largest; auto: the first of off, selective, full that fits, found
     by running one step of generated clips (off on a CPU)."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Annotated[PositiveInt | None, OnResume.MAY_CHANGE] = None
     """Clips a rank passes forward at once; gradients of so many pile up until the rank's share of data.batch_size, which
     it must divide, is through. The update is that of the whole batch to within rounding. Unset: the whole share."""
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    parallel: Annotated[Literal["ddp", "fsdp2"], OnResume.MAY_CHANGE] = "ddp"
     """How ranks share the student, with torchrun. ddp: each has all of it; fsdp2: parameters, gradients and AdamW state
     are spread over the ranks, which costs traffic and saves memory."""
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 1000
     """Steps from one checkpoint to the next."""
-    keep_checkpoints: PositiveInt = 3
+    keep_checkpoints: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 3
     """Newest checkpoints kept; older ones are removed after a new one is complete."""
-    keep_every: PositiveInt | None = None
+    keep_every: Annotated[PositiveInt | None, OnResume.MAY_CHANGE] = None
     """Checkpoints of every so many steps are never removed (a multiple of checkpoint_every). Unset: none are kept so."""
-    async_checkpoints: bool = True
+    async_checkpoints: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Write checkpoints while training goes on, from a copy in main memory. Off: the run waits for the disk."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "skip"], OnResume.MAY_CHANGE] = "stop"
     """A loss or gradient that is not finite. stop: ends the run before the update; skip: leaves that update out, and
     stops after train.max_skipped of them. Keys and shards of the batch go to nonfinite.jsonl."""
-    max_skipped: NonNegativeInt = 20
+    max_skipped: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 20
     """Updates that may be left out in the whole run (on_nonfinite = "skip"); one more stops it."""
-    log_every: PositiveInt = 20
+    log_every: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 20
     """Steps from one line of metrics to the next; the GPU is waited for only then."""
-    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    profile_steps: Annotated[tuple[PositiveInt, PositiveInt] | None, OnResume.MAY_CHANGE] = None
     """[first, last] step to record as a Chrome trace in profile/ of the run's folder; unset: none."""
-    validate_every: NonNegativeInt = 0
+    validate_every: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 0
     """Steps from one measurement of the held-out loss (val_loss, val_r2) to the next; 0: never."""
-    validate_batches: PositiveInt = 10
+    validate_batches: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 10
     """Batches of data.batch_size for it: the first ones of data.validation_split, the same every time."""
     probe_every: NonNegativeInt = 0
     """Steps from one nearest-neighbour probe of the student's encoder (knn_top1) to the next; 0: never. Needs labels."""
     probe_clips: tuple[PositiveInt, PositiveInt] = (2048, 512)
     """Clips for it: of data.split, whose labels vote, and of data.validation_split; chosen by their keys, the same every
     time."""
-    trace_samples: bool = False
+    trace_samples: Annotated[bool, OnResume.MAY_CHANGE] = False
     """Write the keys of every batch to samples.jsonl, {"step": .., "keys": [..]}."""
 
     @model_validator(mode="after")
@@ -408,3 +418,13 @@ def _valid_keys(root: type[Section]) -> list[str]:
     sections = _sections(root)
     keys = [name for name in root.model_fields if name not in sections]
     return keys + [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+
+
+def resume_rules() -> dict[str, OnResume]:
+    """The keys that a resumed run may change, by dotted name."""
+    rules = {}
+    for name, section in _sections(Config).items():
+        for key, field in section.model_fields.items():
+            marks = [mark for mark in field.metadata if isinstance(mark, OnResume)]
+            rules |= {f"{name}.{key}": mark for mark in marks}
+    return rules

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from salt_wds.config import Config, load_config
+from salt_wds.config import Config
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.models.build import build_teacher
 from salt_wds.models.from_run import checkpoint_in, student_in
 from salt_wds.models.student import Student, build_student
+from salt_wds.runs.folder import read_run
 from shard_tools.common.cli import CommandError
 
 
@@ -65,18 +66,6 @@ class FrozenEncoder:
     @property
     def _bf16(self) -> bool:
         return self.config.train.precision == "bf16"
-
-
-def read_run(run_dir: Path) -> Config:
-    """The configuration a run was started with.
-
-    Raises:
-        CommandError: the folder is not that of a run.
-    """
-    path = run_dir / "config.toml"
-    if not path.is_file():
-        raise CommandError(f"{run_dir}: not the folder of a run, it has no config.toml; runs are under runs/")
-    return load_config(path)
 
 
 def student_of(run_dir: Path, device: torch.device, *, ema: bool = False) -> FrozenEncoder:

@@ -22,7 +22,7 @@ from salt_wds.config import Config, read_config
 from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.views import Views
 from salt_wds.models.build import pick_device
-from salt_wds.models.frozen import FrozenEncoder, random_of, read_run, student_of, teacher_of
+from salt_wds.models.frozen import FrozenEncoder, random_of, student_of, teacher_of
 from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.feature_source import FeatureSource
 from salt_wds.probe.features import Part
@@ -30,6 +30,7 @@ from salt_wds.probe.fit import Measured, Trained, measure, train_probes
 from salt_wds.probe.results import head_results, neighbour_results, plot_confusion, results_table, write_results
 from salt_wds.probe.splits import ProbeData, open_probe_data
 from salt_wds.probe.supervised import supervised_of
+from salt_wds.runs.folder import read_run
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from salt_wds.config import Config
-from salt_wds.models.frozen import read_run
+from salt_wds.runs.folder import read_run
 from salt_wds.runs.history import read_history
 from salt_wds.runs.metrics import read_metrics
 from shard_tools.common.cli import CommandError

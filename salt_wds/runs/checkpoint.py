@@ -121,7 +121,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def set_aside(folder: Path, step: int) -> None:
+def quarantine_newer(folder: Path, step: int) -> None:
     """Rename checkpoints beyond `step` (they are damaged, or the run would go on from them) to `damaged-step-N`."""
     for path in _all(folder):
         if _step(path) > step:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from salt_wds.config import Config
+from salt_wds.config import Config, OnResume, resume_rules
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import Models, multiplies_bf16_slowly
 from salt_wds.models.optim import describe_groups
@@ -23,22 +19,6 @@ from salt_wds.train.distributed import World
 from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)
-
-# What may change between a run and its resumption: where things are, how fast they go, how long it lasts. Anything
-# else would make it another run.
-_MAY_CHANGE = frozenset(
-    ["data.shards", "data.num_workers", "data.prefetch_factor", "data.pin_memory", "data.persistent_workers",
-     "data.start_method", "data.timeout_s", "data.max_consecutive_failures", "data.max_failure_rate",
-     "data.max_recoveries", "data.read_retries", "data.validation_split"]
-    + [f"train.{key}" for key in ("steps", "run_dir", "device", "compile", "checkpointing", "checkpoint_every",
-                                  "keep_checkpoints", "log_every", "trace_samples", "micro_batch", "parallel",
-                                  "async_checkpoints", "keep_every", "on_nonfinite", "max_skipped", "attention",
-                                  "profile_steps", "validate_every", "validate_batches")]
-    + [f"optim.{key}" for key in ("lr", "schedule", "min_lr", "decay_steps", "wsd_decay_steps", "weight_decay",
-                                  "warmup_steps", "clip_grad_norm")]
-)  # fmt: skip
-_LOCK = ".lock"  # in the run's folder, while a process trains there
-_MAY_CHANGE_SILENTLY = frozenset(key for key in _MAY_CHANGE if not key.startswith("optim."))
 
 
 def open_run(run_dir: Path, config: Config, resume: bool, dry_run: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -57,38 +37,8 @@ def open_run(run_dir: Path, config: Config, resume: bool, dry_run: bool) -> tupl
     if found is not None:
         _check_same_config(found[0], found[1]["config"], config)
     if not dry_run:
-        checkpoint.set_aside(run_dir / "checkpoints", found[1]["step"] if found else 0)
+        checkpoint.quarantine_newer(run_dir / "checkpoints", found[1]["step"] if found else 0)
     return found
-
-
-@contextlib.contextmanager
-def held(run_dir: Path, world: World) -> Iterator[None]:
-    """Keep other trainings out of the folder. The kernel lets go of it however this one ends, by SIGKILL, too.
-
-    Raises:
-        CommandError: another process trains there.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def take() -> None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run_dir / _LOCK).open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise CommandError(
-                    f"{run_dir}: process {file.read().strip() or '(unknown)'} trains in this folder; wait for its end, stop "
-                    "it, or choose another train.run_dir"
-                ) from None
-            except OSError as error:  # a file system without locks is no reason not to train
-                log.warning("%s: cannot be locked (%s); see that no other run uses it", run_dir, error.strerror)
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-
-        world.from_first(take)
-        yield
 
 
 def _check_nothing_is_lost(run_dir: Path, checkpoint_every: int) -> None:
@@ -118,14 +68,15 @@ def _check_same_config(path: Path, saved: dict[str, Any], config: Config) -> Non
     before, after = _flat(saved), _flat(config.model_dump(mode="json"))
     changed = {k: (before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)}
     words = {key: f"{key} from {old!r} to {new!r}" for key, (old, new) in changed.items()}
-    refused = [words[key] for key in changed if key not in _MAY_CHANGE]
+    rules = resume_rules()
+    refused = [words[key] for key in changed if key not in rules]
     if refused:
         raise CommandError(
             f"{path}: --resume cannot change {'; '.join(refused)}: it would be another run; "
             "set it back, or choose another train.run_dir"
         )
     for key in changed:
-        if key not in _MAY_CHANGE_SILENTLY:
+        if rules[key] is OnResume.WARN:
             log.warning("resuming with %s", words[key])
 
 

@@ -18,6 +18,7 @@ from salt_wds.data.loader import Loader
 from salt_wds.models.build import Models, build_models, pick_device
 from salt_wds.models.optim import build_optimizer
 from salt_wds.runs import checkpoint
+from salt_wds.runs.folder import lock_run_folder
 from salt_wds.runs.history import record_end, record_start
 from salt_wds.train.accumulation import Accumulation, count_parts
 from salt_wds.train.diagnostics import PositionMean
@@ -26,7 +27,7 @@ from salt_wds.train.ema import Ema
 from salt_wds.train.held_out_loss import Validation
 from salt_wds.train.knn_probe import NeighbourProbe
 from salt_wds.train.loop import Loop, Readings
-from salt_wds.train.resume import check_same_data, describe, held, open_run
+from salt_wds.train.resume import check_same_data, describe, open_run
 from salt_wds.train.step import make_forward
 from salt_wds.train.tuning import tuned_step
 from shard_tools.common.cli import OK, PROBLEMS
@@ -43,7 +44,9 @@ def train(config: Config, *, resume: bool = False, dry_run: bool = False) -> int
     """
     world = join(pick_device(config.train.device), config.data.timeout_s)
     try:
-        with contextlib.nullcontext() if dry_run else held(Path(config.train.run_dir), world):
+        with contextlib.ExitStack() as stack:
+            if not dry_run:
+                world.from_first(lambda: stack.enter_context(lock_run_folder(Path(config.train.run_dir))))
             code = _train(config, world, resume, dry_run)
     except RankLost as lost:
         log.error("another rank is gone, or does not answer (%s); go on from the last checkpoint with --resume", lost)

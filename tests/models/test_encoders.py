@@ -11,8 +11,9 @@ from salt_wds.config import load_config
 from salt_wds.data.loader import Loader
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.models.build import build_models
-from salt_wds.models.frozen import random_of, read_run, student_of, teacher_of
+from salt_wds.models.frozen import random_of, student_of, teacher_of
 from salt_wds.models.student import build_student
+from salt_wds.runs.folder import read_run
 from salt_wds.train.step import make_forward
 from salt_wds.train.trainer import train
 from shard_tools.common.cli import CommandError

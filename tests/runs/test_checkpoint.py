@@ -125,7 +125,7 @@ def test_an_edited_state_is_damage(tmp_path, edit):
 def test_damaged_ones_do_not_push_out_new_ones(tmp_path):
     model, optimizer = make()
     checkpoint.save(tmp_path, 9, model, optimizer, {})
-    checkpoint.set_aside(tmp_path, 5)
+    checkpoint.quarantine_newer(tmp_path, 5)
     checkpoint.save(tmp_path, 6, model, optimizer, {})
     checkpoint.remove_old(tmp_path, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-step-00000009", "step-00000006"]

@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(harness.REPOSITORY))
 
 from salt_wds.data.catalog import Catalog, Row, open_catalog
-from salt_wds.data.crop_resize import ClipWriter, Crop
+from salt_wds.data.crop_resize import Crop, write_clip
 from salt_wds.data.order import Order, Place, sample_rng
 from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import Reader
@@ -82,7 +82,6 @@ class Lane:
     order: Order
     reader: Reader
     decoder: Decoder
-    writer: ClipWriter
     out: np.ndarray  # (T, S*S*3/2) uint8
     requests: list[tuple[Place, Row, np.ndarray, Crop]] = field(default_factory=list)
     position: int = 0
@@ -100,7 +99,7 @@ class Lane:
         record, payload = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
         info = video_info(row, record, foreign=False)
-        self.writer.write(self.decoder(payload, info, numbers).pictures, frames, crop, self.out)
+        write_clip(self.decoder(payload, info, numbers).pictures, frames, crop, self.out)
         self.position += 1
 
     def request(self, position: int) -> tuple[Place, Row, np.ndarray, Crop]:
@@ -127,7 +126,7 @@ def measure(work: Path, seconds: float, turn: float) -> dict[str, Any]:
         order = Order(catalog.part_samples[0], _WINDOW, _SEED)
         out = np.empty((FRAMES, SIZE * SIZE * 3 // 2), np.uint8)
         [ext] = catalog.extensions
-        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder(ext), ClipWriter(SIZE), out)
+        lanes[tier] = Lane(catalog, order, Reader(catalog, 0), get_decoder(ext), out)
         for _ in range(3):  # first calls set up what later ones find ready
             lanes[tier].clip()
         lanes[tier].reading, lanes[tier].position, lanes[tier].requests = 0.0, 0, []

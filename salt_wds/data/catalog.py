@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from salt_wds.data.shared import SharedArray
+from salt_wds.data.memory import SharedArray
 from shard_tools.format.dataset import Dataset, DatasetError, index_name, read_dataset
 from shard_tools.format.index import read_index
 

@@ -1,31 +1,79 @@
-"""Memory for prefetched batches: how much they take, how much there is, and the prefetch factor that fits.
+"""Memory for batches: how much they take, how much there is, and arrays that worker processes share with the trainer.
 
-float32 batches in /dev/shm were what ended runs with bus errors. Here a batch is 8 times smaller (YUV 4:2:0 in uint8),
-all slots for batches are allocated before the first (see shared), and this is the arithmetic.
+float32 batches in /dev/shm end runs with bus errors. Here a batch is 8 times smaller (YUV 4:2:0 in uint8), and the slots
+for all batches are allocated before the first one, in anonymous memory files (memfd_create) in place of /dev/shm: no size
+limit of a mount, and nothing to unlink when a process is killed.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from dataclasses import dataclass
+from multiprocessing import reduction
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from salt_wds.config import DataConfig
 from shard_tools.common.cli import CommandError
 
-_USED = 0.8  # share of the available memory that batches may take; models, workers and the page cache need some, too
-_CGROUPS = (
+_USABLE = 0.8  # share of the available memory that batches may take; models, workers and the page cache need the rest
+_CGROUP_V1 = "/sys/fs/cgroup/memory"
+_CGROUPS = (  # limit, usage, statistics
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
+    (f"{_CGROUP_V1}/memory.limit_in_bytes", f"{_CGROUP_V1}/memory.usage_in_bytes", f"{_CGROUP_V1}/memory.stat"),
 )
+
+
+class SharedArray:
+    """A numpy array (`array`) of fixed shape, initially zero, shared with every process that receives it at its start.
+
+    Every byte is allocated here: too little memory is an error now, and no later write can end in a bus error. A worker
+    gets the file descriptor when it starts; no later message about the memory passes between processes.
+
+    Raises:
+        CommandError: not enough memory.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
+        descriptor = os.memfd_create("salt-wds", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            os.close(descriptor)
+            raise CommandError(
+                f"shared memory: {size / 1e9:.2f} GB cannot be allocated ({error.strerror}); lower data.num_workers, "
+                "data.prefetch_factor or data.batch_size"
+            ) from None
+        self._attach(descriptor, shape, dtype)
+
+    def _attach(self, descriptor: int, shape: tuple[int, ...], dtype: Any) -> None:
+        self._descriptor, self._shape, self._dtype = descriptor, shape, dtype
+        memory = mmap.mmap(descriptor, 0)
+        self.array = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attached, (reduction.DupFd(self._descriptor), self._shape, self._dtype)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _attached(duplicate: Any, shape: tuple[int, ...], dtype: Any) -> SharedArray:
+    """The array in a process that received it."""
+    shared = SharedArray.__new__(SharedArray)
+    shared._attach(duplicate.detach(), shape, dtype)
+    return shared
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory of the slots for batches, and the prefetch factor that fits. Sizes in bytes."""
+    """Memory of the slots for batches, in bytes, and the prefetch factor that fits."""
 
     batch: int
     workers: int
@@ -36,7 +84,7 @@ class Budget:
 
     @property
     def slots(self) -> int:
-        """Slots of one worker: its prefetched batches, and the one being taken from it meanwhile."""
+        """Slots of one worker: its prefetched batches, and the one the trainer is using."""
         return self.prefetch + 1
 
     @property
@@ -56,31 +104,25 @@ class Budget:
 
 
 def fit_budget(batch_bytes: int, data: DataConfig) -> Budget:
-    """The largest prefetch factor, up to the configured one, whose slots fit into the memory available.
+    """The largest prefetch factor, up to the configured one, whose slots fit into the available memory.
 
     Raises:
-        CommandError: not even one prefetched batch a worker fits; with the arithmetic and what to change.
+        CommandError: not even one prefetched batch a worker fits; states the arithmetic and what to change.
     """
     free, limited_by = available_memory()
+    usable = int(free * _USABLE)
     workers = max(data.num_workers, 1)
-    fits = int(free * _USED // (batch_bytes * workers)) - 1
-    if 2 * batch_bytes > free * _USED:
+    if 2 * batch_bytes * workers > usable:
         raise CommandError(
-            f"memory: 2 batches of {batch_bytes / 1e6:,.1f} MB, but {limited_by} leaves {free / 1e9:.2f} GB (of which batches "
-            f"may take {_USED:.0%}); lower data.batch_size, or give the job more memory"
+            f"memory: {workers} worker{'s' if workers > 1 else ''} x 2 batches of {batch_bytes / 1e6:,.1f} MB = "
+            f"{2 * workers * batch_bytes / 1e9:.2f} GB, but {limited_by} leaves {free / 1e9:.2f} GB (of which batches may "
+            f"take {_USABLE:.0%}); "
+            + (f"lower data.num_workers to {fewer} or " if (fewer := usable // (2 * batch_bytes)) else "lower ")
+            + "data.batch_size, or give the job more memory"
         )
-    if not data.num_workers:
-        return Budget(batch_bytes, 0, 0, 0, free, limited_by)
-    if fits < 1:
-        raise CommandError(
-            f"memory: {data.num_workers} workers x 2 batches of {batch_bytes / 1e6:.1f} MB = "
-            f"{2 * data.num_workers * batch_bytes / 1e9:.2f} GB, but {limited_by} leaves {free / 1e9:.2f} GB (of which "
-            f"batches may take {_USED:.0%}); lower data.num_workers to {int(free * _USED // (2 * batch_bytes))} or "
-            "data.batch_size, or give the job more memory"
-        )
-    return Budget(
-        batch_bytes, data.num_workers, data.prefetch_factor, min(data.prefetch_factor, fits), free, limited_by
-    )
+    wanted = data.prefetch_factor if data.num_workers else 0
+    prefetch = min(wanted, usable // (batch_bytes * workers) - 1)
+    return Budget(batch_bytes, data.num_workers, wanted, prefetch, free, limited_by)
 
 
 def available_memory() -> tuple[int, str]:

@@ -22,10 +22,10 @@ import webdataset as wds
 
 from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.data.catalog import Catalog, Row
-from salt_wds.data.crop_resize import ClipWriter
+from salt_wds.data.crop_resize import write_clip
 from salt_wds.data.order import InOrder, Mixture, Order, sample_rng
 from salt_wds.data.reader import HashMismatchError, Reader
-from salt_wds.data.shared import SharedArray
+from salt_wds.data.memory import SharedArray
 from salt_wds.data.views import Views, evaluation_view, training_view
 from shard_tools.common.worker_process import end_with_parent
 from shard_tools.format import ledger
@@ -193,7 +193,6 @@ class SamplePipeline:
         self._spec = spec
         self._order = make_order(spec.catalog, spec.data, spec.seed, spec.views)
         self._decoders = {ext: get_decoder(ext, spec.data.decoder) for ext in spec.catalog.extensions}
-        self._clip_writer = ClipWriter(spec.data.size)
         self._reader = Reader(spec.catalog, spec.data.read_retries)
         self._status = spec.in_flight.array[self.worker]
         self._status[0] = os.getpid()
@@ -230,7 +229,7 @@ class SamplePipeline:
 
     def announce(self, request: Sample) -> None:
         """Have the kernel read a sample ahead."""
-        self._reader.announce(request["shard"], request["row"], request["numbers"])
+        self._reader.prefetch(request["shard"], request["row"], request["numbers"])
 
     def samples(self, requests: Iterable[Sample]) -> wds.DataPipeline:
         """The WebDataset pipeline over requests that have a `clip` to write to; failed samples are left out."""
@@ -286,7 +285,7 @@ class SamplePipeline:
         return sample
 
     def _note_retried(self, sample: Sample) -> None:
-        retried = self._reader.take_retried()
+        retried = self._reader.take_recovered()
         if retried is not None:
             self.recorder.passed(sample, retried)
 
@@ -297,7 +296,10 @@ class SamplePipeline:
         payload = sample.pop("payload")
         reading = None if isinstance(payload, bytes) else _Timed(payload)
         decoded = self._decoders[row.ext](reading or payload, info, sample["numbers"])
-        cropping = self._clip_writer.write(decoded.pictures, sample["frames"], sample["crop"], sample["clip"])
+        pictures = _Timed(decoded.pictures)
+        started = time.perf_counter()
+        write_clip(iter(pictures), sample["frames"], sample["crop"], sample["clip"])
+        cropping = time.perf_counter() - started - pictures.seconds
         self.seconds["crop"] += cropping
         self.seconds["decode"] -= cropping
         if reading is not None:

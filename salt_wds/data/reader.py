@@ -1,7 +1,7 @@
 """Bytes of samples out of shards: `pread` at indexed offsets, checked against the hashes taken when they were packed.
 
-Of the storage tier "source" the whole file is read. Of "mjpeg" and "y4m" only the frames that are wanted: KEY.json
-holds a hash of every frame, and where it lies.
+Of the storage tier "source" the whole file is read; of "mjpeg" and "y4m" only the wanted frames, whose places and hashes
+are in KEY.json.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import pydantic_core
 import xxhash
 
 from salt_wds.data.catalog import Catalog, Row
-from salt_wds.data.crop_resize import AT_ONCE
 from shard_tools.format.dataset import FRAME_TIERS, Y4M_FRAME_MARK, frame_span, y4m_frame_bytes
 
-# What a drive or a file server may get over; a missing file or a permission stays as it is.
-_PASSING = frozenset(
+# Errors a drive or a file server may recover from; a missing file or a permission does not change.
+_TRANSIENT = frozenset(
     (errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO, errno.ECONNRESET)
 )
-_FIRST_PAUSE_S = 0.05  # before the first repetition; doubled each time
-_WHOLE = 64 << 10  # JSON and payload this close together are read in one go
-
+_FIRST_PAUSE_S = 0.05  # before the first retry; doubled each time
+_ONE_READ = 64 << 10  # JSON and payload this close together are read at once
+_MAX_OPEN = 64  # shards
 
 Content = TypeVar("Content")
 
@@ -36,89 +34,74 @@ class HashMismatchError(Exception):
 
 
 class Reader:
-    """Reads samples of a catalog; keeps shards open, the least recently used closed first.
+    """Reads samples of a catalog; keeps shards open, and closes the least recently used first.
 
     Args:
-        retries: repetitions of a read that failed in a way that may pass.
+        retries: of a read whose failure may be transient.
     """
-
-    _MOST_OPEN = 64
 
     def __init__(self, catalog: Catalog, retries: int) -> None:
         self._catalog, self._retries = catalog, retries
         self._open: dict[int, int] = {}
+        self._recovered: Exception | None = None
         self.bytes_read = 0
-        self._byte = bytearray(1)
-        self._retried: Exception | None = None
-        # Of frames, in turn: fresh memory for each costs more than reading it.
-        self._buffers = [bytearray() for _ in range(AT_ONCE)]
 
-    def announce(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
-        """Tell the kernel which bytes are wanted soon, so that the drive's queue is full while we decode."""
+    def prefetch(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
+        """Have the kernel read these frames of a sample ahead, so that the drive works while we decode."""
         try:
-            descriptor = self._file(shard)
-            spans = list(_spans(row, numbers))
-            if not self._in_memory(descriptor, spans[-1][0]):  # one of many frames tells
-                for start, end in spans:
-                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            for start, end in _spans(row, numbers):
+                os.posix_fadvise(self._file(shard), start, end - start, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # only a hint: reading this sample meets the same error and records it
 
-    def read(self, shard: int, row: Row, numbers: Sequence[int]) -> tuple[dict[str, Any], bytes | Iterator[memoryview]]:
-        """The content of a sample's JSON (empty without one), and the payload, their bytes checked.
+    def read(self, shard: int, row: Row, numbers: Sequence[int]) -> tuple[dict[str, Any], bytes | Iterator[bytes]]:
+        """A sample's JSON (empty if it has none) and its payload, checked against their hashes.
 
-        The payload is the whole file. Of the frame tiers it is the bytes of each wanted frame, read when it is asked for
-        and valid until AT_ONCE - 1 more were: so they are still in the processor's cache when they are used.
+        The payload is the whole file; in the frame tiers an iterator over the bytes of each wanted frame, which reads
+        when asked, so that a frame is still in the processor's cache when it is decoded.
 
         Args:
-            numbers: the wanted frames, ascending, each once; only frame tiers make use of them.
+            numbers: the wanted frames, ascending, each once; only frame tiers use them.
 
-        Raises (of the frame tiers also while the payload is taken):
-            OSError: the shard cannot be read, also when tried again.
-            HashMismatchError: the bytes are not those that were packed, also when read again.
+        Raises (in the frame tiers also while the payload is taken):
+            OSError: the shard cannot be read, after all retries.
+            HashMismatchError: the bytes are not those that were packed, after all retries.
         """
         if row.ext in FRAME_TIERS:
-            record = self._repeated(shard, lambda: self._read_json(shard, row))
+            record = self._with_retries(shard, lambda: self._read_json(shard, row))
             return record, self._frames(shard, row, record, numbers)
-        return self._repeated(shard, lambda: self._read_whole(shard, row))
+        return self._with_retries(shard, lambda: self._read_whole(shard, row))
 
-    def take_retried(self) -> Exception | None:
-        """An error since the last call that went away when the read was repeated."""
-        retried, self._retried = self._retried, None
-        return retried
+    def take_recovered(self) -> Exception | None:
+        """The error, if any, that a retry has overcome since the last call."""
+        recovered, self._recovered = self._recovered, None
+        return recovered
 
-    def _repeated(self, shard: int, read: Callable[[], Content]) -> Content:
-        """The outcome of a read, which is repeated where its failure may pass."""
+    def _with_retries(self, shard: int, read: Callable[[], Content]) -> Content:
         attempt = 0
         while True:
             try:
                 return read()
             except (OSError, HashMismatchError) as error:
-                passing = isinstance(error, HashMismatchError) or error.errno in _PASSING
-                if not passing or attempt == self._retries:
-                    self._retried = None  # the failure is told instead
+                transient = isinstance(error, HashMismatchError) or error.errno in _TRANSIENT
+                if not transient or attempt == self._retries:
+                    self._recovered = None  # the final error is recorded instead
                     raise
-                self._retried = self._retried or error
+                self._recovered = self._recovered or error
                 self._close(shard)  # a descriptor may be stale
                 time.sleep(_FIRST_PAUSE_S * 2**attempt if isinstance(error, OSError) else 0)
                 attempt += 1
 
-    def _in_memory(self, descriptor: int, offset: int) -> bool:
-        """Whether the page at `offset` is in the page cache; asking costs a tenth of announcing a frame."""
-        try:
-            return bool(os.preadv(descriptor, [self._byte], offset, os.RWF_NOWAIT))
-        except OSError:  # it is not, or the file system cannot say
-            return False
-
     def _read_whole(self, shard: int, row: Row) -> tuple[dict[str, Any], bytes]:
-        if row.json_size and row.json_offset < row.payload_offset < row.json_offset + row.json_size + _WHOLE:
+        if row.json_size and row.json_offset < row.payload_offset < row.json_offset + row.json_size + _ONE_READ:
             data = self._pread(shard, row.json_offset, row.payload_offset + row.payload_size - row.json_offset)
             record = self._parse(shard, row, data[: row.json_size])
             payload = data[row.payload_offset - row.json_offset :]
         else:
             record = self._read_json(shard, row)
             payload = self._pread(shard, row.payload_offset, row.payload_size)
-        self._check(shard, row, row.ext, payload, row.xxh3_payload)
+        if xxhash.xxh3_64_intdigest(payload) != row.xxh3_payload:
+            raise self._mismatch(shard, row, row.ext)
         return record, payload
 
     def _read_json(self, shard: int, row: Row) -> dict[str, Any]:
@@ -127,35 +110,24 @@ class Reader:
         return self._parse(shard, row, self._pread(shard, row.json_offset, row.json_size))
 
     def _parse(self, shard: int, row: Row, data: bytes) -> dict[str, Any]:
-        self._check(shard, row, "json", data, row.xxh3_json)
-        if self._catalog.part(shard).foreign:  # the JSON of other tools may be in any encoding
-            return json.loads(data)
-        return pydantic_core.from_json(data)  # half the time
+        if xxhash.xxh3_64_intdigest(data) != row.xxh3_json:
+            raise self._mismatch(shard, row, "json")
+        return json.loads(data)
 
-    def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[memoryview]:
+    def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[bytes]:
         for number in numbers:
-            yield self._repeated(shard, lambda number=number: self._frame(shard, row, record, number))
+            yield self._with_retries(shard, lambda number=number: self._read_frame(shard, row, record, number))
 
-    def _frame(self, shard: int, row: Row, record: dict[str, Any], number: int) -> memoryview:
+    def _read_frame(self, shard: int, row: Row, record: dict[str, Any], number: int) -> bytes:
         start, end = frame_span(record, number, row.payload_size)
-        buffer = self._buffers.pop(0)
-        if end - start > len(buffer):
-            buffer = bytearray(end - start)
-        self._buffers.append(buffer)
-        picture = memoryview(buffer)[: end - start]
-        got = os.preadv(self._file(shard), (picture,), row.payload_offset + start)
-        self.bytes_read += got
-        if got != end - start or xxhash.xxh3_64_hexdigest(picture) != record["frame_xxh3"][number]:
+        frame = self._pread(shard, row.payload_offset + start, end - start)
+        if xxhash.xxh3_64_hexdigest(frame) != record["frame_xxh3"][number]:
             raise self._mismatch(shard, row, f"{row.ext} frame {number}")
-        return picture
+        return frame
 
-    def _check(self, shard: int, row: Row, what: str, data: bytes | memoryview, expected: int) -> None:
-        if xxhash.xxh3_64_intdigest(data) != expected:
-            raise self._mismatch(shard, row, what)
-
-    def _mismatch(self, shard: int, row: Row, what: str) -> HashMismatchError:
+    def _mismatch(self, shard: int, row: Row, part: str) -> HashMismatchError:
         return HashMismatchError(
-            f"{row.key}.{what}: its bytes are not those that were packed; "
+            f"{row.key}.{part}: its bytes are not those that were packed; "
             f"check: python -m shard_tools.verify {self._catalog.part(shard).folder}"
         )
 
@@ -167,7 +139,7 @@ class Reader:
     def _file(self, shard: int) -> int:
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
-            if len(self._open) >= self._MOST_OPEN:
+            if len(self._open) >= _MAX_OPEN:
                 self._close(next(iter(self._open)))
             descriptor = os.open(self._catalog.path(shard), os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = descriptor
@@ -180,7 +152,7 @@ class Reader:
 
 
 def _spans(row: Row, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Bytes of the shard that reading a sample takes: exact but for mjpeg, whose table of frames is not read yet."""
+    """Byte ranges of the shard that reading a sample needs; estimated for mjpeg, whose frame table is not read yet."""
     start = min(row.json_offset, row.payload_offset) if row.json_size else row.payload_offset
     if row.ext not in FRAME_TIERS:
         yield start, row.payload_offset + row.payload_size

@@ -227,7 +227,7 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
     """Same frames, same crop: y4m to the level, mjpeg closely."""
     import torch
 
-    from salt_wds.data.crop_resize import ClipWriter
+    from salt_wds.data.crop_resize import write_clip
     from salt_wds.data.order import sample_rng
     from salt_wds.data.pixels import yuv_to_rgb
     from salt_wds.data.views import choose_frames, random_crop
@@ -246,7 +246,7 @@ def test_a_frame_tier_gives_the_clip_that_the_source_gives(real_clips, tmp_path)
             content = payload_frames(payload.data, payload.ext, sample_of(payload), numbers)
             decoded = get_decoder(payload.ext)(content, VideoInfo.of(payload.video), numbers)
             out = np.zeros((16, 112 * 112 * 3 // 2), np.uint8)
-            ClipWriter(112).write(decoded.pictures, frames, crop, out)
+            write_clip(decoded.pictures, frames, crop, out)
             clips[tier] = out, 255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([decoded.colour]), 112)
         assert (clips["y4m"][0] == clips["source"][0]).all()
         assert (clips["mjpeg"][1] - clips["source"][1]).abs().mean() < 2.5

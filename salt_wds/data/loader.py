@@ -25,9 +25,8 @@ from salt_wds.data.batches import Batch
 from salt_wds.data.catalog import Catalog, open_catalog
 from salt_wds.data.failure_policy import FailurePolicy, LoaderStopped
 from salt_wds.data.masks import num_masked
-from salt_wds.data.memory import fit_budget
+from salt_wds.data.memory import SharedArray, fit_budget
 from salt_wds.data.pipeline import IN_FLIGHT_COLUMNS, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes
-from salt_wds.data.memory import SharedArray
 from salt_wds.data.views import Views
 from salt_wds.data.workers import WorkerLostError, Workers, try_sample
 from shard_tools.common.cli import CommandError

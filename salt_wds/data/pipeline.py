@@ -23,9 +23,9 @@ import webdataset as wds
 from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.data.catalog import Catalog, Row
 from salt_wds.data.crop_resize import write_clip
+from salt_wds.data.memory import SharedArray
 from salt_wds.data.order import InOrder, Mixture, Order, sample_rng
 from salt_wds.data.reader import HashMismatchError, Reader
-from salt_wds.data.memory import SharedArray
 from salt_wds.data.views import Views, evaluation_view, training_view
 from shard_tools.common.worker_process import end_with_parent
 from shard_tools.format import ledger

@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from salt_wds.data.batches import Batch, build_pipeline
-from salt_wds.data.pipeline import IN_FLIGHT_COLUMNS, TRIED, PipelineSpec, try_one
 from salt_wds.data.memory import SharedArray
+from salt_wds.data.pipeline import IN_FLIGHT_COLUMNS, TRIED, PipelineSpec, try_one
 from shard_tools.common.worker_process import end_with_parent
 
 _START_S = 60.0  # for a process to start, however short data.timeout_s

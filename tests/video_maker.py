@@ -7,12 +7,12 @@ import numpy as np
 
 
 def make_video(
-    width, height, frames, codec="libvpx-vp9", pix_fmt="yuv420p", container="webm", options=None, noise=False
+    width, height, frames, codec="libvpx-vp9", pix_fmt="yuv420p", container="webm", options=None, noise=False, rate=12
 ):
     """A video of smooth moving gradients, or of noise, as bytes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=12, options=options or {})
+        stream = out.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         y, x = np.mgrid[0:height, 0:width]
         for t in range(frames):

@@ -1,79 +1,26 @@
-"""`python -m shard_tools.describe DIR`: what is in a data set, and with --sheet a picture of some of its clips.
+"""What there is to say of a data set, as data and as text.
 
-The text comes from dataset.json, the indexes and the JSON of a few samples (of tars of another tool: a few videos), so it takes no longer for large data sets.
-Only frames a second are not in the index: lengths in seconds are of all clips where the samples that were read share
-one rate, and of those samples alone where they do not.
+It comes from dataset.json, the indexes, and the JSON of a few samples (of tars of another tool: a few videos), so it
+takes no longer for a large data set. Frames a second are not in the index: lengths in seconds are those of all clips
+where the samples that were read share one rate, else of those samples alone.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser
-from shard_tools.describe.contact_sheet import choose_clips, draw_sheet, load_clip
-from shard_tools.describe.samples import SampleError, evenly, probed_record, read_record
-from shard_tools.format.dataset import Dataset, index_name, read_dataset
+from shard_tools.common.cli import CommandError
+from shard_tools.describe.samples import SampleError, evenly_spaced, read_sample
+from shard_tools.format.dataset import Dataset, Video, index_name
 from shard_tools.format.index import read_index
 
-_JSON_SAMPLE = 64  # samples whose JSON is read, evenly spaced
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m shard_tools.describe",
-        description="Say what is in a packed data set: splits, classes, lengths, sizes. With --sheet, show clips of it.",
-        epilog="Exit codes: 0 fine; 1 a sample could not be read or decoded, each named; 2 not a data set.",
-    )
-    parser.add_argument("dir", type=Path, help="folder of the data set (holds dataset.json)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--sheet", type=Path, metavar="OUT.png", help="write a picture: one row of frames a clip")
-    parser.add_argument("--clips", type=int, default=12, metavar="N", help="clips on the sheet (default 12)")
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of each clip (default 8)")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="which clips: another seed, others (default 0)"
-    )
-    args = parser.parse_args(argv)
-    for name, lowest, highest in (("clips", 1, 200), ("frames", 1, 32), ("seed", 0, 2**63)):
-        if not lowest <= getattr(args, name) <= highest:
-            parser.error(f"--{name}: from {lowest} to {highest}")
-    if args.sheet:
-        _check_output(args.sheet)
-    dataset = read_dataset(args.dir)
-    samples = read_samples(args.dir, dataset)
-    facts, errors = describe(args.dir, dataset, samples)
-    if args.sheet:
-        clips = [load_clip(args.dir, dataset, row, args.frames) for row in choose_clips(samples, args.clips, args.seed)]
-        size = draw_sheet(args.sheet, f"{dataset.name}  ·  {dataset.frames}", clips, args.frames)
-        errors += [f"{clip.shard} {clip.key}: {clip.error}" for clip in clips if clip.error]
-        facts["sheet"] = {"file": str(args.sheet), "size": size, "keys": [clip.key for clip in clips]}
-    errors = list(dict.fromkeys(errors))  # a sample may have been read for both
-    if args.json:
-        print(json.dumps({**facts, "errors": errors}, ensure_ascii=False))
-    else:
-        _print(facts)
-    for error in errors:
-        print(f"not readable: {error}", file=sys.stderr)
-    return PROBLEMS if errors else OK
-
-
-def _check_output(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise CommandError(f"--sheet {path}: the picture is a PNG; give a name that ends in .png")
-    if not path.parent.is_dir():
-        raise CommandError(f"--sheet {path}: no such folder; make {path.parent} first")
-    if path.is_dir():
-        raise CommandError(f"--sheet {path}: a folder stands there; give another name")
-
-
-# --- facts --------------------------------------------------------------------------------------------------------
+_READ_SAMPLES = 64  # samples that are read
 
 
 def read_samples(folder: Path, dataset: Dataset) -> pa.Table:
@@ -90,13 +37,13 @@ def read_samples(folder: Path, dataset: Dataset) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def describe(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple[dict[str, Any], list[str]]:
-    """What there is to say of a data set, and a line for each sample whose JSON could not be read."""
+def describe_dataset(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple[dict[str, Any], list[str]]:
+    """Facts about a data set as --json prints them, and a line for each sample that could not be read."""
     num_frames = samples["num_frames"].to_numpy()
     payload_sizes = samples["payload_size"].to_numpy()
     picture_sizes = Counter(zip(samples["width"].to_pylist(), samples["height"].to_pylist(), strict=True))
     widths, heights = samples["width"].to_numpy(), samples["height"].to_numpy()
-    records, errors = _read_some(folder, samples, probed_record if dataset.foreign else read_record)
+    videos, errors = _read_videos(folder, samples, dataset.foreign)
     facts = {
         "dir": str(folder),
         "name": dataset.name,
@@ -114,7 +61,7 @@ def describe(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple[dict[st
         },
         "classes": _classes(dataset, samples),
         "frames": {"total": int(num_frames.sum()), **_spread(num_frames)},
-        "seconds": _seconds(num_frames, records),
+        "seconds": _seconds(num_frames, videos),
         "picture_size": {
             "different": len(picture_sizes),
             "most_common": [[*size, count] for size, count in picture_sizes.most_common(5)],
@@ -122,7 +69,7 @@ def describe(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple[dict[st
             "height": [int(heights.min()), int(heights.max())],
         },
         "payload_bytes": {"mean": round(float(payload_sizes.mean())), **_spread(payload_sizes)},
-        "codecs": dict(Counter(record["video"]["codec"] for record in records).most_common()),
+        "codecs": dict(Counter(video.codec for video in videos).most_common()),
         "extensions": dict(Counter(samples["ext"].to_pylist()).most_common()),
     }
     return facts, errors
@@ -154,69 +101,78 @@ def _classes(dataset: Dataset, samples: pa.Table) -> dict[str, Any]:
     }
 
 
-def _read_some(
-    folder: Path, samples: pa.Table, read: Callable[[Path, dict[str, Any]], dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """What `read` says of some samples, evenly spaced, and a line for each of which it says nothing."""
-    records, errors = [], []
-    for number in evenly(len(samples), _JSON_SAMPLE):
+def _read_videos(folder: Path, samples: pa.Table, foreign: bool) -> tuple[list[Video], list[str]]:
+    """The videos of some evenly spaced samples, and a line for each sample that could not be read."""
+    videos, errors = [], []
+    for number in evenly_spaced(len(samples), _READ_SAMPLES):
         row = samples.slice(number, 1).to_pylist()[0]
         try:
-            records.append(read(folder, row))
+            videos.append(read_sample(folder, row, foreign).video)
         except SampleError as error:
             errors.append(f"{row['shard']} {row['key']}: {error}")
-    return records, errors
+    return videos, errors
 
 
-def _seconds(num_frames: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Lengths in seconds: of all clips, or where rates differ, of the `clips` whose JSON was read."""
-    videos = [record["video"] for record in records if record["video"]["fps"]]
-    rates = Counter(video["fps"] for video in videos)
+def _seconds(num_frames: np.ndarray, videos: list[Video]) -> dict[str, Any] | None:
+    """Lengths in seconds: of all clips, or where frame rates differ, of the `clips` that were read."""
+    timed = [video for video in videos if video.fps]
+    rates = {video.fps for video in timed}
     if not rates:
         return None
     if len(rates) == 1:
-        lengths = num_frames / videos[0]["fps"]
+        lengths = num_frames / timed[0].fps
     else:
-        lengths = np.array([video["num_frames"] / video["fps"] for video in videos])
+        lengths = np.array([video.num_frames / video.fps for video in timed])
     spread = {name: round(value, 3) for name, value in _spread(lengths).items()}
-    return {**spread, "clips": len(lengths), "fps": [min(rates), max(rates)], "json_read": len(records)}
+    return {**spread, "clips": len(lengths), "fps": [min(rates), max(rates)], "json_read": len(videos)}
 
 
-def _print(facts: dict[str, Any]) -> None:
-    frames, seconds, classes = facts["frames"], facts["seconds"], facts["classes"]
-    sizes, stored = facts["picture_size"], facts["payload_bytes"]
-    print(f"{facts['dir']}: {facts['name']}, {facts['samples']:,} samples in {facts['shards']:,} shards")
-    print(f"  tier        {facts['tier']} ({', '.join(facts['codecs']) or 'no JSON could be read'})")
+# --- as text ------------------------------------------------------------------------------------------------------
+
+
+def format_facts(facts: dict[str, Any]) -> Iterator[str]:
+    """The facts as lines for a person."""
+    classes, stored = facts["classes"], facts["payload_bytes"]
+    yield f"{facts['dir']}: {facts['name']}, {facts['samples']:,} samples in {facts['shards']:,} shards"
+    yield f"  tier        {facts['tier']} ({', '.join(facts['codecs']) or 'no sample could be read'})"
     origin = "indexed     tars of another tool" if facts["foreign"] else f"packed      seed {facts['seed']}"
-    print(f"  {origin}, plan {facts['plan_hash'][:12]}, version {facts['version']}")
-    print(f"  {'split':<12}{'shards':>8}{'samples':>12}{'bytes':>12}")
-    total = {"shards": facts["shards"], "samples": facts["samples"], "bytes": facts["bytes"]}
-    for name, split in (*facts["splits"].items(), ("together", total)):
-        print(f"  {name:<12}{split['shards']:>8,}{split['samples']:>12,}{_size(split['bytes']):>12}")
+    yield f"  {origin}, plan {facts['plan_hash'][:12]}, version {facts['version']}"
+    yield f"  {'split':<12}{'shards':>8}{'samples':>12}{'bytes':>12}"
+    for name, split in (*facts["splits"].items(), ("together", facts)):
+        yield f"  {name:<12}{split['shards']:>8,}{split['samples']:>12,}{_size(split['bytes']):>12}"
     empty = f", {classes['without_samples']} of them without a sample" if classes["without_samples"] else ""
-    print(f"  classes     {classes['count']}{empty}")
+    yield f"  classes     {classes['count']}{empty}"
     for name in ("largest", "smallest"):
         if classes[name]:
-            print(f"    {name:<10}{classes[name]['samples']:,} samples: {classes[name]['name'] or '(not named)'}")
+            yield f"    {name:<10}{classes[name]['samples']:,} samples: {classes[name]['name'] or '(not named)'}"
     splits = ", ".join(f"{count:,} in {split}" for split, count in classes["unlabelled_by_split"].items())
-    print(f"  unlabelled  {classes['unlabelled']:,} samples" + (f" ({splits})" if splits else ""))
-    print(f"  length      {frames['min']} / {frames['median']:g} / {frames['max']} frames (min / median / max)")
+    yield f"  unlabelled  {classes['unlabelled']:,} samples" + (f" ({splits})" if splits else "")
+    yield from _format_lengths(facts)
+    yield _format_sizes(facts["picture_size"])
+    yield f"  a clip      {_size(stored['mean'])} on average, {_size(stored['min'])} to {_size(stored['max'])}"
+    if "sheet" in facts:
+        yield f"  sheet       {facts['sheet']['file']}: {len(facts['sheet']['keys'])} clips"
+
+
+def _format_lengths(facts: dict[str, Any]) -> Iterator[str]:
+    frames, seconds = facts["frames"], facts["seconds"]
+    yield f"  length      {frames['min']} / {frames['median']:g} / {frames['max']} frames (min / median / max)"
     if seconds:
         low, high = seconds["fps"]
         rate = f"{low:g} frames a second" if low == high else f"{low:g} to {high:g} frames a second"
         of = "" if seconds["clips"] == facts["samples"] else f" of {seconds['clips']} clips"
-        print(
-            f"              {seconds['min']:.2f} / {seconds['median']:.2f} / {seconds['max']:.2f} s{of}, at {rate} "
-            f"(in the {'video' if facts['foreign'] else 'JSON'} of {seconds['json_read']} samples)"
-        )
+        read = f"in the {'video' if facts['foreign'] else 'JSON'} of {seconds['json_read']} samples"
+        spread = " / ".join(f"{seconds[name]:.2f}" for name in ("min", "median", "max"))
+        yield f"              {spread} s{of}, at {rate} ({read})"
+
+
+def _format_sizes(sizes: dict[str, Any]) -> str:
     width, height, count = sizes["most_common"][0]
-    print(f"  picture     {width}x{height} in {count:,} clips; {sizes['different']} different", end="")
+    line = f"  picture     {width}x{height} in {count:,} clips; {sizes['different']} different"
     if sizes["different"] > 1:
         (w0, w1), (h0, h1) = sizes["width"], sizes["height"]
-        print(f", {w0} to {w1} wide, {h0} to {h1} high", end="")
-    print(f"\n  a clip      {_size(stored['mean'])} in the mean, {_size(stored['min'])} to {_size(stored['max'])}")
-    if "sheet" in facts:
-        print(f"  sheet       {facts['sheet']['file']}: {len(facts['sheet']['keys'])} clips")
+        line += f", {w0} to {w1} wide, {h0} to {h1} high"
+    return line
 
 
 def _size(count: float) -> str:

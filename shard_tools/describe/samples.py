@@ -1,11 +1,8 @@
-"""One sample of a data set read back: its JSON, its payload, and frames of it as RGB, to be looked at."""
+"""One sample of a data set read back: its JSON, its payload, and frames of it as RGB for the contact sheet."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,11 @@ import numpy as np
 import xxhash
 from av.video.reformatter import ColorRange, Colorspace
 
-from shard_tools.format.dataset import FRAME_TIERS, Video, frame_span
-from shard_tools.video.ffmpeg import open_video, padded_packet
+from shard_tools.format.dataset import COLOURS, SampleInfo, SourceFile, parse_sample
+from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
+from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError, probe
 
-_VIDEO_FIELDS = {field.name for field in dataclasses.fields(Video)}
 _MATRIX = {"bt601": Colorspace.ITU601, "bt709": Colorspace.ITU709}
 _RANGE = {"limited": ColorRange.MPEG, "full": ColorRange.JPEG}
 
@@ -27,32 +24,37 @@ class SampleError(Exception):
     """A sample that cannot be read or decoded; the message says why."""
 
 
-def evenly(count: int, wanted: int) -> list[int]:
+def evenly_spaced(count: int, wanted: int) -> list[int]:
     """Up to `wanted` different numbers below `count`, evenly spaced from the first to the last."""
     return sorted({round(float(x)) for x in np.linspace(0, count - 1, wanted)})
 
 
-def read_record(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The content of KEY.json."""
-    try:
-        record = json.loads(read_member(folder, row, "json"))
-        if "label_text" not in record or not record["video"].keys() >= _VIDEO_FIELDS:
-            raise ValueError("fields are missing")
-        return record
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise SampleError("its JSON is not that of a sample") from None
+def read_sample(folder: Path, row: dict[str, Any], foreign: bool) -> SampleInfo:
+    """What KEY.json says of the sample of an index row.
 
+    The JSON in tars of other tools may say anything: if `foreign`, the video itself is probed.
 
-def probed_record(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The same of a sample in a tar of another tool, whose KEY.json may say anything: asked of the video itself."""
+    Raises:
+        SampleError: it cannot be read.
+    """
     try:
-        return {"label_text": None, "video": dataclasses.asdict(probe(read_member(folder, row, "payload")))}
+        if not foreign:
+            return parse_sample(read_member(folder, row, "json"))
+        video = probe(read_member(folder, row, "payload"))
     except BadVideoError as error:
         raise SampleError(str(error)) from None
+    except ValueError:
+        raise SampleError("its JSON is not that of a sample") from None
+    source = SourceFile(row["key"], row["payload_size"], f"{row['xxh3_payload']:016x}")
+    return SampleInfo(row["key"], row["split"], row["label"], None, None, (), source, video)
 
 
 def read_member(folder: Path, row: dict[str, Any], member: str) -> bytes:
-    """The bytes of a sample's `json` or `payload`, checked against the hash in the index."""
+    """The bytes of a sample's `json` or `payload`, checked against the hash in the index.
+
+    Raises:
+        SampleError: the shard cannot be read there, or the bytes are not those that were packed.
+    """
     offset, size = row[f"{member}_offset"], row[f"{member}_size"]
     try:
         with (folder / row["shard"]).open("rb") as file:
@@ -66,61 +68,29 @@ def read_member(folder: Path, row: dict[str, Any], member: str) -> bytes:
     return data
 
 
-def decode_frames(payload: bytes, ext: str, record: dict[str, Any], numbers: list[int]) -> Iterator[np.ndarray]:
+def read_frames(folder: Path, row: dict[str, Any], sample: SampleInfo, numbers: list[int]) -> tuple[np.ndarray, ...]:
     """Frames of these ascending numbers as (height, width, 3) uint8 RGB.
 
     Raises:
-        SampleError: FFmpeg cannot decode them, or the video ends before.
+        SampleError: the payload cannot be read or decoded, or the video ends before.
     """
-    video = record["video"]
-    found = 0
+    payload, ext = read_member(folder, row, "payload"), row["ext"]
     try:
-        frames = {"mjpeg": _mjpeg_frames, "y4m": _y4m_frames}[ext] if ext in FRAME_TIERS else _video_frames
-        for frame in frames(payload, record, numbers):
-            found += 1
-            yield to_rgb(frame, video["matrix"], video["range"])
+        content = payload_frames(payload, ext, sample, numbers)
+        decoded = get_decoder(ext)(content, VideoInfo.of(sample.video), numbers)
+        return tuple(to_rgb(planes, *COLOURS[decoded.colour]) for planes in decoded.pictures)
+    except DecodeError as error:
+        raise SampleError(str(error)) from None
     except av.FFmpegError as error:
-        raise SampleError(f"cannot be decoded: {error.strerror or error}") from error
-    if found != len(numbers):
-        raise SampleError(f"the video ends early: frame {numbers[found]} of {video['num_frames']} is missing")
+        raise SampleError(f"cannot be decoded: {error.strerror or error}") from None
 
 
-def to_rgb(frame: av.VideoFrame, matrix: str, colour_range: str) -> np.ndarray:
-    """A frame as (height, width, 3) uint8 RGB, its colour read as the sample's JSON says it is coded."""
-    converted = frame.reformat(
+def to_rgb(planes: Planes, matrix: str, colour_range: str) -> np.ndarray:
+    """Y, U and V of this colour coding as (height, width, 3) uint8 RGB."""
+    converted = fill_frame(planes, "yuv420p").reformat(
         format="rgb24",
         src_colorspace=_MATRIX[matrix],
         src_color_range=_RANGE[colour_range],
         dst_color_range=ColorRange.JPEG,
     )
     return converted.to_ndarray()
-
-
-def _video_frames(payload: bytes, record: dict[str, Any], numbers: list[int]) -> Iterator[av.VideoFrame]:
-    wanted = set(numbers)
-    with open_video(payload) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
-                yield frame
-            if number == numbers[-1]:
-                return
-
-
-def _mjpeg_frames(payload: bytes, record: dict[str, Any], numbers: list[int]) -> Iterator[av.VideoFrame]:
-    decoder = av.CodecContext.create("mjpeg", "r")
-    for number in numbers:
-        start, end = frame_span(record, number, len(payload))
-        yield from decoder.decode(padded_packet(payload[start:end]))
-
-
-def _y4m_frames(payload: bytes, record: dict[str, Any], numbers: list[int]) -> Iterator[av.VideoFrame]:
-    width, height = record["video"]["width"], record["video"]["height"]
-    for number in numbers:
-        start, _ = frame_span(record, number, len(payload))
-        frame = av.VideoFrame(width, height, "yuv420p")
-        for plane in frame.planes:
-            rows, columns = plane.height, plane.width
-            samples = np.frombuffer(payload, np.uint8, rows * columns, start).reshape(rows, columns)
-            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns] = samples
-            start += rows * columns
-        yield frame

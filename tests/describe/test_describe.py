@@ -8,6 +8,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from video_maker import make_video
 
 from shard_tools.common.cli import CommandError
 from shard_tools.describe import __main__ as describe
@@ -18,7 +19,6 @@ from shard_tools.format.dataset import Video, index_name, read_dataset
 from shard_tools.format.index import read_index
 from shard_tools.video.probe import probe
 from tests.conftest import pack_here
-from video_maker import make_video
 
 
 def facts_of(capsys, *args):

@@ -25,7 +25,7 @@ from shard_tools.format import ledger
 from shard_tools.format.index import INDEX_SCHEMA
 from shard_tools.format.ledger import Failure
 from shard_tools.video.probe import BadVideoError, probe
-from shard_tools.video.sources import Source, find_sources
+from shard_tools.video.sources import NOT_TEXT, Source, find_sources
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def look_at_files(folder: Path, layout: str, output: Path, workers: int) -> Vide
         sources = [known.get(source.path, Source(source.key, source.path, "")) for source in every.sources]
     failures = [
         _failure(folder, name, "read", ValueError("its name is not UTF-8 text; rename it"))
-        for name in every.passed_over.get("name that is not UTF-8 text", ())
+        for name in every.skipped.get(NOT_TEXT, ())
     ]
     rows = []
     prepare_fork_server()  # these processes need little, but the loader's come from the same server

@@ -163,7 +163,7 @@ def _print_plan(root: Path, out: Path, found: SourceSet, plan: Plan, sizes: dict
             samples = sum(len(t.sources) for t in tasks)
             labelled = sum(s.label is not None for t in tasks for s in t.sources)
             print(f"  {split:<10} {samples:>8,} videos, {labelled:>8,} with a label, {len(tasks):>4} shards")
-    for reason, names in found.passed_over.items():
+    for reason, names in found.skipped.items():
         some = ", ".join(names[:shown]) + (", ...; --dry-run names all" if len(names) > (shown or len(names)) else "")
         print(f"  {reason}: {len(names):,} ({one_line(some)})")
     size = f"{plan.shard_bytes / MIB:.4g} MiB"

@@ -1,16 +1,17 @@
-"""Open the bytes of a video file with FFmpeg, and take pictures out: the one way in which packing and training do it."""
+"""Open the bytes of a video file with FFmpeg (PyAV), and take the planes out of its frames."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import cast
 
 import av
 import numpy as np
 
-# Left to itself FFmpeg also takes still pictures for videos, and playlists, which open other files.
+# By default FFmpeg also takes still pictures for videos, and playlists, which open other files.
 _OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv"}
-# The inverse DCT of Xvid is as exact as FFmpeg's own (IEEE 1180; one level apart in one of a hundred pixels), and faster.
+# Xvid's inverse DCT is as exact as FFmpeg's own (IEEE 1180), and faster.
 _DECODER_OPTIONS = {"mjpeg": {"idct": "xvid"}}
 _BT709 = 1  # AVCOL_SPC_BT709
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
@@ -19,25 +20,26 @@ Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the siz
 
 
 def open_video(payload: bytes) -> av.container.InputContainer:
-    """The container in the bytes of a whole file, to be closed by the caller; titles and the like need not be UTF-8.
+    """The container in the bytes of a whole file, for the caller to close; its tags need not be UTF-8.
 
     Raises:
-        av.FFmpegError: not a video, or of a kind that is not taken.
+        av.FFmpegError: not a video, or in a container that is not accepted.
     """
-    return av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace")
+    container = av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace")
+    return cast(av.container.InputContainer, container)
 
 
 def colour_of(context: av.VideoCodecContext) -> tuple[str, str]:
     """Matrix and range of a video's colour, one of format.COLOURS.
 
-    Unspecified colour counts as bt601 limited, as swscale and so every common pipeline takes it.
+    Unspecified colour counts as bt601 limited, as in swscale and the tools built on it.
     """
     matrix = "bt709" if context.colorspace == _BT709 else "bt601"
     return matrix, "full" if context.color_range == _FULL_RANGE else "limited"
 
 
 def decode_frames(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
-    """All frames of the video in one thread: parallel work is processes here."""
+    """All frames of the video, decoded in one thread: parallel work is done by processes."""
     stream = container.streams.video[0]
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
@@ -45,8 +47,8 @@ def decode_frames(container: av.container.InputContainer) -> Iterator[av.VideoFr
 
 
 def frame_decoder(codec: str) -> av.VideoCodecContext:
-    """A decoder for frames that are found without a container, in one thread."""
-    decoder = av.CodecContext.create(codec, "r")
+    """A decoder for packets without a container, in one thread."""
+    decoder = cast(av.VideoCodecContext, av.CodecContext.create(codec, "r"))
     decoder.options = _DECODER_OPTIONS.get(codec, {})
     decoder.thread_type = "NONE"
     decoder.thread_count = 1
@@ -54,19 +56,19 @@ def frame_decoder(codec: str) -> av.VideoCodecContext:
 
 
 def padded_packet(data: bytes | memoryview) -> av.Packet:
-    """A packet with a copy of `data` for a decoder, and behind it the zeros up to which FFmpeg may read.
+    """A packet with a copy of `data`, followed by the zeros up to which FFmpeg may read.
 
-    `av.Packet(data)` would point at `data` itself: of a damaged frame FFmpeg reads on into whatever follows it.
+    `av.Packet(data)` would point at `data` itself: in a damaged frame FFmpeg reads on into whatever follows it.
     """
     packet = av.Packet(len(data))
-    packet.update(data)
+    packet.update(cast(bytes, data))  # any buffer will do
     return packet
 
 
 def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) -> Planes:
     """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views without padding, valid as long as the frame is.
 
-    Another pixel format or size is converted; `colour_range` ("limited"|"full") is the frame's, and stays.
+    Another pixel format or size is converted; `colour_range` ("limited"|"full") is the frame's and is kept.
     """
     if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
         format_name = "yuvj420p" if colour_range == "full" else "yuv420p"
@@ -86,5 +88,5 @@ def fill_frame(planes: Planes, format_name: str) -> av.VideoFrame:
 
 
 def _samples(plane: av.video.plane.VideoPlane, rows: int, columns: int) -> np.ndarray:
-    """A plane without the padding of its rows: a view."""
-    return np.ndarray((rows, columns), np.uint8, plane, strides=(plane.line_size, 1))
+    """A plane without the padding of its rows, as a view."""
+    return np.ndarray((rows, columns), np.uint8, cast(memoryview, plane), strides=(plane.line_size, 1))

@@ -1,7 +1,7 @@
-"""Probe a video: what a decoder will need to know of it, and what is wrong with it.
+"""Probe a video: what a decoder needs to know of it, or why it cannot be used.
 
-A probe finds every packet and decodes none; it names files that are empty, are not video, or end before their container
-says they should. With FFmpeg it costs 1-2 ms a clip, and a tenth of that for VP9 in an ordinary WebM (webm.py).
+A probe finds every packet and decodes none. It refuses files that are empty, are not video, or end before their
+container says they should. VP9 in an ordinary WebM file is read by webm.py, ten times faster than by FFmpeg.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shard_tools.format.dataset import Video
 from shard_tools.video.ffmpeg import colour_of, open_video
 from shard_tools.video.webm import vp9_video
 
-# Codecs in which every packet shows exactly one frame; elsewhere frames are counted by decoding.
+# Codecs in which every packet shows exactly one frame. For others, frames are counted by decoding.
 _ONE_FRAME_PER_PACKET = frozenset(("vp9", "av1", "h264", "hevc", "mjpeg", "mpeg4", "ffv1"))
 _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
@@ -50,7 +50,7 @@ def probe_with_ffmpeg(payload: bytes) -> Video:
             stream = container.streams.video[0]
             context = stream.codec_context
             if context is None:
-                raise BadVideoError("its codec is not known here")
+                raise BadVideoError("FFmpeg does not know its codec")
             if container.format.name.startswith("mov"):
                 _refuse_turned(payload)
             num_frames = _count_frames(container, stream)
@@ -71,11 +71,11 @@ def probe_with_ffmpeg(payload: bytes) -> Video:
 
 
 def _refuse_turned(payload: bytes) -> None:
-    """Phones store upright pictures lying on their side, with a note to turn them that decoders do not follow."""
+    """Phones store upright pictures on their side with a rotation flag, which decoders do not apply."""
     with open_video(payload) as container:
         for frame in container.decode(container.streams.video[0]):
             if frame.rotation % 360:
-                raise BadVideoError(f"its pictures are to be turned by {frame.rotation} degrees; re-encode it upright")
+                raise BadVideoError(f"it is stored with a rotation of {frame.rotation} degrees; re-encode it upright")
             return
 
 
@@ -87,10 +87,10 @@ def _count_frames(container: av.container.InputContainer, stream: av.video.strea
 
 
 def declared_size(payload: bytes) -> int | None:
-    """Bytes that a Matroska/WebM or MP4/MOV file says it has; None where it does not say.
+    """Bytes that a Matroska/WebM or MP4/MOV file declares to have; None where it does not declare them.
 
     FFmpeg reads a file that was cut short without an error, and container durations are often wrong (clips cut from
-    longer videos keep the old one), so the lengths of the top-level elements are the only reliable witness.
+    longer videos keep the old one). Only the lengths of the top-level elements are reliable.
     Sources: RFC 8794 (EBML), ISO/IEC 14496-12 (boxes).
     """
     if payload[:4] == b"\x1a\x45\xdf\xa3":
@@ -109,7 +109,7 @@ def _ebml_size(payload: bytes) -> int | None:
         if position + length > len(payload):
             return position + length
         value = int.from_bytes(payload[position : position + length], "big") & ((1 << 7 * length) - 1)
-        if value == (1 << 7 * length) - 1:  # all ones: length unknown, as live streams are written
+        if value == (1 << 7 * length) - 1:  # all ones: unknown length, as in live streams
             return None
         position += length + value
         if position >= len(payload):
@@ -125,13 +125,13 @@ def _vint_length(payload: bytes, position: int) -> int:
 
 def _boxes_size(payload: bytes) -> int | None:
     position = 0
-    while payload[position + 4 : position + 8] in _BOXES:  # what else follows is junk, and no harm
+    while payload[position + 4 : position + 8] in _BOXES:  # anything else that follows is harmless
         size = int.from_bytes(payload[position : position + 4], "big")
         if size == 1:  # 64-bit size follows the type
             size = int.from_bytes(payload[position + 8 : position + 16], "big")
         if size == 0:  # to the end of the file
             return None
         if size < 8:
-            return None  # not boxes after all: FFmpeg will say what it thinks of it
+            return None  # not boxes after all: left to FFmpeg
         position += size
     return position

@@ -1,14 +1,15 @@
-"""Find the videos and labels under a root folder: every layout Something-Something-v2 comes in, and plain folders.
+"""Find the videos and labels below a root folder.
 
 ssv2      labels as `labels/train.json`, `train.json` or `something-something-v2-train.json`; videos as ID.webm in
           `20bn-something-something-v2/`, `videos/` or the root itself
 folders   CLASS/video.mp4, or SPLIT/CLASS/video.mp4 with splits train, validation (or val) and test;
           videos without a class folder become an unlabelled training split
+
+To add a layout, write a function like `_find_folders` and choose it in `find_sources`.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -19,21 +20,16 @@ from typing import NamedTuple, TypeVar
 import pydantic
 
 from shard_tools.common.cli import CommandError, one_line
-from shard_tools.format.dataset import DATASET_FILE, SPLITS, adapter, make_key
+from shard_tools.format.dataset import DATASET_FILE, SPLITS, make_key
 
 VIDEO_SUFFIXES = frozenset((".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv"))
+NOT_TEXT = "name that is not UTF-8 text"  # a reason for skipping
 _SSV2_PREFIX = "something-something-v2-"
+_SPLIT_FOLDERS = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation"}
 Content = TypeVar("Content")
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "test": "test",
-}
 
 
-class Source(NamedTuple):  # a frozen dataclass takes three times as long to make
+class Source(NamedTuple):
     """One video to be packed: `path` is relative to the root, with forward slashes."""
 
     key: str
@@ -47,23 +43,23 @@ class Source(NamedTuple):  # a frozen dataclass takes three times as long to mak
 
 @dataclass
 class SourceSet:
-    """All videos found, the class names in order of their label, and what was passed over, by reason and name."""
+    """The videos found, the class names in order of their label, and the names of what was skipped, by reason."""
 
     layout: str
     sources: list[Source] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
-    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
-    def pass_over(self, reason: str, name: str) -> None:
-        self.passed_over.setdefault(reason, []).append(name)
+    def skip(self, reason: str, name: str) -> None:
+        self.skipped.setdefault(reason, []).append(name)
 
 
 def find_sources(root: Path, layout: str, exclude: Path) -> SourceSet:
-    """Videos and labels under `root`.
+    """Videos and labels below `root`.
 
     Args:
-        layout: "ssv2", "folders", or "auto": ssv2 where its label files are, else folders.
-        exclude: the output folder, never taken for input.
+        layout: "ssv2", "folders", or "auto": ssv2 if its label files are there, else folders.
+        exclude: the output folder, which is never taken for input.
 
     Raises:
         CommandError: no such folder, no label files or no videos where the layout expects them, unreadable labels.
@@ -92,89 +88,76 @@ def find_sources(root: Path, layout: str, exclude: Path) -> SourceSet:
 
 
 def _ssv2_label_files(root: Path) -> dict[str, Path]:
-    """Split name -> label file, and "labels" -> the class list, as far as they are there."""
-    found = {}
+    """Split name -> label file, and "labels" -> the class list, of those that exist; empty without a split."""
+    found: dict[str, Path] = {}
     for name in (*SPLITS, "labels"):
         for folder in (root / "labels", root, root / "annotations"):
-            for candidate in (folder / f"{name}.json", folder / f"{_SSV2_PREFIX}{name}.json"):
-                if name not in found and os.path.lexists(candidate):  # what is no file is told when it is read
-                    found[name] = candidate
+            for path in (folder / f"{name}.json", folder / f"{_SSV2_PREFIX}{name}.json"):
+                if name not in found and os.path.lexists(path):  # if it is no file, reading it will say so
+                    found[name] = path
     return found if set(SPLITS) & set(found) else {}
 
 
 def _find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
     found = SourceSet("ssv2")
-    videos = _ssv2_videos(root, found)
+    folders = [folder for folder in (root / "20bn-something-something-v2", root / "videos", root) if folder.is_dir()]
+    videos = _ssv2_videos(root, folders, found)
     if not videos:
         return found
-    rows = {split: _read_rows(label_files[split]) for split in SPLITS if split in label_files}
+    rows = {split: _read_json(label_files[split], list[_Row], _ROWS) for split in SPLITS if split in label_files}
     answers = _read_test_answers(label_files)
     found.classes = _ssv2_classes(label_files, rows)
     labels = {name: number for number, name in enumerate(found.classes)}
     seen: dict[str, str] = {}
-    expected = _expected_folder(root)
-    for split, entries in rows.items():
-        for row in entries:
-            identity = str(row.id)
-            if identity in seen:
-                found.pass_over(f"id already taken by split {seen[identity]}", f"{split}: {identity}")
-                continue
-            if not identity or "/" in identity or "\0" in identity:
-                found.pass_over("id that cannot be a file name", f"{split}: {identity!r}")
-                continue
-            seen[identity] = split
-            name = _without_brackets(row.template) if row.template else answers.get(identity)
-            if name is not None and name not in labels:
-                found.pass_over("class not in labels.json, packed without a label", f"{identity}: {name}")
-            # An entry without a file keeps the path where it should be: packing then names it as missing.
-            path = videos.pop(identity, None) or f"{expected}{identity}.webm"
-            found.sources.append(
-                Source(
-                    key=make_key(identity),
-                    path=path,
-                    split=split,
-                    label=labels.get(name) if name is not None else None,
-                    label_text=row.label,
-                    template=row.template or name,
-                    placeholders=row.placeholders or (),
-                )
+    for split, row in ((split, row) for split, entries in rows.items() for row in entries):
+        video_id = str(row.id)
+        if video_id in seen:
+            found.skip(f"id already taken by split {seen[video_id]}", f"{split}: {video_id}")
+            continue
+        if not video_id or "/" in video_id or "\0" in video_id:
+            found.skip("id that cannot be a file name", f"{split}: {video_id!r}")
+            continue
+        seen[video_id] = split
+        name = _without_brackets(row.template) if row.template else answers.get(video_id)
+        if name is not None and name not in labels:
+            found.skip("class not in labels.json, packed without a label", f"{video_id}: {name}")
+        # An entry without a file keeps the path that it should have: packing reports it as missing.
+        expected = (folders[0] / f"{video_id}.webm").relative_to(root).as_posix()
+        found.sources.append(
+            Source(
+                key=make_key(video_id),
+                path=videos.pop(video_id, expected),
+                split=split,
+                label=labels.get(name) if name is not None else None,
+                label_text=row.label,
+                template=row.template or name,
+                placeholders=row.placeholders or (),
             )
+        )
     for path in sorted(videos.values()):
-        found.pass_over("video without an entry in any split", path)
+        found.skip("video without an entry in any split", path)
     return found
 
 
-def _ssv2_video_folders(root: Path) -> list[Path]:
-    folders = (root / "20bn-something-something-v2", root / "videos", root)
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def _ssv2_videos(root: Path, found: SourceSet) -> dict[str, str]:
-    """Id -> path relative to the root; of several files of one id, the first folder and .webm come first."""
+def _ssv2_videos(root: Path, folders: list[Path], found: SourceSet) -> dict[str, str]:
+    """Id -> path relative to the root. Of several files with one id the first folder, then .webm, takes precedence."""
     videos: dict[str, str] = {}
-    for folder in _ssv2_video_folders(root):
+    for folder in folders:
         prefix = "" if folder == root else folder.name + "/"
-        names = sorted(os.listdir(folder))
-        names.sort(key=lambda name: not name.endswith(".webm"))
-        for name in names:
+        for name in sorted(os.listdir(folder), key=lambda name: (not name.endswith(".webm"), name)):
             stem, dot, suffix = name.rpartition(".")
             if not stem or stem[0] == "." or (dot + suffix).lower() not in VIDEO_SUFFIXES:
                 continue
-            path = prefix + name
-            if videos.setdefault(stem, path) is not path:
-                found.pass_over("another file has the same id", path)
+            if stem in videos:
+                found.skip("another file has the same id", prefix + name)
+            else:
+                videos[stem] = prefix + name
     return videos
-
-
-def _expected_folder(root: Path) -> str:
-    """Where a video that is not there should be: the first of the folders, with a slash."""
-    folder = _ssv2_video_folders(root)[0]
-    return "" if folder == root else folder.name + "/"
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One entry of a label file, as far as it is used here."""
+    """What is used of an entry in a label file."""
 
     id: int | str
     label: str | None = None
@@ -182,14 +165,14 @@ class _Row:
     placeholders: tuple[str, ...] | None = None
 
 
-def _read_rows(path: Path) -> list[_Row]:
-    return _read_json(path, list[_Row], 'a list of objects with an "id"')
+_ROWS = 'a list of objects with an "id"'
 
 
 def _read_json(path: Path, kind: type[Content], expected: str) -> Content:
+    """The content of a label file as this type; `expected` describes it in the error message."""
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors put a byte order mark before UTF-8
     try:
-        return adapter(kind).validate_json(data)
+        return pydantic.TypeAdapter(kind).validate_json(data)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"[{step}]" for step in first["loc"])
@@ -200,7 +183,7 @@ def _read_json(path: Path, kind: type[Content], expected: str) -> Content:
 
 
 def _read_test_answers(label_files: dict[str, Path]) -> dict[str, str]:
-    """Id -> class name from test-answers.csv (`id;label`), published after the challenge; empty without it."""
+    """Id -> class name from test-answers.csv (`id;label`), published after the challenge; empty without the file."""
     if "test" not in label_files:
         return {}
     for name in ("test-answers.csv", f"{_SSV2_PREFIX}test-answers.csv"):
@@ -211,12 +194,12 @@ def _read_test_answers(label_files: dict[str, Path]) -> dict[str, str]:
             except UnicodeDecodeError as error:
                 raise CommandError(f"{path}: not UTF-8 text ({error}); fetch it again, or move it away") from None
             pairs = (line.partition(";") for line in lines if ";" in line)
-            return {identity.strip(): _without_brackets(label.strip()) for identity, _, label in pairs}
+            return {video_id.strip(): _without_brackets(label.strip()) for video_id, _, label in pairs}
     return {}
 
 
 def _ssv2_classes(label_files: dict[str, Path], rows: dict[str, list[_Row]]) -> list[str]:
-    """Class names in order of their number: from labels.json, or the sorted templates where that is missing."""
+    """Class names in order of their number: from labels.json, or without it the sorted templates."""
     if "labels" not in label_files:
         return sorted({_without_brackets(row.template) for entries in rows.values() for row in entries if row.template})
     path = label_files["labels"]
@@ -229,7 +212,6 @@ def _ssv2_classes(label_files: dict[str, Path], rows: dict[str, list[_Row]]) -> 
     return sorted(numbers, key=numbers.__getitem__)
 
 
-@functools.lru_cache(1024)  # a few classes have all the videos
 def _without_brackets(template: str) -> str:
     return template.replace("[", "").replace("]", "")
 
@@ -244,9 +226,9 @@ def _find_folders(root: Path, exclude: Path) -> SourceSet:
         if _is_text(path):
             paths.append(path)
         else:
-            found.pass_over("name that is not UTF-8 text", path)
+            found.skip(NOT_TEXT, path)
     top = {path.split("/")[0] for path in paths if "/" in path}
-    split_level = bool(top) and top <= _SPLIT_FOLDERS.keys()  # else a class may be called "train"
+    split_level = bool(top) and top <= _SPLIT_FOLDERS.keys()  # otherwise a folder "train" is a class
     entries = [_split_and_class(path, split_level) for path in paths]
     found.classes = sorted({name for _, name in entries if name is not None})
     labels = {name: number for number, name in enumerate(found.classes)}
@@ -254,7 +236,7 @@ def _find_folders(root: Path, exclude: Path) -> SourceSet:
     taken = Counter(keys)
     found.sources = [
         Source(
-            # a/b_c.mp4 and a_b/c.mp4 meet in one key, as do a.mp4 and a.webm: the whole path tells them apart
+            # a/b_c.mp4 and a_b/c.mp4 would share a key, as would a.mp4 and a.webm: then the whole path is used
             key=key if taken[key] == 1 else make_key(path),
             path=path,
             split=split,
@@ -274,9 +256,9 @@ def _split_and_class(path: str, split_level: bool) -> tuple[str, str | None]:
 
 
 def _walk_videos(folder: Path, exclude: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Videos below a folder, without the output folder, other packed data sets and hidden files and folders.
+    """Videos below a folder, except in the output folder, other packed data sets, and hidden files and folders.
 
-    Links are followed, but for those that lead back to a folder they lie in.
+    Links are followed, unless they lead back to a folder above them.
     """
     real = folder.resolve()
     if real in above:
@@ -295,7 +277,7 @@ def _walk_videos(folder: Path, exclude: Path, above: tuple[Path, ...] = ()) -> I
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: packing names it as a video that cannot be read
+    except OSError:  # a link to itself: packing reports it as a video that cannot be read
         return False
 
 
@@ -306,6 +288,6 @@ def _is_output(folder: Path, exclude: Path) -> bool:
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8: a JSON file cannot hold them
+    except UnicodeEncodeError:  # bytes that are not UTF-8, which a JSON file cannot hold
         return False
     return True

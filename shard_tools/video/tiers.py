@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,16 +19,9 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.format.dataset import SampleInfo, SourceFile, Video, y4m_frame_bytes
-from shard_tools.video.ffmpeg import (
-    Planes,
-    decode_frames,
-    fill_frame,
-    frame_decoder,
-    open_video,
-    padded_packet,
-    planes_of,
-)
+from shard_tools.format.dataset import COLOURS, SampleInfo, SourceFile, Video, y4m_frame_bytes
+from shard_tools.video.decode import DecodeError, VideoInfo, decode_mjpeg, decode_video
+from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 
@@ -68,10 +60,10 @@ SOURCE = Encoding()
 
 @dataclass(frozen=True)
 class Payload:
-    """What goes into the shard: extension without dot, bytes, the video as it then is, and where its frames lie.
+    """What goes into the shard: extension without dot, bytes, and the video as it is stored.
 
     `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
-    as 16 hex digits. None where the tier has none.
+    as 16 hex digits. None if the tier has none.
     """
 
     ext: str
@@ -108,16 +100,18 @@ def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Pay
     Args:
         data: the file's bytes.
         ext: the file's extension, without dot.
-        video: what `frames.probe` says of it.
+        video: the result of `probe`.
 
     Raises:
-        BadVideoError: the video cannot be decoded to its end, or not stored in this tier.
+        BadVideoError: the video cannot be decoded to its end.
     """
     assert encoding.tier in TIERS, encoding.tier
     if encoding.tier == "source":
         return Payload(ext, data, video)
     try:
-        pictures = list(_pictures(data, video, encoding.short_side))
+        pictures = _decode_all(data, video, encoding.short_side)
+    except DecodeError as error:
+        raise BadVideoError(f"cannot be decoded to its end: {error}") from error
     except av.FFmpegError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
     if len(pictures) != video.num_frames:
@@ -130,21 +124,20 @@ def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Pay
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def _pictures(data: bytes, video: Video, short_side: int | None) -> Iterator[Planes]:
-    """Y, U, V of every frame at the size of the tier; copies."""
+def _decode_all(data: bytes, video: Video, short_side: int | None) -> list[Planes]:
+    """Copies of Y, U, V of every frame at the size of the tier."""
     width, height = _target_size(video.width, video.height, short_side)
-    with open_video(data) as container:
-        for frame in decode_frames(container):
-            y, u, v = planes_of(frame, width, height, video.range)
-            yield y.copy(), u.copy(), v.copy()
+    info = dataclasses.replace(VideoInfo.of(video), width=width, height=height)
+    return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(data, info, None).pictures]
 
 
 def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    """Native size, or with the shorter side at `short_side` and both even."""
+    """The native size, or with the shorter side at `short_side` and both sides even."""
     shorter = min(width, height)
     if short_side is None or shorter <= short_side:
         return width, height
-    return tuple(max(2 * round(side * short_side / shorter / 2), 2) for side in (width, height))  # type: ignore[return-value]
+    scale = short_side / shorter
+    return max(2 * round(width * scale / 2), 2), max(2 * round(height * scale / 2), 2)
 
 
 # --- MJPEG --------------------------------------------------------------------------------------------------------
@@ -164,7 +157,7 @@ def _to_mjpeg(pictures: list[Planes], video: Video, quality: int | None) -> Payl
 
 
 def _coarsest_jpegs(pictures: list[Planes], video: Video) -> list[bytes]:
-    """The pictures at the coarsest quality that is close enough; at the best one where none is."""
+    """The pictures as JPEGs of the coarsest quality that is close enough, or of the best one if none is."""
     some = pictures[::_LOOK_EVERY]
     for quality in range(_COARSEST, BEST_QUALITY, -1):
         if _close(some, _jpegs(some, video, quality)):
@@ -177,18 +170,17 @@ def _coarsest_jpegs(pictures: list[Planes], video: Video) -> list[bytes]:
 def _close(pictures: list[Planes], jpegs: list[bytes]) -> bool:
     """Whether every plane of the decoded JPEGs is within LEAST_PSNR_DB of the picture's."""
     most = 255**2 / 10 ** (LEAST_PSNR_DB / 10)  # mean squared deviation
-    decoder = frame_decoder("mjpeg")
-    for picture, jpeg in zip(pictures, jpegs, strict=True):
-        (frame,) = decoder.decode(padded_packet(jpeg))
-        height, width = picture[0].shape
-        for plane, decoded in zip(picture, planes_of(frame, width, height, "full"), strict=True):
-            if cv2.norm(plane, decoded, cv2.NORM_L2SQR) > most * plane.size:
+    height, width = pictures[0][0].shape
+    info = VideoInfo(len(jpegs), width, height, COLOURS.index(("bt601", "full")))
+    for picture, decoded in zip(pictures, decode_mjpeg(jpegs, info, None).pictures, strict=True):
+        for plane, near in zip(picture, decoded, strict=True):
+            if cv2.norm(plane, near, cv2.NORM_L2SQR) > most * plane.size:
                 return False
     return True
 
 
 def _jpegs(pictures: list[Planes], video: Video, quality: int) -> list[bytes]:
-    """Each picture, in JPEG's colour, as a JPEG."""
+    """Each picture, which is in JPEG's colour, as a JPEG."""
     height, width = pictures[0][0].shape
     encoder = av.CodecContext.create("mjpeg", "w")
     encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
@@ -207,10 +199,9 @@ def _jpegs(pictures: list[Planes], video: Video, quality: int) -> list[bytes]:
 
 
 def to_jpeg_colour(planes: Planes, video: Video) -> Planes:
-    """Planes as JPEG takes them: bt601, full range (JFIF 1.02). Chroma stays at its resolution.
+    """Planes in JPEG's colour: bt601, full range (JFIF 1.02). Chroma stays at its resolution.
 
-    From bt709 chroma alone gives chroma, and luma takes a share of it; the coefficients follow from the luma weights of
-    both matrices (ITU-R BT.601-7, BT.709-6).
+    The coefficients from bt709 follow from the luma weights of both matrices (ITU-R BT.601-7, BT.709-6).
     """
     y, u, v = planes
     if video.matrix == "bt709":

@@ -49,7 +49,7 @@ def by_key(sources: SourceSet) -> dict[str, Source]:
 def test_every_layout_of_something_something_is_found(tmp_path: Path, labels: str, videos: str) -> None:
     sources = found(ssv2(tmp_path, labels, videos))
     assert (sources.layout, sources.classes) == ("ssv2", ["Moving something up", "Holding something"])
-    assert sources.passed_over == {}
+    assert sources.skipped == {}
     prefix = "" if videos == "." else f"{videos}/"
     assert by_key(sources) == {
         "1": Source("1", f"{prefix}1.webm", "train", 1, "holding a cup", "Holding [something]", ("a cup",)),
@@ -64,13 +64,13 @@ def test_real_clips_are_found_with_all_their_labels(real_clips: Path) -> None:
     splits = [source.split for source in sources.sources]
     assert [splits.count(split) for split in ("train", "validation", "test")] == [24, 8, 4]
     assert all(source.label is not None and (real_clips / source.path).is_file() for source in sources.sources)
-    assert sources.passed_over == {}
+    assert sources.skipped == {}
 
 
 def test_generated_clips_get_the_class_their_template_names(videos: Path) -> None:
     sources = found(videos)
     assert len(sources.sources) == 40
-    assert sources.passed_over == {}
+    assert sources.skipped == {}
     for source in sources.sources:
         assert source.template is not None
         assert source.label is not None
@@ -111,7 +111,7 @@ def test_whatever_is_passed_over_is_named_with_its_reason(tmp_path: Path) -> Non
     write(root / "labels/validation.json", [*VALIDATION, TRAIN[0], {"id": "5", "template": "Eating [something]"}])
     write(folder / "5.webm", "")
     sources = found(root)
-    assert sources.passed_over == {
+    assert sources.skipped == {
         "another file has the same id": ["20bn-something-something-v2/1.mp4", "videos/2.webm"],
         "id already taken by split train": ["train: 1", "validation: 1"],
         "id that cannot be a file name": ["train: '../../2'", "train: ''", "train: 'a\\x00b'"],
@@ -222,7 +222,7 @@ def test_a_name_that_is_no_text_is_passed_over_by_name(tmp_path: Path) -> None:
         pytest.skip("the file system takes UTF-8 names only")
     sources = found(tmp_path)
     assert [source.path for source in sources.sources] == ["a/b.mp4"]
-    assert sources.passed_over == {"name that is not UTF-8 text": ["a/\udcff.mp4"]}
+    assert sources.skipped == {"name that is not UTF-8 text": ["a/\udcff.mp4"]}
 
 
 def test_the_output_and_other_data_sets_and_hidden_folders_are_no_input(tmp_path: Path) -> None:

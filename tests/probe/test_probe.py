@@ -13,12 +13,12 @@ import pytest
 from salt_wds.config import load_config
 from salt_wds.probe import probe
 from salt_wds.train.trainer import train
-from shard_tools import synth
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.dataset import index_name, read_dataset
 from shard_tools.format.index import read_index
 from shard_tools.pack import __main__ as pack
+from shard_tools.synth import __main__ as synth
 
 SMALL = (
     "data.num_workers=0", "data.batch_size=8", "data.train_views=1", "probe.heads=2", "probe.epochs=2",

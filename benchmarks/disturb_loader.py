@@ -71,7 +71,7 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     def enemy() -> None:
         while len(sent) < disturbances and not stop.is_set():
             time.sleep(rng.uniform(0.0, 2.0))
-            pid = int(in_flight[0][rng.randrange(2), 0])
+            pid = int(in_flight[0]["pid"][rng.randrange(2)])
             number = rng.choice(SIGNALS)
             try:
                 if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):

@@ -105,7 +105,7 @@ def index_memory(shards: Path, folder: Path) -> dict[str, float]:
         pass
     size = loader.catalog.table.array.nbytes
     pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
-    workers = loader.spec.in_flight.array[:, 0].tolist()
+    workers = loader.spec.in_flight.array["pid"].tolist()
     assert set(workers) <= set(pids), "a worker was not found"
     index = sum(_mapped(pid, size, "Pss") for pid in pids)
     private = sum(_mapped(pid, size, "Private_Dirty") for pid in workers)

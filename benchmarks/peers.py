@@ -63,7 +63,7 @@ def ours(tier: str) -> Contender:
     def batches(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             ledger = Path(folder) / "failures.jsonl"
-            for batch in Loader(our_config(inputs / tier, workers), ledger, lend=True):
+            for batch in Loader(our_config(inputs / tier, workers), ledger, copy=False):
                 assert not batch["failures"], batch["failures"]
                 yield batch["clips"]
 

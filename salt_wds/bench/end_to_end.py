@@ -66,7 +66,7 @@ def bench_end_to_end(config: Config, steps: int) -> dict[str, Any]:
 def _run(config: Config, steps: int, device: torch.device, update: Update | None) -> tuple[float, float, int]:
     """Seconds of `steps` batches, seconds waited for them, failures; without `update` batches are only taken."""
     with tempfile.TemporaryDirectory() as folder:
-        loader = Loader(config, Path(folder) / "failures.jsonl", lend=True)
+        loader = Loader(config, Path(folder) / "failures.jsonl", copy=False)
         batches = iter(loader)
         for batch in islice(batches, 1 + loader.budget.workers * loader.budget.prefetch):
             _use(batch, device, update)

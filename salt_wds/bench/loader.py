@@ -29,8 +29,9 @@ from salt_wds.data.batches import TIMED, Batch
 from salt_wds.data.catalog import open_catalog
 from salt_wds.data.loader import Loader
 from salt_wds.data.order import sample_rng
-from salt_wds.data.pipeline import make_order, video_info
+from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import HashMismatchError, Reader
+from salt_wds.data.spec import make_order
 from salt_wds.data.views import training_view
 from shard_tools.common.worker_process import end_with_parent
 from shard_tools.format.dataset import FRAME_TIERS
@@ -58,7 +59,7 @@ def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
 def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
     """Run the loader for `seconds`, after its prefetched batches have been taken."""
     with tempfile.TemporaryDirectory() as folder:
-        loader = Loader(config, Path(folder) / "failures.jsonl", lend=True)  # as train
+        loader = Loader(config, Path(folder) / "failures.jsonl", copy=False)  # as train
         started = time.perf_counter()
         iterator = iter(loader)
         next(iterator)

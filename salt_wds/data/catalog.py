@@ -168,7 +168,8 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
 
 
 def catalog_of_files(folder: Path, index: pa.Table, classes: Sequence[str]) -> Catalog:
-    """Loose files as a catalog: each is a shard that holds one sample and nothing else, named by its path in the folder.
+    """Loose files as a catalog: each is a shard that holds one sample and nothing else, named by its path in the
+    folder.
 
     Args:
         index: a row a file, as INDEX_SCHEMA has them, with the path for a key.

@@ -17,8 +17,8 @@ import numpy as np
 from shard_tools.video.decode import DecodeError
 from shard_tools.video.ffmpeg import Planes
 
-# Pictures are resized four at a time, as the channels of one image: OpenCV computes each weight once for all four, which
-# takes a third of the time. Decoders and readers keep that many pictures valid.
+# Pictures are resized four at a time, as the channels of one image: OpenCV computes each weight once for all four,
+# which takes a third of the time. Decoders and readers keep that many pictures valid.
 AT_ONCE = 4
 
 

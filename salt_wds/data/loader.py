@@ -1,8 +1,8 @@
 """What the trainer sees: an endless iterator of batches that survives its workers.
 
-A torch DataLoader runs the pipeline in worker processes. This file starts it, fits its prefetching to the shared
-memory there is, notices a worker that died or hangs and starts fresh ones at the next undelivered batch, writes the
-ledger, and stops the run when failures are too many to be single samples.
+A torch DataLoader runs the pipeline in worker processes. This file fits their prefetching into the memory there is,
+starts fresh workers at the next undelivered batch when one died or hangs, writes the failure ledger, and stops the run
+when failures are too many to be single samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from salt_wds.data.catalog import Catalog, open_catalog
 from salt_wds.data.failure_policy import FailurePolicy, LoaderStopped
 from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import SharedArray, fit_budget
-from salt_wds.data.pipeline import IN_FLIGHT_COLUMNS, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes
+from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes
 from salt_wds.data.views import Views
 from salt_wds.data.workers import WorkerLostError, Workers, try_sample
 from shard_tools.common.cli import CommandError
@@ -40,46 +39,50 @@ _RECOVERY_WINDOW = 100  # batches within which data.max_recoveries counts
 
 
 class Loader:
-    """Endless iterator over this rank's batches, from batch `start` on (see BatchMaker for what a batch holds).
+    """Endless iterator over this rank's batches, from batch `start` on.
+
+    A batch is a dict; shapes: clips (B, T, S*S*3//2) uint8, planes Y, U and V of each frame; mask (B, N) int16, visible
+    then masked tokens; colour and label (B,) int64; substituted (B,) bool. Beside them: number, keys, shards,
+    positions, failures, bytes, ms (see BatchMaker.batches).
 
     Args:
-        ledger_path: where failed samples are recorded; of a run that goes on, what it says of them stands.
+        ledger_path: where failed samples are recorded. What it says of an earlier part of the run stays in force.
         start: number of the first batch; with the configuration it is the whole state of the loader.
-        quarantine: samples (`identity`) not to touch, besides those the ledger has as quarantined.
-        views: of an evaluation: every sample of the split in order, `views.count` clips each, and then the end. The
-            last batch is full, too: rows to leave out have `substituted` set.
-        catalog: of the split, or a part of it (`Catalog.only`), where it is open already; data.shards and data.split
-            are not read then.
-        stages: functions of your own that each sample passes after decoding, before batching; importable by name,
-            since workers run them. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json`, `colour`;
-            an exception costs the sample, as any other failure.
-        lend: without a GPU, hand out clips and masks where the worker wrote them, good until the next batch is asked for,
-            instead of copies that are the caller's own.
+        quarantine: samples (`identity`) to skip, besides those that the ledger has quarantined.
+        views: for an evaluation: every sample of the split in order, `views.count` clips each, and then the end. The
+            last batch is full, too; rows to leave out have `substituted` set.
+        catalog: the split, or a part of it (`Catalog.only`), if it is open already; data.shards and data.split are not
+            read then.
+        stages: functions of the user that each sample passes after decoding. Workers run them, so they must be
+            importable by name. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json` and `colour`; an
+            exception costs the sample, like any other failure.
+        copy: False hands out clips and masks in the worker's memory, which is valid until the next batch is requested.
+            With pinned memory batches are always copies.
 
     Raises:
-        CommandError: not a data set, or no room in shared memory.
+        CommandError: not a data set, or not enough memory.
         LoaderStopped: while iterating, when failures are too many.
     """
 
     def __init__(
         self, config: Config, ledger_path: Path, *, rank: int = 0, world_size: int = 1, start: int = 0,
         quarantine: Iterable[str] = (), views: Views | None = None, catalog: Catalog | None = None,
-        stages: Sequence[Callable[[Sample], Sample]] = (), lend: bool = False,
+        stages: Sequence[Callable[[Sample], Sample]] = (), copy: bool = True,
     ) -> None:  # fmt: skip
         data = config.data
         if not 0 <= rank < world_size or start < 0:
-            raise CommandError(f"Loader: rank {rank} of {world_size}, start {start}: ranks count from 0, batches, too")
+            raise CommandError(f"Loader: rank {rank} of {world_size}, start {start}: ranks and batches count from 0")
         if data.batch_size % world_size:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
-        num_masked(config.grid, config.mask)  # a grid that no mask fits is refused here, not once a sample
+        num_masked(config.grid, config.mask)  # refuses a grid that no mask fits
         self.catalog = open_catalog(data.folders, data.split) if catalog is None else catalog
-        local_batch = data.batch_size // world_size
-        clip_shape = data.num_frames, data.size**2 * 3 // 2
-        self.batch_bytes = slot_bytes(local_batch, clip_shape, config.grid)
+        self.batch_bytes = slot_bytes(
+            data.batch_size // world_size, (data.num_frames, data.size**2 * 3 // 2), config.grid
+        )
         self.budget = fit_budget(self.batch_bytes, data)
         workers = max(data.num_workers, 1)
         earlier = earlier_failures(ledger_path)
-        begun = views is None and start > 0  # a run that goes on takes the turns it took
+        resumed = views is None and start > 0
         self.spec = PipelineSpec(
             catalog=self.catalog,
             data=data,
@@ -88,18 +91,18 @@ class Loader:
             seed=config.train.seed,
             rank=rank,
             world_size=world_size,
-            in_flight=SharedArray((workers, len(IN_FLIGHT_COLUMNS)), np.int64),
+            in_flight=SharedArray((workers,), IN_FLIGHT),
             slots=SharedArray((workers, self.budget.slots, self.batch_bytes), np.uint8),
             views=views,
             quarantine=_quarantined(earlier) | frozenset(quarantine),
-            replayed=_unreadable(earlier, start * data.batch_size) if begun else {},
+            unreadable=_unreadable(earlier, start * data.batch_size) if resumed else {},
             user_stages=tuple(stages),
         )
         self.next_batch = start
-        self.taking_s, self.taken_clips = 0.0, 0  # what copying batches out of their slots costs this process
+        self.taking_s, self.taken_clips = 0.0, 0  # time this process spends on taking batches out of their slots
         self.num_positions = None if views is None else self.catalog.num_samples * views.count
         self.policy = FailurePolicy(data, self.catalog.folders)
-        self._ledger_path, self._lend = ledger_path, lend
+        self._ledger_path, self._copy = ledger_path, copy
         self._recorded = {_event(failure) for failure in earlier}
         self._recoveries: deque[int] = deque(maxlen=data.max_recoveries + 1)
 
@@ -131,33 +134,27 @@ class Loader:
             while not self._at_end():
                 batch = self._next(workers)
                 if batch is None:
-                    gc.collect()  # the lost generation's pipes and semaphores hang on a traceback
+                    gc.collect()  # the traceback holds the lost generation's pipes and semaphores
                     workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
                     continue
                 assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
                 try:
                     self.policy.observe(batch)
-                except LoaderStopped:  # nothing took the place of these: the run ends, and may go on after a repair
+                except LoaderStopped:  # nothing took the place of these samples: the run may go on after a repair
                     self._record([replace(failure, action=None) for failure in batch["failures"]])
                     raise
                 self._record(batch["failures"])
                 self.next_batch += 1
-                yield self._handed_out(batch)
+                yield self._to_tensors(batch)
         finally:
             workers.stop()
-
-    def _record(self, failures: Sequence[Failure]) -> None:
-        """Append to the ledger what it does not have yet: a resumed run meets failures again."""
-        new = [failure for failure in failures if _event(failure) not in self._recorded]
-        self._recorded.update(map(_event, new))
-        ledger.append(self._ledger_path, new)
 
     def _at_end(self) -> bool:
         """Whether an evaluation has seen everything; training has no end."""
         return self.num_positions is not None and self.next_batch * self.spec.data.batch_size >= self.num_positions
 
     def _next(self, workers: Workers) -> Batch | None:
-        """The next batch; None when workers were lost, after what they were at has been looked into."""
+        """The next batch; None when workers were lost, after their samples have been investigated."""
         try:
             return workers.next()
         except WorkerLostError as lost:
@@ -165,12 +162,14 @@ class Loader:
             self._recover(lost)
             return None
 
-    def _handed_out(self, batch: Batch) -> Batch:
-        """The batch as tensors, page-locked where a GPU takes them; their slot is the worker's again, unless it is lent.
+    def _record(self, failures: Sequence[Failure]) -> None:
+        """Append to the ledger what it does not have yet: a resumed run meets the same failures again."""
+        new = [failure for failure in failures if _event(failure) not in self._recorded]
+        self._recorded.update(map(_event, new))
+        ledger.append(self._ledger_path, new)
 
-        Shapes: clips (B, T, S*S*3//2) uint8; mask (B, N) int16, visible then masked tokens; colour and label (B,) int64;
-        substituted (B,) bool.
-        """
+    def _to_tensors(self, batch: Batch) -> Batch:
+        """The batch with clips and mask from its slot, all arrays as tensors, in pinned memory if a GPU takes them."""
         started = time.perf_counter()
         batch["clips"], batch["mask"] = self.spec.slot_views(batch.pop("worker"), batch.pop("slot"))
         if self.num_positions is not None:
@@ -179,8 +178,8 @@ class Loader:
             array = batch[name]
             if self._pin_memory:
                 batch[name] = torch.from_numpy(array).pin_memory()
-            else:  # copied by numpy: torch would wake its threads, on cores that the workers have
-                batch[name] = torch.from_numpy(array if self._lend else array.copy())
+            else:  # numpy copies in this thread; torch would use all cores, which the workers need
+                batch[name] = torch.from_numpy(array.copy() if self._copy else array)
         self.taking_s += time.perf_counter() - started
         self.taken_clips += len(batch["keys"])
         return batch
@@ -190,8 +189,8 @@ class Loader:
         return self.spec.data.pin_memory and torch.cuda.is_available()
 
     def _recover(self, lost: WorkerLostError) -> None:
-        """Find out which samples the lost workers were at, try each alone, and record the outcome."""
-        failures = [self._judge(worker, reason, lost.stage) for worker, reason in lost.workers.items()]
+        """Find out which samples the lost workers were working on, try each alone, and record the outcome."""
+        failures = [self._investigate(worker, reason, lost.stage) for worker, reason in lost.workers.items()]
         ledger.append(self._ledger_path, failures)
         for failure in failures:
             self.policy.count(failure)
@@ -206,31 +205,40 @@ class Loader:
             )
         log.warning("%s; starting fresh workers at batch %d", lost, self.next_batch)
 
-    def _judge(self, worker: int, reason: str, stage: str) -> Failure:
-        """The record of a lost worker; a sample that also kills or hangs a throw-away process is quarantined.
+    def _investigate(self, worker: int, reason: str, stage: str) -> Failure:
+        """The record of a lost worker; its sample is quarantined if it kills or hangs a process of its own, too.
 
-        A kill from outside (OOM killer, operator) leaves the sample innocent: action is None, nothing is lost.
+        After a kill from outside (OOM killer, operator) the sample is innocent: action is None, nothing is lost.
         """
-        pid, _, position, attempt, status = self.spec.in_flight.array[worker].tolist()
+        pid, position, attempt, status = self.spec.in_flight.array[worker].tolist()
+        record = Failure(
+            time=ledger.now(),
+            stage=stage,
+            rank=self.spec.rank,
+            worker=worker,
+            pid=pid,
+            error="WorkerLostError",
+            message=f"{reason}, between samples",
+            action=None,
+        )
         if STAGES[status] == "idle":
-            return self._lost_record(stage, worker, pid, f"{reason}, between samples")
+            return record
         order = make_order(self.catalog, self.spec.data, self.spec.seed, self.spec.views)
-        place = order.locate(position) if attempt == 0 else order.substitute(position, attempt)
+        place = order.locate(position, attempt)
         row, shard = self.catalog.row(*place), self.catalog.files[place.shard]
         dataset = self.catalog.part(place.shard).name
         name = identity(dataset, shard, row.key)
+        verdict = None
         if name in self.spec.quarantine:
-            verdict, outcome = None, "its sample is in quarantine since"
+            outcome = "its sample has been quarantined meanwhile"
         else:
-            verdict = self._try(position, attempt)
+            verdict = self._try_alone(position, attempt)
             outcome = f"tried alone: {verdict or 'no harm, delivered by a fresh worker'}"
         if verdict is not None:
             self.spec = replace(self.spec, quarantine=self.spec.quarantine | {name})
-        return self._lost_record(
-            stage,
-            worker,
-            pid,
-            f"{reason}, at stage {STAGES[status]}; {outcome}",
+        return replace(
+            record,
+            message=f"{reason}, at stage {STAGES[status]}; {outcome}",
             dataset=dataset,
             shard=shard,
             key=row.key,
@@ -238,10 +246,10 @@ class Loader:
             epoch=order.epoch(position),
             position=position,
             attempt=attempt,
-            action="quarantined" if verdict is not None else None,
+            action=None if verdict is None else "quarantined",
         )
 
-    def _try(self, position: int, attempt: int) -> str | None:
+    def _try_alone(self, position: int, attempt: int) -> str | None:
         """What a sample does to a process of its own. SIGKILL comes from outside, unless it comes every time."""
         for _ in range(_TRIES):
             verdict = try_sample(self.spec, position, attempt)
@@ -249,21 +257,9 @@ class Loader:
                 return verdict
         return f"{verdict} {_TRIES} times"
 
-    def _lost_record(self, stage: str, worker: int, pid: int, message: str, **fields: Any) -> Failure:
-        return Failure(
-            time=ledger.now(),
-            stage=stage,
-            rank=self.spec.rank,
-            worker=worker,
-            pid=pid,
-            error="WorkerLostError",
-            message=message,
-            **{"action": None, **fields},
-        )
-
 
 def earlier_failures(ledger_path: Path) -> list[Failure]:
-    """What the ledgers of all ranks have of an earlier part of the run."""
+    """What the ledgers of all ranks say of an earlier part of the run."""
     paths = {ledger_path, *ledger_path.parent.glob("rank*.jsonl")}
     return [failure for path in sorted(paths) if path.exists() for failure in ledger.read(path)[0]]
 
@@ -275,21 +271,14 @@ def _quarantined(failures: Iterable[Failure]) -> frozenset[str]:
 
 
 def _unreadable(failures: Iterable[Failure], first: int) -> dict[tuple[int, int], str]:
-    """Samples that could not be read at positions from `first` on, by (position, attempt). Luck had a part in that."""
+    """Samples that could not be read at positions from `first` on, by (position, attempt)."""
     found = (f for f in failures if f.action == "substituted" and f.stage == "read" and (f.position or 0) >= first)
     return {(f.position or 0, f.attempt or 0): identity(f.dataset or "", f.shard or "", f.key or "") for f in found}
 
 
 def _event(failure: Failure) -> tuple[object, ...]:
-    """What makes two records the same failure, met again; a lost worker is never the same twice."""
+    """What identifies a failure when a resumed run meets it again; the loss of a worker is never the same event."""
     if failure.stage in ("crash", "hang"):
         return (failure.time, failure.pid, failure.worker)
-    return (
-        failure.stage,
-        failure.dataset,
-        failure.shard,
-        failure.key,
-        failure.position,
-        failure.attempt,
-        failure.action,
-    )
+    f = failure
+    return f.stage, f.dataset, f.shard, f.key, f.position, f.attempt, f.action

@@ -1,8 +1,8 @@
 """Memory for batches: how much they take, how much there is, and arrays that worker processes share with the trainer.
 
-float32 batches in /dev/shm end runs with bus errors. Here a batch is 8 times smaller (YUV 4:2:0 in uint8), and the slots
-for all batches are allocated before the first one, in anonymous memory files (memfd_create) in place of /dev/shm: no size
-limit of a mount, and nothing to unlink when a process is killed.
+float32 batches in /dev/shm end runs with bus errors. Here a batch is 8 times smaller (YUV 4:2:0 in uint8), and the
+slots for all batches are allocated before the first one, in anonymous memory files (memfd_create) in place of /dev/shm:
+no size limit of a mount, and nothing to unlink when a process is killed.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ def fit_budget(batch_bytes: int, data: DataConfig) -> Budget:
     usable = int(free * _USABLE)
     workers = max(data.num_workers, 1)
     if 2 * batch_bytes * workers > usable:
+        fewer = usable // (2 * batch_bytes)
         raise CommandError(
             f"memory: {workers} worker{'s' if workers > 1 else ''} x 2 batches of {batch_bytes / 1e6:,.1f} MB = "
-            f"{2 * workers * batch_bytes / 1e9:.2f} GB, but {limited_by} leaves {free / 1e9:.2f} GB (of which batches may "
-            f"take {_USABLE:.0%}); "
-            + (f"lower data.num_workers to {fewer} or " if (fewer := usable // (2 * batch_bytes)) else "lower ")
-            + "data.batch_size, or give the job more memory"
+            f"{2 * workers * batch_bytes / 1e9:.2f} GB, but {limited_by} leaves {free / 1e9:.2f} GB (of which batches "
+            f"may take {_USABLE:.0%}); lower {f'data.num_workers to {fewer} or ' if fewer else ''}data.batch_size, "
+            "or give the job more memory"
         )
     wanted = data.prefetch_factor if data.num_workers else 0
     prefetch = min(wanted, usable // (batch_bytes * workers) - 1)

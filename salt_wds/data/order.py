@@ -1,4 +1,4 @@
-"""Pure: which sample stands at which position of the training order (design, section 4).
+"""Which sample stands at which position of the training order; pure functions.
 
 Training data is an endless sequence of positions; global batch k holds positions [k*G, (k+1)*G). In each epoch the
 shards are permuted, taken in windows, and the samples of a window are permuted. Nothing here depends on ranks,
@@ -52,18 +52,16 @@ class Order:
         """The epoch a position belongs to, from 0."""
         return position // self.samples_per_epoch
 
-    def locate(self, position: int) -> Place:
-        """The sample at a position (from 0, endless)."""
+    def locate(self, position: int, attempt: int = 0) -> Place:
+        """The sample at a position (from 0, endless); from attempt 1 on a substitute, drawn from the whole data set."""
+        if attempt:
+            rng = np.random.default_rng([self._seed, _SUBSTITUTE, position, attempt])
+            return _place(range(self.num_shards), self._ends, int(rng.integers(self.samples_per_epoch)))
         epoch, offset = divmod(position, self.samples_per_epoch)
         starts = self._epoch(epoch)[1]
         window = bisect.bisect(starts, offset) - 1
         shards, ends, permutation = self._in_window(epoch, window)
-        return _among(shards, ends, int(permutation[offset - starts[window]]))
-
-    def substitute(self, position: int, attempt: int) -> Place:
-        """The sample that takes the place of a failed one: any sample, drawn by (seed, position, attempt)."""
-        rng = np.random.default_rng([self._seed, _SUBSTITUTE, position, attempt])
-        return _among(range(self.num_shards), self._ends, int(rng.integers(self.samples_per_epoch)))
+        return _place(shards, ends, int(permutation[offset - starts[window]]))
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of shards, and the offset in the epoch at which each window starts."""
@@ -73,15 +71,15 @@ class Order:
         return shards, starts[:: self._window]
 
     def _make_window(self, epoch: int, window: int) -> tuple[Sequence[int], Sequence[int], np.ndarray]:
-        """The shards of a window, where each ends when they are laid end to end, and the permutation of their samples."""
+        """The shards of a window, where each ends when laid end to end, and the permutation of their samples."""
         shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
         ends = np.cumsum(self._samples[shards])
         permutation = np.random.default_rng([self._seed, _WINDOW, epoch, window]).permutation(int(ends[-1]))
         return shards.tolist(), ends.tolist(), permutation
 
 
-def _among(shards: Sequence[int], ends: Sequence[int], number: int) -> Place:
-    """The `number`-th sample of shards that are laid end to end, and end there."""
+def _place(shards: Sequence[int], ends: Sequence[int] | np.ndarray, number: int) -> Place:
+    """The `number`-th sample of shards laid end to end, where `ends` are their ends."""
     at = bisect.bisect(ends, number)
     return Place(shards[at], number - int(ends[at - 1] if at else 0))
 
@@ -89,9 +87,8 @@ def _among(shards: Sequence[int], ends: Sequence[int], number: int) -> Place:
 class Mixture:
     """Several data sets in one training order: which of them, and which of its samples, stands at a position.
 
-    Positions are dealt out in blocks of `_BLOCK`; a block has the share of each data set, to the nearest whole number
-    over all blocks so far, in an order permuted by (seed, block). So a position is found at once here, too, and each
-    data set goes through its own `Order`.
+    Positions come in blocks of `_BLOCK`. A block holds each data set's share, rounded over all blocks so far, permuted
+    by (seed, block). So any position is reached at once here, too, and each data set goes through its own `Order`.
 
     Args:
         orders: the training orders of the data sets.
@@ -106,34 +103,27 @@ class Mixture:
         self._first_shards = np.concatenate(([0], np.cumsum([order.num_shards for order in orders])))
         self._bounds = np.concatenate(([0.0], np.cumsum(weights) / np.sum(weights)))
         self._seed = seed
-        self._dealt = lru_cache(maxsize=4)(self._make_dealt)
+        self._block = lru_cache(maxsize=4)(self._make_block)
 
     def epoch(self, position: int) -> int:
-        """The epoch, of the data set that the position draws from, from 0."""
+        """The epoch (from 0) of the data set that the position draws from."""
         part, own = self._own_position(position)
         return self._orders[part].epoch(own)
 
-    def locate(self, position: int) -> Place:
-        """The sample at a position; shards are counted over all data sets."""
+    def locate(self, position: int, attempt: int = 0) -> Place:
+        """The sample at a position, or a substitute from the same data set; shards are counted over all data sets."""
         part, own = self._own_position(position)
-        return self._globally(part, self._orders[part].locate(own))
-
-    def substitute(self, position: int, attempt: int) -> Place:
-        """The sample that takes the place of a failed one, of the same data set."""
-        part, _ = self._own_position(position)
-        return self._globally(part, self._orders[part].substitute(position, attempt))
-
-    def _globally(self, part: int, place: Place) -> Place:
+        place = self._orders[part].locate(position if attempt else own, attempt)
         return Place(int(self._first_shards[part]) + place.shard, place.row)
 
     def _own_position(self, position: int) -> tuple[int, int]:
         """Number of the data set, and how many positions before this one draw from it."""
         block, offset = divmod(position, self._BLOCK)
-        parts, before = self._dealt(block)
+        parts, before = self._block(block)
         part = int(parts[offset])
         return part, int(before[part]) + int((parts[:offset] == part).sum())
 
-    def _make_dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Data sets of a block's positions, and how many positions of each came before the block."""
         ends = [np.rint(n * self._BLOCK * self._bounds).astype(np.int64) for n in (block, block + 1)]
         before, after = np.diff(ends[0]), np.diff(ends[1])
@@ -144,29 +134,22 @@ class Mixture:
 class InOrder:
     """Every sample in the order of the data set, `views` positions each: for evaluation.
 
-    After the last sample it begins again, so that the last batch, too, is full.
+    After the last sample it starts over, so that the last batch is full, too.
     """
 
-    def __init__(self, shard_samples: Sequence[int], views: int, seed: int) -> None:
+    def __init__(self, shard_samples: Sequence[int], views: int) -> None:
         self._ends = np.cumsum(np.asarray(shard_samples, dtype=np.int64))
-        self._views, self._seed = views, seed
+        self._views = views
         self.num_positions = int(self._ends[-1]) * views
 
     def epoch(self, position: int) -> int:
-        """How often the data set was gone through before."""
+        """How many times the data set has been gone through before."""
         return position // self.num_positions
 
-    def locate(self, position: int) -> Place:
-        """The sample at a position."""
-        return self._place(position % self.num_positions // self._views)
-
-    def substitute(self, position: int, attempt: int) -> Place:
-        """The sample that takes the place of a failed one, drawn by (seed, position, attempt)."""
-        rng = np.random.default_rng([self._seed, _SUBSTITUTE, position, attempt])
-        return self._place(int(rng.integers(self._ends[-1])))
-
-    def _place(self, number: int) -> Place:
-        return _among(range(len(self._ends)), self._ends, number)
+    def locate(self, position: int, attempt: int = 0) -> Place:
+        """The sample at a position; an evaluation has no substitutes."""
+        assert attempt == 0
+        return _place(range(len(self._ends)), self._ends, position % self.num_positions // self._views)
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:

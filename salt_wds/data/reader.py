@@ -1,7 +1,7 @@
 """Bytes of samples out of shards: `pread` at indexed offsets, checked against the hashes taken when they were packed.
 
-Of the storage tier "source" the whole file is read; of "mjpeg" and "y4m" only the wanted frames, whose places and hashes
-are in KEY.json.
+Of the storage tier "source" the whole file is read; of "mjpeg" and "y4m" only the wanted frames, whose places and
+hashes are in KEY.json.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Worker processes: one generation of DataLoader workers, told apart when one dies or hangs.
+"""Worker processes: one generation of DataLoader workers, which ends when one of them dies or hangs.
 
-torch's DataLoader moves batches and keeps their order. What it does not do is live on when a worker dies
-(pytorch#96629): here that ends a generation, with what is known of the lost worker, and the loader starts the next.
+torch's DataLoader moves batches and keeps their order, but does not survive the death of a worker (pytorch#96629). Here
+a death ends the whole generation with an error that names the lost worker, and the loader starts the next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import sys
 import threading
@@ -17,18 +19,26 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from salt_wds.data.batches import Batch, build_pipeline
+from salt_wds.data.batches import Batch, Batches
+from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.memory import SharedArray
-from salt_wds.data.pipeline import IN_FLIGHT_COLUMNS, TRIED, PipelineSpec, try_one
+from salt_wds.data.pipeline import process_one_sample
+from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec
 from shard_tools.common.worker_process import end_with_parent
+
+log = logging.getLogger(__name__)
 
 _START_S = 60.0  # for a process to start, however short data.timeout_s
 _POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once
+_START_TRIES = 5  # of a process whose fork server is killed meanwhile
+# What a terminal or a scheduler sends to every process of a job: the training process decides when workers end.
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class WorkerLostError(Exception):
@@ -47,27 +57,26 @@ class Workers:
         self._workers = data.num_workers
         self._delivered = 0
         spec.in_flight.array[:] = 0
-        context = multiprocessing.get_context(data.start_method) if data.num_workers else None
-        if context is not None:
+        if data.num_workers:
             prepare_fork_server()
         with warnings.catch_warnings():  # more workers than cores is the user's choice; the start of a run says so
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
-                build_pipeline(spec, start),
+                Batches(spec, start),
                 batch_size=None,
-                collate_fn=_as_it_is,
+                collate_fn=_unchanged,
                 num_workers=data.num_workers,
                 prefetch_factor=prefetch if data.num_workers else None,
-                multiprocessing_context=context,
+                multiprocessing_context=_WorkerContext() if data.num_workers else None,
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # torch draws a seed for workers; not from the generator of the run
             )
             self._iterator = iter(loader)
         self._watch = None
         if data.num_workers:
-            # With our copy of the pipe's writing end gone, its end is seen when the last worker is.
+            # Without our copy of the pipe's writing end, the pipe ends when the last worker does.
             self._iterator._worker_result_queue._writer.close()
-            self._watch = _Watch(self._iterator._workers, spec.in_flight.array[:, 0], data.timeout_s)
+            self._watch = _Watch(self._iterator._workers, spec.in_flight.array["pid"], data.timeout_s)
 
     def next(self) -> Batch:
         """The next batch.
@@ -77,13 +86,13 @@ class Workers:
         """
         if self._watch is None:
             return next(self._iterator)
-        # They take turns, and torch keeps them in order: so it is known which one is waited for.
+        # Workers take turns, and torch keeps them in order: so it is known which one we wait for.
         self._watch.wait_for(self._delivered % self._workers)
         try:
             batch = next(self._iterator)
         except Exception as error:
-            lost = self._watch.verdict()
-            if lost is None:  # all workers are well: an error of ours that one passed on
+            lost = self._watch.lost()
+            if lost is None:  # all workers are well: an error of our code, passed on by a worker
                 raise
             raise lost from error
         self._watch.wait_for(None)
@@ -91,17 +100,58 @@ class Workers:
         return batch
 
     def stop(self) -> None:
-        """End all workers at once; batches under way are made again by the next generation."""
+        """End all workers at once; batches in progress are made again by the next generation."""
         if self._watch is not None:
             self._watch.end()
             self._iterator._shutdown_workers()
+
+
+# --- safe against workers that are killed at any moment -----------------------------------------------------------
+
+
+class _Flag:
+    """An event without a lock: a worker that is killed while it holds a lock would block the trainer for ever."""
+
+    def __init__(self) -> None:
+        self._shared = SharedArray((1,), np.uint8)
+
+    def set(self) -> None:
+        self._shared.array[0] = 1
+
+    def is_set(self) -> bool:
+        return bool(self._shared.array[0])
+
+
+class _WorkerProcess(ForkServerProcess):
+    def start(self) -> None:
+        """Start the process; a fork server that is killed meanwhile (the OOM killer does that) is replaced.
+
+        Raises:
+            LoaderStopped: the fork server was killed again and again.
+        """
+        for _ in range(_START_TRIES):
+            try:
+                return super().start()
+            except (EOFError, ConnectionError):
+                log.warning("the fork server was killed while it started a worker; starting another one")
+                time.sleep(0.1)  # until it can be waited for
+        raise LoaderStopped(
+            f"the fork server was killed {_START_TRIES} times while it started a worker; check memory (dmesg)"
+        )
+
+
+class _WorkerContext(ForkServerContext):
+    Process = _WorkerProcess
+
+    def Event(self) -> _Flag:  # noqa: N802 - the only lock that DataLoader shares with its workers and waits for itself
+        return _Flag()
 
 
 class _Watch(threading.Thread):
     """Ends a whole generation when one of its workers dies, or is waited for too long.
 
     A worker that is killed while it writes leaves half a message and a lock behind, and torch then waits for the rest
-    for ever, whatever its timeout. When all workers are gone the pipe ends, and that wait with it.
+    for ever, whatever its timeout. When all workers are gone the pipe ends, and torch's wait with it.
     """
 
     def __init__(
@@ -115,88 +165,101 @@ class _Watch(threading.Thread):
         self.start()
 
     def wait_for(self, worker: int | None) -> None:
-        """Say which worker is waited for from now on; None: for none."""
+        """Note which worker is waited for from now on; None: for none."""
         self._waiting = None if worker is None else (worker, time.monotonic())
 
-    def run(self) -> None:
-        watched = [*(process.sentinel for process in self._processes), self._wake]
-        while True:
-            ready = multiprocessing.connection.wait(watched, timeout=_POLL_S)
-            if self._wake in ready:
-                break
-            if ready:
-                time.sleep(0.1)  # several may be dying together
-                self._lost = WorkerLostError("crash", self._dead())
-                break
-            waiting = self._waiting
-            if waiting is not None and time.monotonic() - waiting[1] > self._patience(waiting[0]):
-                did = "gave no batch" if self._pids[waiting[0]] else "did not begin"
-                reason = f"{did} for {self._patience(waiting[0]):g} s"
-                self._lost = WorkerLostError("hang", {waiting[0]: reason})
-                break
-        for process in self._processes:
-            process.kill()
-
-    def _patience(self, worker: int) -> float:
-        return self._timeout_s if self._pids[worker] else max(self._timeout_s, _START_S)
-
-    def verdict(self) -> WorkerLostError | None:
-        """What was found, after it has had the time to look; None if all workers are well."""
+    def lost(self) -> WorkerLostError | None:
+        """What was found, after the watch has had time to look; None if all workers are well."""
         self.join(timeout=2 * _POLL_S)
         return self._lost
 
     def end(self) -> None:
-        """Kill all workers and the watch itself."""
+        """Kill all workers and end the watch."""
         with contextlib.suppress(OSError):  # it has ended already
             self._signal.send_bytes(b"end")
         self.join()
         self._signal.close()
         self._wake.close()
 
-    def _dead(self) -> dict[int, str]:
-        return {n: _exit_reason(p.exitcode) for n, p in enumerate(self._processes) if p.exitcode is not None}
+    def run(self) -> None:
+        sentinels = [process.sentinel for process in self._processes]
+        dead: list[int] = []
+        while not dead and (hung := self._hung()) is None:
+            ready = multiprocessing.connection.wait([*sentinels, self._wake], timeout=_POLL_S)
+            if self._wake in ready:
+                break
+            if ready:
+                time.sleep(0.1)  # several may be dying together
+                ready = multiprocessing.connection.wait(sentinels, timeout=0)
+                dead = [number for number, sentinel in enumerate(sentinels) if sentinel in ready]
+        # First of all: when the fork server is killed, its workers only look dead, and still write to their slots.
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        if dead:
+            self._lost = WorkerLostError("crash", {n: _exit_reason(self._processes[n].exitcode) for n in dead})
+        elif hung is not None:
+            did = "gave no batch" if self._pids[hung] else "did not begin"
+            self._lost = WorkerLostError("hang", {hung: f"{did} for {self._patience(hung):g} s"})
+
+    def _hung(self) -> int | None:
+        """The worker that has been waited for too long, if any."""
+        waiting = self._waiting
+        if waiting is None or time.monotonic() - waiting[1] <= self._patience(waiting[0]):
+            return None
+        return waiting[0]
+
+    def _patience(self, worker: int) -> float:
+        return self._timeout_s if self._pids[worker] else max(self._timeout_s, _START_S)
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
 
 
 def try_sample(spec: PipelineSpec, position: int, attempt: int) -> str | None:
-    """Run one sample in a throw-away process; what it did to it ("killed by SIGABRT", "hung"), or None."""
-    context = multiprocessing.get_context(spec.data.start_method)
-    spec = replace(spec, in_flight=SharedArray((1, len(IN_FLIGHT_COLUMNS)), np.int64))
-    process = context.Process(target=try_one, args=(spec, position, attempt))
+    """Run one sample in a process of its own; how that process ended ("killed by SIGABRT", "hung"), None if well."""
+    spec = replace(spec, in_flight=SharedArray((1,), IN_FLIGHT))
+    limit = max(spec.data.timeout_s, _START_S)
+    process = _WorkerProcess(target=_try_sample, args=(spec, position, attempt))
     process.start()
-    process.join(max(spec.data.timeout_s, _START_S))
+    process.join(limit)
     if process.is_alive():
         process.kill()
         process.join()
-        return f"hung for {max(spec.data.timeout_s, _START_S):g} s"
+        return f"hung for {limit:g} s"
     code = process.exitcode or 0
     process.close()
-    if code == 0 and spec.in_flight.array[0, IN_FLIGHT_COLUMNS.index("batch")] != TRIED:
+    if code == 0 and STAGES[spec.in_flight.array[0]["stage"]] != "finished":
         return "ended the process with exit code 0"
     return _exit_reason(code) if code else None
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    """Instead of torch's conversion to tensors: those would travel through /dev/shm, one file descriptor each."""
+def _try_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
+    end_with_parent()
+    process_one_sample(spec, position, attempt)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    """In place of torch's conversion to tensors, which would travel through /dev/shm, one file descriptor each."""
     return batch
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C and a group's SIGTERM reach workers, too; the training process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
 def prepare_fork_server() -> None:
-    """Start the server that processes are forked from, and have it load what is loaded here: then they start at once.
+    """Start the fork server with the modules that are loaded here, so that workers start at once.
 
-    It has an effect only until the first process is started, of whatever kind. A signal to the whole group (Ctrl-C on a
-    terminal, SIGTERM of a scheduler) would end the server, and with it a run that starts workers at that moment; the run
-    itself is to decide. So both are blocked while it is started: what is blocked stays so in a new process.
+    It has an effect only until the first process is started, of whatever kind. Signals to the whole group of processes
+    are blocked while the server starts, and so stay blocked in it: one would end the server, and with it a run that
+    starts workers at that moment.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_our_modules())
-    resource_tracker.ensure_running()  # which would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    resource_tracker.ensure_running()  # started later, it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
@@ -204,14 +267,16 @@ def prepare_fork_server() -> None:
 
 
 def _our_modules() -> list[str]:
-    """Our modules that are loaded here, but the one behind `python -m`: every worker runs it again under another name."""
+    """Our modules that are loaded here, except the one behind `python -m`, which every worker runs again by itself."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     ours = (name for name in sys.modules if name.partition(".")[0] in ("salt_wds", "shard_tools"))
     return [name for name in ours if spec is None or name != spec.name]
 
 
-def _exit_reason(exitcode: int) -> str:
-    if exitcode >= 0:
+def _exit_reason(exitcode: int | None) -> str:
+    if exitcode == 255:
+        return "exited with code 255 (or its fork server was killed)"
+    if exitcode is None or exitcode >= 0:
         return f"exited with code {exitcode}"
     try:
         return f"killed by {signal.Signals(-exitcode).name}"

@@ -76,7 +76,7 @@ def extract(
     Raises:
         LoaderStopped: too many samples failed.
     """
-    loader = Loader(config, ledger, views=part.views, catalog=part.catalog, lend=True)
+    loader = Loader(config, ledger, views=part.views, catalog=part.catalog, copy=False)
     end, first = part.positions(epochs), next(iter(encoders.values()))
     with closing(iter(loader)) as batches:
         for batch in batches:

@@ -52,7 +52,7 @@ def supervised_of(
     head_optimizer = StackedAdamW(head, [(settings.lr, settings.weight_decay)])
     steps = math.ceil(settings.epochs * catalog.num_samples / run_config.data.batch_size)
     bf16 = run_config.train.precision == "bf16"
-    loader = Loader(run_config, ledger, catalog=catalog, lend=True)
+    loader = Loader(run_config, ledger, catalog=catalog, copy=False)
     with closing(iter(loader)) as batches:
         for step in tqdm(range(steps), desc="supervised", unit="step", leave=False, disable=None):
             batch = next(batches)

@@ -63,7 +63,7 @@ def _train(config: Config, world: World, resume: bool, dry_run: bool) -> int:
     quarantine = state["quarantine"] if state else ()
     ledger = run_dir / "failures" / f"rank{world.rank}.jsonl"
     loader = Loader(
-        config, ledger, rank=world.rank, world_size=world.size, start=start, quarantine=quarantine, lend=True
+        config, ledger, rank=world.rank, world_size=world.size, start=start, quarantine=quarantine, copy=False
     )
     parts = count_parts(config, world.size)
     torch.manual_seed(config.train.seed)

@@ -134,14 +134,13 @@ def test_shards_of_another_data_set_are_refused(dataset, tmp_path):
 
 def test_no_data_set_is_one_line_and_exit_2(run_module, tmp_path):
     done = run_module("shard_tools.bench", tmp_path / "nothing", check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "no such folder" in done.stderr
 
 
 @pytest.mark.parametrize("args", [["--readers", "1,x"], ["--readers", "0"], ["--seconds", "0"], ["--seconds", "nan"]])
 def test_bad_numbers_are_usage_errors(dataset, args, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as refusal:
         bench.main([str(dataset), *args])
-    assert left.value.code == 2
+    assert refusal.value.code == 2
     assert args[0] in capsys.readouterr().err

@@ -77,30 +77,25 @@ def test_generated_clips_get_the_class_their_template_names(videos: Path) -> Non
         assert sources.classes[source.label] == source.template.replace("[", "").replace("]", "")
 
 
-def test_the_test_split_takes_its_labels_from_the_published_answers(tmp_path: Path) -> None:
-    write(ssv2(tmp_path) / "labels/test-answers.csv", "4;Holding something\r\n99;Moving something up\n")
-    assert by_key(found(tmp_path))["4"].label == 1
-
-
-def test_the_classes_are_the_sorted_templates_where_labels_json_is_missing(tmp_path: Path) -> None:
-    (ssv2(tmp_path) / "labels/labels.json").unlink()
-    sources = found(tmp_path)
-    assert sources.classes == ["Holding something", "Moving something up"]
+def test_missing_and_additional_label_files(tmp_path: Path) -> None:
+    root = ssv2(tmp_path)
+    write(root / "labels/test-answers.csv", "4;Holding something\r\n99;Moving something up\n")
+    assert by_key(found(root))["4"].label == 1
+    (root / "labels/labels.json").unlink()
+    sources = found(root)
+    assert sources.classes == ["Holding something", "Moving something up"]  # the sorted templates
     assert by_key(sources)["2"].label == 1
+    path = root / "labels/train.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
+    assert len(found(root).sources) == 4
 
 
-def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
-    path = ssv2(tmp_path) / "labels/train.json"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(found(tmp_path).sources) == 4
-
-
-def test_an_entry_without_a_file_stays_so_that_packing_names_it(tmp_path: Path) -> None:
+def test_an_entry_without_a_file_keeps_its_path_so_that_packing_reports_it(tmp_path: Path) -> None:
     (ssv2(tmp_path) / "20bn-something-something-v2/2.webm").unlink()
     assert by_key(found(tmp_path))["2"].path == "20bn-something-something-v2/2.webm"
 
 
-def test_whatever_is_passed_over_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_whatever_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
     root = ssv2(tmp_path)
     folder = root / "20bn-something-something-v2"
     for name in ("77.webm", "1.mp4", ".hidden.webm", "notes.txt"):
@@ -142,18 +137,15 @@ def test_an_unusable_label_file_is_named_with_the_remedy(tmp_path: Path, case: s
         found(tmp_path)
 
 
-def test_a_folder_in_place_of_a_label_file_is_no_split_less(tmp_path: Path) -> None:
+def test_label_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ssv2(tmp_path)
-    path = tmp_path / "labels/validation.json"
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(IsADirectoryError):
-        found(tmp_path)
-
-
-def test_answers_that_are_no_text_are_named(tmp_path: Path) -> None:
-    (ssv2(tmp_path) / "labels/test-answers.csv").write_bytes(b"4;\xff\xfe\n")
+    answers, validation = tmp_path / "labels/test-answers.csv", tmp_path / "labels/validation.json"
+    answers.write_bytes(b"4;\xff\xfe\n")
     with pytest.raises(CommandError, match=r"test-answers\.csv: not UTF-8"):
+        found(tmp_path)
+    validation.unlink()
+    validation.mkdir()  # not taken for a missing split
+    with pytest.raises(IsADirectoryError):
         found(tmp_path)
 
 
@@ -170,37 +162,28 @@ def placed(sources: SourceSet) -> dict[str, tuple[str, str | None]]:
     return {s.path: (s.split, sources.classes[s.label] if s.label is not None else None) for s in sources.sources}
 
 
-def test_one_folder_a_class(tmp_path: Path) -> None:
-    sources = found(folders(tmp_path, "walk/a.mp4", "run/b.WEBM", "run/deep/c.mkv", "d.avi", "run/notes.txt"))
+@pytest.mark.parametrize(
+    "expected",
+    [
+        {"d.avi": ("train", None), "run/b.WEBM": ("train", "run"), "run/deep/c.mkv": ("train", "run"),
+         "walk/a.mp4": ("train", "walk")},
+        {"test/b.mp4": ("test", None), "train/run/a.mp4": ("train", "run"), "val/run/a.mp4": ("validation", "run")},
+        {"test/b.mp4": ("test", None), "valid/c/a.mp4": ("validation", "c"), "validation/c.mp4": ("validation", None)},
+        {"car/a.mp4": ("train", "car"), "train/b.mp4": ("train", "train")},  # a class may be called train
+    ],
+)  # fmt: skip
+def test_folders_are_classes_below_splits_or_the_root(
+    tmp_path: Path, expected: dict[str, tuple[str, str | None]]
+) -> None:
+    sources = found(folders(tmp_path, *expected, "run/notes.txt"))
     assert sources.layout == "folders"
-    assert placed(sources) == {
-        "d.avi": ("train", None),
-        "run/b.WEBM": ("train", "run"),
-        "run/deep/c.mkv": ("train", "run"),
-        "walk/a.mp4": ("train", "walk"),
-    }
-    assert sources.classes == ["run", "walk"]
-
-
-@pytest.mark.parametrize("validation", ["validation", "val", "valid"])
-def test_one_folder_a_class_below_splits(tmp_path: Path, validation: str) -> None:
-    names = ("train/run/a.mp4", f"{validation}/run/a.mp4", "test/b.mp4")
-    assert placed(found(folders(tmp_path, *names))) == {
-        "test/b.mp4": ("test", None),
-        "train/run/a.mp4": ("train", "run"),
-        f"{validation}/run/a.mp4": ("validation", "run"),
-    }
-
-
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    sources = found(folders(tmp_path, "car/a.mp4", "train/b.mp4"))
-    assert placed(sources) == {"car/a.mp4": ("train", "car"), "train/b.mp4": ("train", "train")}
+    assert placed(sources) == expected
+    assert sources.classes == sorted({name for _, name in expected.values() if name})
 
 
 def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
-    names = ("a b/c d.mp4", "a b/c.d.mp4", "a_b/c_d.mp4", "a.b/c d.mp4", "a/b_c.mp4", "a_b/c.mp4", "a/x.mp4", "a/x.webm",
-             "ü/日本.mp4", "ü/日 本.mp4", "a/" + "n" * 200 + ".mp4", "a/-rf.mp4", "a/$(x);'\".mp4", "a/\n.mp4",
-             "a/b\u202fc.mp4")  # fmt: skip
+    odd = r"""a b/c d|a b/c.d|a_b/c_d|a.b/c d|a/b_c|a_b/c|a/x|ü/日本|ü/日 本|a/-rf|a/$(x);'"|a/\u202fc"""
+    names = (*(f"{name}.mp4" for name in odd.split("|")), "a/x.webm", f"a/{'n' * 200}.mp4", "a/\n.mp4")
     keys = [source.key for source in found(folders(tmp_path, *names)).sources]
     assert len(keys) == len(names)
     assert len(set(keys)) == len(names)
@@ -214,7 +197,7 @@ def test_two_sources_that_would_share_a_key_are_named(tmp_path: Path) -> None:
         found(tmp_path)
 
 
-def test_a_name_that_is_no_text_is_passed_over_by_name(tmp_path: Path) -> None:
+def test_a_name_that_is_not_text_is_skipped_and_named(tmp_path: Path) -> None:
     folders(tmp_path, "a/b.mp4")
     try:
         (Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff.mp4"))).touch()
@@ -254,12 +237,12 @@ def test_a_folder_with_nothing_to_pack_is_refused_with_what_was_looked_for(tmp_p
         found(tmp_path)
 
 
-def test_the_layout_can_be_chosen(tmp_path: Path) -> None:
-    assert found(ssv2(tmp_path), "folders").classes == ["20bn-something-something-v2"]
-
-
 @pytest.mark.parametrize("name", ["webm", "mp4", ".webm"])
-def test_a_folder_called_like_a_suffix_is_no_video(tmp_path: Path, name: str) -> None:
+def test_a_folder_named_like_a_suffix_is_not_a_video(tmp_path: Path, name: str) -> None:
     root = ssv2(tmp_path, labels="{}.json", videos=name)
     with pytest.raises(CommandError, match=r"no videos found.*in layout ssv2"):
         found(root)
+
+
+def test_the_layout_can_be_chosen(tmp_path: Path) -> None:
+    assert found(ssv2(tmp_path), "folders").classes == ["20bn-something-something-v2"]

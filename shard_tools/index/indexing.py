@@ -1,13 +1,12 @@
-"""`python -m shard_tools.index DIR`: make tars that another tool wrote trainable, without touching them.
+"""Make a data set of tars that another tool wrote, without touching them.
 
-Beside each tar comes its index, and dataset.json last, as the commit mark: the folder is a data set then, for training,
-`verify` and all else. Where the tars must not get company, --out OUT makes a folder of links to them. The same tars
-give the same files, so the command may be killed at any moment, and run again at any time.
+Each tar gets an index beside it, and dataset.json is written last: it makes the folder a data set for training, `verify`
+and the rest. If nothing may be written beside the tars, another folder receives links to them. The same tars give the
+same files, so the command may be killed at any moment and run again.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 import xxhash
 from tqdm import tqdm
 
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, one_line
 from shard_tools.common.files import sync_folder, write_atomic
 from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.format import ledger
@@ -43,7 +42,6 @@ from shard_tools.format.index import INDEX_SCHEMA, index_bytes
 from shard_tools.index.scan import (
     Scan,
     ScanJob,
-    is_video,
     number_labels,
     numbered_rows,
     payload_places,
@@ -58,64 +56,29 @@ _SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation"
 _PACKED = "holds a data set of shard_tools.pack, which needs no index; train from it as it is"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
-    source: Path = args.dir
-    out: Path = args.out or source
-    names = _class_names(args.classes) if args.classes else None
+def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names: list[str] | None, workers: int) -> int:
+    """Index the tars of a folder and report what they hold; the exit code.
+
+    Args:
+        source: folder of the tars, which are only read.
+        out: receives the indexes and dataset.json, and links to the tars if it is another folder.
+        split: of tars whose name does not say one.
+        ext: extension of the video; None takes the first video of each sample.
+        names: of the classes, in order; None takes the labels themselves.
+        workers: tars read at once.
+    """
     tars = _find_tars(source)
     for folder in (source, out):
         _refuse_packed(folder)
     with staging.hold(out):
-        old = _indexed(out)
+        old = _clean_up(out)
         _refuse_to_overwrite(source, out, tars, old)
-        job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), args.ext)
-        scans = scan_tars(job, tars, args.workers)
-        return _finish(out, job, scans, names, args.split, old)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m shard_tools.index",
-        description="Make WebDataset tars of another tool a data set: an index beside each tar, and dataset.json. The "
-        "tars are only read. Names that begin with train, val, valid, validation or test say the split; labels are "
-        "the .cls member of a sample, or \"label\" or \"cls\" in its .json.",
-        epilog="Exit codes: 0 indexed; 1 indexed, but some samples or tars could not be (named in failures.jsonl); 2 "
-        "usage or surroundings (one line); 130 interrupted: run the same command again.",
-    )  # fmt: skip
-    parser.add_argument("dir", type=Path, help="folder with the tars")
-    parser.add_argument("--out", type=Path, help="folder for links to the tars and for the new files (default: DIR)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of tars whose name says none (default train)")
-    parser.add_argument("--ext", type=_ext, help="extension of the video, where samples have several (default: first)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes in order, one a line")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="tars read at once (default: all cores)"
-    )
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers: at least 1")
-    return args
-
-
-def _ext(text: str) -> str:
-    ext = text.lower().removeprefix(".")
-    if not is_video(ext):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the extension of a video, such as mp4 or clip.webm")
-    return ext
-
-
-def _class_names(path: Path) -> list[str]:
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise CommandError(f"--classes {path}: not UTF-8 text; write one name a line") from None
-    while names and not names[-1]:
-        names.pop()
-    twice = [name for name, count in Counter(names).items() if count > 1 or not name]
-    if twice or not names:
-        wrong = f"{twice[0]!r} is there twice, or a line is empty" if twice else "no names in it"
-        raise CommandError(f"--classes {path}: {wrong}; write one name a line")
-    return names
+        job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), ext)
+        scans = scan_tars(job, tars, workers)
+        result = _assemble(out, job, scans, names, split)
+        if not _is_there(out, result):
+            _commit(out, result, old)
+        return _report(out, result.dataset, scans)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
@@ -130,11 +93,11 @@ def _find_tars(folder: Path) -> list[str]:
         path.name for path in folder.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.zst"))
     )
     if packed:
-        print(one_line(f"{folder}: {len(packed)} compressed tars passed over, such as {packed[0]}: samples are read at "
-                       "their place in the tar; unpack (gunzip) them first"))  # fmt: skip
+        print(one_line(f"{folder}: {len(packed)} compressed tars skipped, such as {packed[0]}: training reads "
+                       "samples at their offset in the tar; decompress them first"))  # fmt: skip
     for name in names:
         if not name.isprintable():
-            raise CommandError(f"{folder}: {name!r} is no printable UTF-8 name; rename the file")
+            raise CommandError(f"{folder}: {name!r} is not a printable UTF-8 name; rename the file")
     if names:
         return names
     below = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("*/**/*.tar")})
@@ -160,37 +123,34 @@ def _read(folder: Path) -> Dataset:
         raise CommandError(f"{error} (or move {DATASET_FILE} away, and index again)") from None
 
 
-def _indexed(out: Path) -> Dataset | None:
-    """What an earlier run made of this folder."""
-    for half in (
-        *out.glob(".*.parquet.*.tmp"),
-        *out.glob(f".{DATASET_FILE}.*.tmp"),
-        *out.glob(f".{FAILURES_FILE}.*.tmp"),
-    ):
-        half.unlink()  # of a run that was killed
+def _clean_up(out: Path) -> Dataset | None:
+    """Remove what a killed run left behind; returns the data set of an earlier run."""
+    for name in ("*.parquet", DATASET_FILE, FAILURES_FILE):
+        for temporary in out.glob(f".{name}.*.tmp"):
+            temporary.unlink()
     if not os.access(out, os.W_OK):
         raise CommandError(f"{out}: cannot be written to; name another folder with --out OUT")
     return _read(out) if (out / DATASET_FILE).exists() else None
 
 
 def _refuse_to_overwrite(source: Path, out: Path, tars: Sequence[str], old: Dataset | None) -> None:
-    """Nothing that is not ours is replaced."""
+    """Raise CommandError if a file of another tool has a name that is needed."""
     listed = {info.file for split in old.splits.values() for info in split.shards} if old else set()
     for tar in tars:
         path = out / index_name(tar)
         if os.path.lexists(path) and not _is_our_index(path, tar in listed):
-            raise CommandError(f"{path}: not ours (another tool's table of {tar}?), and an index has to have this "
-                               "name; leave it, and add --out OUT for a folder of links")  # fmt: skip
+            raise CommandError(f"{path}: not an index of shard_tools (another tool's table of {tar}?), and the index "
+                               "needs this name; add --out OUT for a folder of links")  # fmt: skip
     for path in _links(source, out, tars):
         if os.path.lexists(path) and not path.is_symlink():
-            raise CommandError(f"{path}: stands where a link to a tar has to be; name another folder with --out")
+            raise CommandError(f"{path}: stands where a link to a tar is needed; name another folder with --out")
     path = out / FAILURES_FILE
     if os.path.lexists(path) and (not path.is_file() or ledger.read(path)[1]):
-        raise CommandError(f"{path}: not a list of failures of ours; leave it, and add --out OUT for a folder of links")
+        raise CommandError(f"{path}: not a failure record of shard_tools; add --out OUT for a folder of links")
 
 
 def _is_our_index(path: Path, listed: bool) -> bool:
-    """Whether a table is an index by its columns; what is no table at all is ours only where dataset.json lists it."""
+    """Whether a table is an index by its columns; a damaged one only counts if dataset.json lists it."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
@@ -200,7 +160,7 @@ def _is_our_index(path: Path, listed: bool) -> bool:
 
 
 def _links(source: Path, out: Path, tars: Iterable[str]) -> dict[Path, Path]:
-    """The links to the tars that --out is to hold, with their targets; none where the tars themselves lie there."""
+    """The links to the tars in the folder --out, with their targets; none if the tars themselves lie there."""
     if source.resolve() == out.resolve():
         return {}
     return {out / tar: (source / tar).resolve() for tar in tars}
@@ -210,7 +170,7 @@ def _links(source: Path, out: Path, tars: Iterable[str]) -> dict[Path, Path]:
 
 
 def scan_tars(job: ScanJob, tars: list[str], workers: int) -> list[Scan]:
-    """What each tar holds, in their order."""
+    """What each tar holds, in the order of `tars`."""
     sizes = {tar: (job.folder / tar).stat().st_size if (job.folder / tar).is_file() else 0 for tar in tars}
     scans: dict[str, Scan] = {}
     shown = started = time.monotonic()
@@ -218,7 +178,7 @@ def scan_tars(job: ScanJob, tars: list[str], workers: int) -> list[Scan]:
         total=sum(sizes.values()), unit="B", unit_scale=True, desc="index", disable=not sys.stderr.isatty()
     ) as bar:
         for tar, outcome in run_local(functools.partial(scan_tar, job), tars, workers):
-            scans[tar] = _without_deadly(job, tar) if isinstance(outcome, WorkerDiedError) else outcome
+            scans[tar] = _scan_crashing(job, tar) if isinstance(outcome, WorkerDiedError) else outcome
             clips = sum(scan.rows.num_rows for scan in scans.values() if scan.rows is not None)
             rate = clips / max(time.monotonic() - started, 1e-9)
             failed = sum(len(scan.failures) for scan in scans.values())
@@ -230,28 +190,36 @@ def scan_tars(job: ScanJob, tars: list[str], workers: int) -> list[Scan]:
     return [scans[tar] for tar in tars]
 
 
-def _without_deadly(job: ScanJob, tar: str) -> Scan:
-    """Scan a tar that killed its process: find the videos that do so, each tried in a process of its own."""
+def _scan_crashing(job: ScanJob, tar: str) -> Scan:
+    """Scan a tar that killed its process: the videos that do so are found, each tried in a process of its own."""
     trials = run_local(functools.partial(try_payload, job, tar), payload_places(job, tar), workers=1)
-    deadly = frozenset(place[0] for place, outcome in trials if isinstance(outcome, WorkerDiedError))
-    [(_, outcome)] = run_local(functools.partial(scan_tar, job, deadly=deadly), [tar], workers=1)
+    crashing = frozenset(place[0] for place, outcome in trials if isinstance(outcome, WorkerDiedError))
+    [(_, outcome)] = run_local(functools.partial(scan_tar, job, crashing=crashing), [tar], workers=1)
     if isinstance(outcome, WorkerDiedError):
         raise CommandError(
-            f"{tar}: {outcome}, and no single video of it does that; check the memory (dmesg), then run again"
+            f"{tar}: {outcome}, though no single video in it does that; check the memory (dmesg), then run again"
         )
     return outcome
 
 
 def split_of(tar: str, default: str) -> str:
-    """The split that a tar's name says."""
+    """The split in a tar's name, or the default."""
     match = _SPLIT_PREFIX.match(tar)
     return _SPLIT_OF[match[1].lower()] if match else default
 
 
-def _finish(
-    out: Path, job: ScanJob, scans: list[Scan], names: list[str] | None, default: str, old: Dataset | None
-) -> int:
-    """Number the labels, put everything into place, say what it is."""
+@dataclass(frozen=True)
+class _Result:
+    """The content of the folder: dataset.json, an index for each tar, failures.jsonl (empty: none), links."""
+
+    dataset: Dataset
+    scans: dict[str, Scan]
+    failures: bytes
+    links: dict[Path, Path]
+
+
+def _assemble(out: Path, job: ScanJob, scans: list[Scan], names: list[str] | None, default: str) -> _Result:
+    """Number the labels and describe the data set."""
     failures = [failure for scan in scans for failure in scan.failures]
     used = [scan for scan in scans if scan.rows]
     if not used:
@@ -259,32 +227,16 @@ def _finish(
         raise CommandError(f"{job.folder}: no sample of its {len(scans)} tars can be used{first}")
     classes = number_labels(used, names)
     shards: dict[str, list[ShardInfo]] = {}
-    indexes: dict[str, Scan] = {}
     for scan in used:
+        assert scan.rows is not None
         index_hash = xxhash.xxh3_64_hexdigest(_index(scan, classes))
         info = ShardInfo(scan.file, scan.bytes, len(scan.rows), scan.xxh3, index_hash)
         shards.setdefault(split_of(scan.file, default), []).append(info)
-        indexes[scan.file] = scan
     ordered = {split: shards[split] for split in SPLITS if split in shards}
-    plan_hash = _plan_hash(ordered, classes, job.ext)
-    dataset = make_dataset(job.dataset, "source", plan_hash, 0, ordered, classes)
-    dataset = dataclasses.replace(dataset, foreign=True)
-    result = _Result(
-        dataset, indexes, "".join(f.to_line() for f in failures).encode(), _links(job.folder, out, indexes)
-    )
-    if not _is_there(out, result):
-        _commit(out, result, old)
-    return _report(out, dataset, scans)
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What is to be in the folder: dataset.json, an index for each tar, failures.jsonl (empty: none), links."""
-
-    dataset: Dataset
-    scans: dict[str, Scan]
-    failures: bytes
-    links: dict[Path, Path]
+    dataset = make_dataset(job.dataset, "source", _plan_hash(ordered, classes, job.ext), 0, ordered, classes)
+    lines = "".join(failure.to_line() for failure in failures).encode()
+    indexes = {scan.file: scan for scan in used}
+    return _Result(dataclasses.replace(dataset, foreign=True), indexes, lines, _links(job.folder, out, indexes))
 
 
 def _index(scan: Scan, classes: Sequence[str]) -> bytes:
@@ -293,13 +245,13 @@ def _index(scan: Scan, classes: Sequence[str]) -> bytes:
 
 
 def _plan_hash(shards: dict[str, list[ShardInfo]], classes: Sequence[str], ext: str | None) -> str:
-    """What decides the samples: the tars, and how they were read."""
+    """The hash of what decides the samples: the tars, and how they were read."""
     lines = [f"{split} {info.file} {info.xxh3} {info.samples}" for split, infos in shards.items() for info in infos]
     return xxhash.xxh3_128_hexdigest(repr((lines, list(classes), ext)).encode())
 
 
 def _is_there(out: Path, result: _Result) -> bool:
-    """Whether a run before has written exactly this."""
+    """Whether an earlier run has written exactly this."""
     infos = [info for split in result.dataset.splits.values() for info in split.shards]
     expected = {index_name(info.file): info.index_xxh3 for info in infos}
     expected[DATASET_FILE] = xxhash.xxh3_64_hexdigest(result.dataset.to_json())
@@ -314,7 +266,7 @@ def _is_there(out: Path, result: _Result) -> bool:
 
 
 def _commit(out: Path, result: _Result, old: Dataset | None) -> None:
-    """Write everything; an old dataset.json goes first, the new one comes last."""
+    """Write everything: an old dataset.json is removed first, the new one comes last."""
     (out / DATASET_FILE).unlink(missing_ok=True)
     sync_folder(out)
     before = {info.file for split in old.splits.values() for info in split.shards} if old else set()

@@ -1,7 +1,7 @@
-"""The index of a tar that another tool wrote: one read of the tar gives its rows, its hash, and what had to be left out.
+"""Scan one tar of another tool: one read gives its index rows, its hash, and the samples that cannot be used.
 
-A label can only be numbered when the labels of all tars are known, so it comes as it stands in the tar, and
-`number_labels` and `numbered_rows` follow. The same tar gives the same index, which `repair` makes use of.
+Labels can only be numbered when those of all tars are known: a scan keeps them as they are in the tar, for
+`number_labels` and `numbered_rows`. The same tar gives the same index, so `repair` can make it again.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import VIDEO_SUFFIXES
 
 _BUFFER = 4 << 20
-_MOST_BYTES = {"json": 16 << 20, "cls": 4 << 10}  # that a member may have to be read whole
-_MOST_PAYLOAD = 2 << 30
-_MOST_CLASSES = 1_000_000
+_SIZE_LIMITS = {"json": 16 << 20, "cls": 4 << 10}
+_PAYLOAD_LIMIT = 2 << 30
+_MAX_CLASSES = 1_000_000
 _ROWS = INDEX_SCHEMA.append(pa.field("label_text", pa.string()))  # `label` is set where it is a number in the tar
 
 
 @dataclass(frozen=True)
 class ScanJob:
-    """What every tar's scan needs to know. `ext`: the extension of the video (None: the first one of each sample).
+    """What every tar's scan needs to know. `ext` is the extension of the video (None: the first one of each sample).
 
-    `probe` is a parameter for the sake of tests.
+    `probe` is a parameter for tests.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class ScanJob:
 
 @dataclass
 class Scan:
-    """What one tar holds; without rows (None) where it is damaged. `exts` are of videos, as many as samples have them."""
+    """What one tar holds. `rows` is None if it is damaged; `exts` counts the extensions of videos."""
 
     file: str
     bytes: int = 0
@@ -66,11 +66,11 @@ class _Unusable(Exception):
     """A sample that cannot be part of a data set; the message says why."""
 
 
-def scan_tar(job: ScanJob, file: str, deadly: frozenset[int] = frozenset()) -> Scan:
+def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) -> Scan:
     """Read one tar.
 
     Args:
-        deadly: offsets of payloads whose probe kills the process; they fail without being tried.
+        crashing: offsets of payloads whose probe kills the process; these samples fail without being tried.
     """
     scan, rows = Scan(file), []
     hasher = xxhash.xxh3_64()
@@ -82,7 +82,7 @@ def scan_tar(job: ScanJob, file: str, deadly: frozenset[int] = frozenset()) -> S
             scan.bytes = stream.total
             for sample in read_samples(stream, functools.partial(_size_limit, job.ext), scan.notes):
                 try:
-                    rows.append(_row(job, scan, sample, deadly))
+                    rows.append(_row(job, scan, sample, crashing))
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
                     scan.failures.append(_failure(job, file, sample, error))
     except (ShardDamage, OSError) as error:
@@ -119,13 +119,13 @@ def is_video(ext: str) -> bool:
 
 
 def _size_limit(chosen: str | None, sample: Sample, ext: str) -> int:
-    """Bytes that a member may have to be kept; 0 for those that nobody asks for."""
+    """Most bytes of a member to keep; 0 for members that are not needed."""
     if chosen is None and is_video(ext):
-        return 0 if any(is_video(part.ext) for part in sample.parts) else _MOST_PAYLOAD
-    return _MOST_PAYLOAD if ext == chosen else _MOST_BYTES.get(ext, 0)
+        return 0 if any(is_video(part.ext) for part in sample.parts) else _PAYLOAD_LIMIT
+    return _PAYLOAD_LIMIT if ext == chosen else _SIZE_LIMITS.get(ext, 0)
 
 
-def _row(job: ScanJob, scan: Scan, sample: Sample, deadly: frozenset[int]) -> dict[str, Any]:
+def _row(job: ScanJob, scan: Scan, sample: Sample, crashing: frozenset[int]) -> dict[str, Any]:
     """The index row of a sample."""
     if sample.refusal is not None:
         raise _Unusable(sample.refusal)
@@ -138,13 +138,13 @@ def _row(job: ScanJob, scan: Scan, sample: Sample, deadly: frozenset[int]) -> di
         raise _Unusable(f"{wanted} in it, only {', '.join(sorted(sample.exts)[:5])}")
     sample.offset = payload.offset
     if len(videos) > 1 and job.ext is None:
-        scan.notes[f"samples with several videos ({', '.join(videos)}): the first is taken, --ext EXT chooses"] += 1
+        scan.notes[f"samples with several videos ({', '.join(videos)}): the first is used, --ext EXT chooses"] += 1
     head, record = _json(scan, parts.get("json"))
     number, text = _label(scan, parts.get("cls"), record)
-    if number is not None and not 0 <= number < _MOST_CLASSES:
-        raise CommandError(f"{scan.file}: key {sample.key}: label {number} is not from 0 to {_MOST_CLASSES - 1}; "
+    if number is not None and not 0 <= number < _MAX_CLASSES:
+        raise CommandError(f"{scan.file}: key {sample.key}: label {number} is not from 0 to {_MAX_CLASSES - 1}; "
                            "number the classes from 0 (a sample without a label has no .cls and no \"label\")")  # fmt: skip
-    if payload.offset in deadly:
+    if payload.offset in crashing:
         raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
     video = job.probe(payload.data)
     return {
@@ -165,7 +165,7 @@ def _row(job: ScanJob, scan: Scan, sample: Sample, deadly: frozenset[int]) -> di
 
 
 def _json(scan: Scan, part: Part | None) -> tuple[Part | None, dict[str, Any]]:
-    """The JSON member and its content, if that is an object."""
+    """The JSON member and its content, if it holds an object."""
     if part is None:
         return None, {}
     try:
@@ -174,12 +174,12 @@ def _json(scan: Scan, part: Part | None) -> tuple[Part | None, dict[str, Any]]:
         record = None
     if isinstance(record, dict):
         return part, record
-    scan.notes["samples whose .json holds no JSON object: taken without it"] += 1
+    scan.notes["samples whose .json holds no JSON object: used without it"] += 1
     return None, {}
 
 
 def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | None, str | None]:
-    """A sample's label as number or text: its .cls member, or "label" or "cls" in its JSON; neither without one."""
+    """A sample's label as number or text: its .cls member, or "label" or "cls" in its JSON; (None, None) without one."""
     said: Any = next((record[name] for name in ("label", "cls") if record.get(name) is not None), None)
     if cls is not None:
         try:
@@ -195,12 +195,12 @@ def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | 
     if isinstance(said, int) and not isinstance(said, bool):
         return said, None
     if said is not None:
-        scan.notes["samples whose label in the .json is neither a whole number nor text: taken without it"] += 1
+        scan.notes["samples whose label in the .json is neither a whole number nor text: used without it"] += 1
     return None, None
 
 
 def _failure(job: ScanJob, file: str, sample: Sample, error: Exception) -> Failure:
-    """The record of a sample that is left out; without time and process, as those of pack."""
+    """The record of a sample that is left out. It has no time or process, so that the same tars give the same file."""
     return Failure(
         stage="pack",
         dataset=job.dataset,
@@ -279,21 +279,21 @@ def numbered_rows(table: pa.Table, classes: Sequence[str]) -> list[dict[str, Any
 
 
 def index_again(folder: Path, dataset: Dataset, info: ShardInfo) -> bytes | None:
-    """The index of a tar as it was when dataset.json was written, known by its hash; None where it cannot be had.
+    """The index of a tar as dataset.json has its hash; None if the tar gives no such index.
 
-    Which of several videos was chosen (`ScanJob.ext`) stands nowhere else, so each is tried.
+    dataset.json does not say which of several videos was chosen (`ScanJob.ext`), so each is tried.
     """
-    deadly = frozenset(
+    crashing = frozenset(
         failure.offset
         for failure in (ledger.read(folder / FAILURES_FILE)[0] if (folder / FAILURES_FILE).is_file() else ())
         if failure.shard == info.file and failure.error == WorkerDiedError.__name__ and failure.offset is not None
     )
     choices: list[str | None] = [None]
     while choices:
-        scan = scan_tar(ScanJob(folder, dataset.name, choices[0]), info.file, deadly)
+        scan = scan_tar(ScanJob(folder, dataset.name, choices[0]), info.file, crashing)
         if scan.rows is not None:
             data = index_bytes(numbered_rows(scan.rows, dataset.classes))
             if xxhash.xxh3_64_hexdigest(data) == info.index_xxh3:
                 return data
-        choices = sorted(scan.exts) if choices[0] is None else choices[1:]
+        choices = [*sorted(scan.exts)] if choices[0] is None else choices[1:]
     return None

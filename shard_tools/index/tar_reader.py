@@ -14,7 +14,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
@@ -137,7 +137,7 @@ def iter_members(stream: TarStream) -> Iterator[Entry]:
             yield Entry(info.name, info.isdir(), info.offset_data, info.size, _refusal(info, headers))
             start = tar.offset
             headers.clear()
-            tar.members.clear()
+            cast(Any, tar).members.clear()  # or a tar of many members fills the memory
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as error:  # tarfile lets some through
         reason = str(error)
     # tarfile stops without an error at the end mark, and at any block that is not a header
@@ -203,7 +203,7 @@ def _refusal(info: tarfile.TarInfo, headers: list[_Header]) -> str | None:
     return None
 
 
-def _harmful_record(records: dict[str, str]) -> str | None:
+def _harmful_record(records: Mapping[str, str]) -> str | None:
     """The first PAX record that changes more than owner, times and attributes."""
     return next((key for key in records if not _HARMLESS_RECORDS.fullmatch(key)), None)
 

@@ -1,4 +1,4 @@
-"""What is left of a shard's files, whatever happened to them: reading that gives what there is, and never fails."""
+"""Read what is left of a tar that may be damaged anywhere, or gone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import xxhash
 from shard_tools.format.tar import BLOCK, ShardDamage, parse_header
 
 _CHUNK = 4 << 20
-_MAGIC, _MAGIC_PLACE = b"ustar\x0000", 257
+_MAGIC, _MAGIC_OFFSET = b"ustar\x0000", 257
 
 
 def fits(data: bytes, size: int, xxh3: int) -> bool:
-    """Whether these are the bytes that an index row tells of, by size and XXH3-64."""
+    """Whether data has this size and XXH3-64."""
     return len(data) == size and xxhash.xxh3_64_intdigest(data) == xxh3
 
 
-class TarRemains:
-    """What can still be read of a tar that may be damaged anywhere, or gone: pieces that cannot be read are empty."""
+class DamagedTar:
+    """What can still be read of a tar. Reading never fails: what cannot be read is empty, and cut where the file ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,18 +38,19 @@ class TarRemains:
             return b""
 
     def member(self, name: str, offset: int, size: int, xxh3: int) -> bytes | None:
-        """The data of a member: where the index has it, or wherever its header stands; None if damaged."""
+        """The data of a member, from where the index has it or from behind its header; None if damaged."""
         data = self.read(offset, size)
         if fits(data, size, xxh3):
             return data
         return next((data for data in self.found(name) if fits(data, size, xxh3)), None)
 
     def found(self, name: str) -> list[bytes]:
+        """The data behind every header of this name."""
         return [self.read(offset, size) for offset, size in self.places.get(name, [])]
 
     @functools.cached_property
     def places(self) -> dict[str, list[tuple[int, int]]]:
-        """Offset and size of all members by name, found by their headers, at any offset."""
+        """Offset and size of all members by name, found by searching for their headers at any offset."""
         places: dict[str, list[tuple[int, int]]] = {}
         try:
             total = self.path.stat().st_size
@@ -59,7 +60,7 @@ class TarRemains:
             chunk = self.read(start, _CHUNK + BLOCK)  # a header may lie across the border
             place = chunk.find(_MAGIC)
             while place >= 0:
-                header = place - _MAGIC_PLACE
+                header = place - _MAGIC_OFFSET
                 block = chunk[header : header + BLOCK] if 0 <= header < _CHUNK else b""
                 with contextlib.suppress(ShardDamage):
                     if len(block) == BLOCK:

@@ -1,8 +1,8 @@
-"""A data set without its lost samples: the decision, and how it is brought to its end whatever stops it.
+"""Drop the lost samples of a data set, in an order that survives a stop at any step.
 
-The order keeps the data set whole or mendable after a stop at any moment: new shards lie in the hidden folder
-`.repairing` (a stop: nothing happened); `.repairing/commit.json` is written, which decides it; shards move into place,
-failures.jsonl gets the names of the dropped samples, dataset.json is replaced, `.repairing` goes.
+New shards are written to the hidden folder `.repairing`: a stop changes nothing. `.repairing/commit.json` is the point
+of no return: a stop behind it is completed by the next repair. Then the shards move into place, failures.jsonl receives
+the dropped samples, dataset.json is replaced, and `.repairing` is removed.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ from shard_tools.format.dataset import (
     remove_shard,
 )
 from shard_tools.format.ledger import Failure
-from shard_tools.verify.shard_check import PACK_AGAIN
+from shard_tools.verify.problems import PACK_AGAIN
 
 STAGING = ".repairing"
 _COMMIT_FILE = "commit.json"
 
 
-def decided(folder: Path) -> bool:
-    """Whether a salvage of this data set was decided and not brought to its end."""
+def is_committed(folder: Path) -> bool:
+    """Whether a salvage of this data set was committed and not completed."""
     return (folder / STAGING / _COMMIT_FILE).exists()
 
 
 def commit(
     folder: Path, old: Dataset, new: dict[str, ShardInfo | None], lost: Iterable[tuple[str, str | None, str]]
 ) -> None:
-    """Decide on the data set without the lost samples, and bring it about.
+    """Replace the data set by one without the lost samples.
 
     Args:
-        new: by shard name, what lies in the hidden folder in its place; None where no sample is left of it.
-        lost: shard, key (None: not known) and reason of every sample that is dropped.
+        new: the shards in the hidden folder by name; None where no sample of a shard is left.
+        lost: shard, key (None: unknown) and reason of every sample that is dropped.
+
+    Raises:
+        CommandError: no sample of the whole data set is left.
     """
     shards: dict[str, list[ShardInfo]] = {}
     for name, split in old.splits.items():
@@ -54,7 +57,7 @@ def commit(
         if kept := [info for info in infos if info is not None]:
             shards[name] = kept
     if not shards:
-        raise CommandError(f"{folder}: no sample is left of it, nothing was changed; {PACK_AGAIN}")
+        raise CommandError(f"{folder}: no sample of it is left, nothing was changed; {PACK_AGAIN}")
     splits = make_dataset(old.name, old.frames, old.plan_hash, old.seed, shards, old.classes).splits
     failures = [
         Failure(stage="pack", dataset=old.name, shard=shard, key=key, error="Lost",
@@ -71,11 +74,11 @@ def commit(
     for shard in [shard for shard, info in new.items() if info is not None]:
         sync_file(scratch / index_name(shard))
     write_atomic(scratch / _COMMIT_FILE, json.dumps(decision).encode())
-    finish(folder, old)
+    complete(folder, old)
 
 
-def finish(folder: Path, dataset: Dataset) -> Dataset:
-    """Bring a decided salvage to its end, drop an undecided one; the data set that is then there."""
+def complete(folder: Path, dataset: Dataset) -> Dataset:
+    """Complete a committed salvage, discard any other; returns the data set as it then is."""
     scratch = folder / STAGING
     try:
         decision = json.loads((scratch / _COMMIT_FILE).read_bytes())
@@ -86,12 +89,12 @@ def finish(folder: Path, dataset: Dataset) -> Dataset:
         if dataset.self_hash() == new.self_hash() or _applies(folder, decision, dataset, new):
             _move(folder, decision, new)
             dataset = new
-    shutil.rmtree(scratch, ignore_errors=True)  # in any order: nothing half removed is taken for undone work
+    shutil.rmtree(scratch, ignore_errors=True)  # commit.json may go last: it no longer applies
     return dataset
 
 
 def _applies(folder: Path, decision: dict[str, Any], old: Dataset, new: Dataset) -> bool:
-    """Whether a decision is still to be carried out: not after the data set was packed again."""
+    """Whether a committed salvage still has work to do: not after the data set was packed or repaired again."""
     if old.self_hash() != decision["replaces"]:
         return False
 
@@ -100,13 +103,13 @@ def _applies(folder: Path, decision: dict[str, Any], old: Dataset, new: Dataset)
         return {name: h for i in infos for name, h in ((i.file, i.xxh3), (index_name(i.file), i.index_xxh3))}
 
     found = {name: file_hash(folder / name) for name in hashes(old)}
-    mended = found == hashes(old)
+    repaired = found == hashes(old)
     reachable = all((folder / STAGING / name).exists() or found[name] == h for name, h in hashes(new).items())
-    return reachable and not mended
+    return reachable and not repaired
 
 
 def _move(folder: Path, decision: dict[str, Any], new: Dataset) -> None:
-    """Every step may have been done before."""
+    """Carry out a salvage. Any step may have been done before a stop."""
     listed = {info.file for split in new.splits.values() for info in split.shards}
     for shard in decision["shards"]:
         for name in (index_name(shard), shard):

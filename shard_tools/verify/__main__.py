@@ -1,20 +1,20 @@
-"""`python -m shard_tools.verify DIR`: every byte of every shard against the hashes of the data set, in one read.
-
-Readers such as tarfile end silently at a damaged header, and payload damage passes them unseen. Here each problem
-gets a line: shard, key, kind, offset, what is wrong, what to do. What is whole needs no more than its hashes (proof.py);
-the close look at what is not (inspection.py) takes longer to load than a few GB take to read.
-"""
+"""`python -m shard_tools.verify DIR`: check every byte of a data set against the hashes in dataset.json."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
-from shard_tools.common.cli import OK, PROBLEMS, Parser, run
-from shard_tools.verify.hashes import NOTHING, Proof, prove, total_bytes
+from tqdm import tqdm
+
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, run
+from shard_tools.format import ledger
+from shard_tools.format.dataset import Dataset, read_dataset
+from shard_tools.verify.hashes import check_hashes
+from shard_tools.verify.problems import check_dataset
 
 _VERDICTS = {
     "whole": "every byte is as it was {}",
@@ -26,77 +26,74 @@ _VERDICTS = {
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     depth = "quick" if args.quick else "deep" if args.deep else "whole"
-    proof = NOTHING
-    if depth == "whole" and not args.from_failures:
-        proof = _prove(args.dir, args.workers)
-        if proof.whole:
-            _say(args, proof.samples, proof.shards, _VERDICTS[depth].format("packed"))
-            return OK
-    return _inspect(args, depth, proof)
-
-
-def _prove(folder: Path, workers: int) -> Proof:
-    if not sys.stderr.isatty():
-        return prove(folder, workers)
-    from tqdm import tqdm  # takes as long to load as a GB to read
-
-    with tqdm(total=total_bytes(folder), unit="B", unit_scale=True, desc="verify") as bar:
-        return prove(folder, workers, bar.update)
-
-
-def _inspect(args: argparse.Namespace, depth: str, proof: Proof) -> int:
-    """Look closely at what is not proven, and say every problem."""
-    from dataclasses import asdict
-
-    from shard_tools.format.dataset import read_dataset  # these load pyarrow, pydantic and FFmpeg
-    from shard_tools.verify.inspection import named_shards, problems_of
-
     dataset = read_dataset(args.dir)
-    only = named_shards(args.from_failures, dataset, args.json) if args.from_failures else None
+    out = sys.stderr if args.json else sys.stdout
+    only = _shards_in_failures(args.from_failures, dataset, args.json) if args.from_failures else None
+    shards = [i for split in dataset.splits.values() for i in split.shards if only is None or i.file in only]
+    intact: set[str] = set()
+    problems = list(check_dataset(args.dir, dataset))
+    if depth == "whole" and only is None and not any(problem.kind == "dataset_mismatch" for problem in problems):
+        total = sum(info.bytes for info in shards)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+            intact = check_hashes(args.dir, dataset, args.workers, bar.update)
     count = 0
-    for problem in problems_of(args.dir, dataset, args.workers, depth, only, proof.proven):
-        count += 1
-        print(json.dumps(asdict(problem)) if args.json else problem, flush=True)
-    chosen = [i for split in dataset.splits.values() for i in split.shards if only is None or i.file in only]
-    fine = _VERDICTS[depth].format("indexed" if dataset.foreign else "packed")
-    _say(args, sum(i.samples for i in chosen), len(chosen), f"{count} problem{'s' * (count > 1)}" if count else fine)
+    if problems or len(intact) < len(shards):
+        from shard_tools.verify.inspection import find_problems  # Arrow and FFmpeg load longer than a few GB take
+
+        for problem in find_problems(args.dir, dataset, args.workers, depth, only, intact):
+            count += 1
+            print(json.dumps(dataclasses.asdict(problem)) if args.json else problem, flush=True)
+    whole = _VERDICTS[depth].format("indexed" if dataset.foreign else "packed")
+    verdict = f"{count} problem{'s' * (count > 1)}" if count else whole
+    print(f"{args.dir}: {sum(i.samples for i in shards):,} samples in {len(shards)} shards: {verdict}", file=out)
     return PROBLEMS if count else OK
 
 
-def _say(args: argparse.Namespace, samples: int, shards: int, verdict: str) -> None:
-    out = sys.stderr if args.json else sys.stdout
-    print(f"{args.dir}: {samples:,} samples in {shards} shards: {verdict}", file=out)
+def _shards_in_failures(run_folder: Path, dataset: Dataset, quiet: bool) -> set[str]:
+    """The shards of this data set that a run's failure records name."""
+    if not run_folder.exists():
+        raise CommandError(f"{run_folder}: no such run or ledger file; runs are under runs/")
+    paths = ledger.find_ledgers(run_folder)
+    if not paths and not (run_folder / "metrics.jsonl").exists():
+        raise CommandError(f"{run_folder}: neither a run nor a ledger (no failures/*.jsonl, no metrics.jsonl)")
+    out = sys.stderr if quiet else sys.stdout
+    named: set[str] = set()
+    for ledger_file in paths:
+        records, damaged = ledger.read(ledger_file)
+        named |= {Path(record.shard).name for record in records if record.shard}
+        if damaged:
+            print(f"{ledger_file}: {damaged} lines are not failure records (cut short by a crash, or edited)", file=out)
+    known = {info.file for split in dataset.splits.values() for info in split.shards}
+    for name in sorted(named - known):
+        print(one_line(f"{name}: named by {run_folder}, not part of this data set"), file=out)
+    if not named & known:
+        print(f"{run_folder}: names no shard of this data set", file=out)
+    return named & known
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m shard_tools.verify",
-        description="Check every byte of a packed data set: tars and indexes against the hashes in dataset.json, and that one "
-        "against its own; whatever does not fit is looked at header by header and member by member.",
-        epilog="Exit codes: 0 whole; 1 problems, one line each; 2 not a data set; 130 interrupted.",
+        "shard_tools.verify",
+        "Check every byte of a data set: tars and indexes against the hashes in dataset.json. A file that does not "
+        "match is examined header by header and member by member, and each problem is one line.",
+        exit_codes="0 whole; 1 problems, one line each; 2 not a data set; 130 interrupted",
+        page="integrity",
     )
-    parser.add_argument("dir", type=Path, help="folder of the data set (holds dataset.json)")
+    parser.add_dataset()
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument(
-        "--quick",
-        action="store_true",
-        help="only sizes, indexes and tar headers: reads no payloads, sees no flipped bit",
+        "--quick", action="store_true", help="only sizes, indexes and tar headers: does not read payloads"
     )
-    depth.add_argument("--deep", action="store_true", help="besides, decode every frame of every sample (slow)")
+    depth.add_argument("--deep", action="store_true", help="also decode every frame of every sample (slow)")
     parser.add_argument(
         "--from-failures",
-        type=Path,
+        type=path,
         metavar="RUN",
-        help="check only the shards that the failure records of a training run name (a run folder or a ledger file)",
+        help="check only the shards that the failure records of a training run name (its folder, or a ledger file)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a problem instead of text")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="shards read at once (default: all cores)"
-    )
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers: at least 1")
-    return args
+    parser.add_json("print one JSON object a problem instead of text")
+    parser.add_workers("shards read at once")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

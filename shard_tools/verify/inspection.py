@@ -1,107 +1,122 @@
-"""What is wrong with a data set: every problem of its folder, of dataset.json, and of each shard, by name.
-
-`verify` comes here for all that is not proven (proof.py). Each problem says shard, key, kind, offset, what is wrong, what
-to do.
-"""
+"""Find every problem of a data set: those of its folder and dataset.json, then those of each shard."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from shard_tools.common.cli import CommandError, one_line
 from shard_tools.common.processes import WorkerDiedError, run_local
-from shard_tools.format import ledger
 from shard_tools.format.dataset import Dataset, ShardInfo, index_name
-from shard_tools.format.index import read_index
-from shard_tools.verify import foreign_check, shard_check
-from shard_tools.verify.shard_check import PACK_AGAIN, Problem, ShardReport, check_dataset, deep_tasks, repair_command
+from shard_tools.format.index import parse_index, read_index
+from shard_tools.verify.decoding import decode_sample, undecodable
+from shard_tools.verify.foreign_check import ForeignCheck
+from shard_tools.verify.problems import PACK_AGAIN, Problem, check_dataset, repair_command
+from shard_tools.verify.shard_check import PackedCheck, ShardCheck
 
 Task = tuple[str, ShardInfo]  # split, shard
-Check = Callable[[Path, tuple[str, ...], Task], ShardReport]
 
 
-def named_shards(run_folder: Path, dataset: Dataset, quiet: bool) -> set[str]:
-    """The shards of this data set that a run's failure records name; what else they name is said."""
-    if not run_folder.exists():
-        raise CommandError(f"{run_folder}: no such run or ledger file; runs are under runs/")
-    paths = ledger.find_ledgers(run_folder)
-    if not paths and not (run_folder / "metrics.jsonl").exists():
-        raise CommandError(f"{run_folder}: neither a run nor a ledger (no failures/*.jsonl, no metrics.jsonl)")
-    out = sys.stderr if quiet else sys.stdout
-    named: set[str] = set()
-    for path in paths:
-        records, damaged = ledger.read(path)
-        named |= {Path(record.shard).name for record in records if record.shard}
-        if damaged:
-            print(f"{path}: {damaged} lines are no failure records (cut short by a crash, or edited)", file=out)
-    known = {info.file for split in dataset.splits.values() for info in split.shards}
-    for name in sorted(named - known):
-        print(one_line(f"{name}: named by {run_folder}, not part of this data set"), file=out)
-    if not named & known:
-        print(f"{run_folder}: names no shard of this data set", file=out)
-    return named & known
+@dataclass(frozen=True)
+class CheckJob:
+    """What every shard's check needs to know.
+
+    `depth`: "whole" reads every byte, "quick" no payloads, "deep" decodes every sample as well.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    foreign: bool
+    depth: str = "whole"
 
 
-def problems_of(
+@dataclass(frozen=True)
+class ShardReport:
+    """What the check of one shard found, and the keys in it (none of foreign tars: there a key may be in several)."""
+
+    problems: list[Problem]
+    keys: list[str]
+
+
+def check_shard(job: CheckJob, task: Task) -> ShardReport:
+    """Check one shard. At depth "deep" a broken video may kill the process."""
+    split, info = task
+    kind: type[ShardCheck] = ForeignCheck if job.foreign else PackedCheck
+    check = kind(job.folder, job.classes, split, info)
+    check.run(quick=job.depth == "quick")
+    problems = check.problems
+    if job.depth == "deep" and not problems:  # damage is to be repaired before
+        found = (decode_sample(job.folder, job.foreign, sample) for sample in samples_of(job.folder, info))
+        problems = [problem for problem in found if problem is not None]
+    return ShardReport(problems, [] if job.foreign else sorted(check.found_keys | check.rows.keys()))
+
+
+def samples_of(folder: Path, info: ShardInfo) -> list[tuple[str, dict[str, Any]]]:
+    """The samples of an intact shard, as tasks for `decode_sample`."""
+    index = (folder / index_name(info.file)).read_bytes()
+    return [(info.file, row) for row in parse_index(index).to_pylist()]
+
+
+def find_problems(
     folder: Path, dataset: Dataset, workers: int, depth: str = "whole", only: set[str] | None = None,
-    proven: Collection[str] = (),
+    intact: Collection[str] = (),
 ) -> Iterator[Problem]:  # fmt: skip
     """All problems of a data set: the folder and dataset.json first, then shard by shard as they are read.
 
     Args:
-        depth: "whole" reads every byte, "quick" no payloads, "deep" also decodes.
+        depth: see CheckJob.
         only: the shards to check; None for all.
-        proven: shards that are known to be whole.
+        intact: shards that match their hashes, and need no check.
     """
     yield from (p for p in check_dataset(folder, dataset) if only is None or p.shard is None or p.shard in only)
-    holders: dict[str, str] = {}  # key -> the shard it was found in
+    holders: dict[str, str] = {}  # key -> the first shard it was found in
     tasks = []
     for split, content in dataset.splits.items():
         for info in content.shards:
-            if info.file in proven:
-                holders |= dict.fromkeys(read_index(folder / index_name(info.file))["key"].to_pylist(), info.file)
+            if info.file in intact:
+                keys = [] if dataset.foreign else read_index(folder / index_name(info.file))["key"].to_pylist()
+                holders |= dict.fromkeys(keys, info.file)
             elif (folder / info.file).is_file() and (only is None or info.file in only):
                 tasks.append((split, info))
-    module = foreign_check if dataset.foreign else shard_check
-    checks: dict[str, Check] = {"whole": module.check_shard, "quick": module.check_quick, "deep": module.check_deep}
+    job = CheckJob(folder, dataset.classes, dataset.foreign, depth)
+    for (_, info), report in check_shards(job, tasks, workers):
+        yield from report.problems
+        for key in report.keys:
+            first, second = sorted((holders.setdefault(key, info.file), info.file))
+            if first != second:
+                yield Problem(second, key, "duplicate_key", None, f"the key is also in {first}", PACK_AGAIN)
+
+
+def check_shards(job: CheckJob, tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, ShardReport]]:
+    """Check shards in worker processes, each reported as it is done; a shard that kills its process is, too."""
     total = sum(info.bytes for _, info in tasks)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-        check = functools.partial(checks[depth], folder, dataset.classes)
-        for (split, info), report in run_local(check, tasks, workers):
-            bar.update(info.bytes)
-            if isinstance(report, WorkerDiedError):
-                problems = _deadly_samples(folder, dataset, (split, info)) if depth == "deep" else []
-                yield from problems or [
-                    Problem(info.file, None, "unreadable", None, str(report), repair_command(folder))
-                ]
-                continue
-            yield from report.problems
-            yield from _duplicates(report.keys, info.file, holders)
+        for task, outcome in run_local(functools.partial(check_shard, job), tasks, workers):
+            bar.update(task[1].bytes)
+            if isinstance(outcome, WorkerDiedError):
+                problems = _crashing_samples(job, task) if job.depth == "deep" else []
+                remedy = repair_command(job.folder)
+                problems = problems or [Problem(task[1].file, None, "unreadable", None, str(outcome), remedy)]
+                outcome = ShardReport(problems, [])
+            yield task, outcome
 
 
-def _duplicates(keys: list[str], shard: str, holders: dict[str, str]) -> Iterator[Problem]:
-    for key in keys:
-        first, second = sorted((holders.setdefault(key, shard), shard))
-        if first != second:
-            yield Problem(second, key, "duplicate_key", None, f"the key is also in {first}", PACK_AGAIN)
-
-
-def _deadly_samples(folder: Path, dataset: Dataset, task: Task) -> list[Problem]:
-    """Problems of a shard whose deep check killed the process: each sample decoded in a process that may die."""
-    module = foreign_check if dataset.foreign else shard_check
-    [(_, report)] = run_local(functools.partial(module.check_shard, folder, dataset.classes), [task], 1)
+def _crashing_samples(job: CheckJob, task: Task) -> list[Problem]:
+    """Problems of a shard whose deep check killed the process: each sample is decoded in a process of its own."""
+    whole = CheckJob(job.folder, job.classes, job.foreign)
+    [(_, report)] = run_local(functools.partial(check_shard, whole), [task], 1)
     if isinstance(report, WorkerDiedError) or report.problems:
         return [] if isinstance(report, WorkerDiedError) else report.problems
     problems = []
-    decode = functools.partial(module.decode_problem, folder)
-    for (shard, row), found in run_local(decode, deep_tasks(folder, task[1]), 1):
+    decode = functools.partial(decode_sample, job.folder, job.foreign)
+    for (shard, row), found in run_local(decode, samples_of(job.folder, task[1]), 1):
         if isinstance(found, WorkerDiedError):
-            problems.append(module.undecodable(shard, row, "decoding it kills the process"))
+            problems.append(undecodable(job.foreign, shard, row, "decoding it kills the process"))
         elif found is not None:
             problems.append(found)
     return problems

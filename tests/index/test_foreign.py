@@ -26,7 +26,8 @@ from shard_tools.format.dataset import FAILURES_FILE, index_name, read_dataset
 from shard_tools.format.index import read_index
 from shard_tools.format.ledger import Failure
 from shard_tools.format.tar import BLOCK, ShardDamage, padding, tar_header
-from shard_tools.index import indexing as index
+from shard_tools.index import __main__ as index
+from shard_tools.index import indexing
 from shard_tools.index.tar_reader import TarStream, iter_members, read_samples, split_name
 from shard_tools.verify import __main__ as verify
 from shard_tools.verify import inspection
@@ -46,7 +47,7 @@ def mp4() -> bytes:
 
 def index_here(*args: object) -> int:
     """Run the command in this process; its exit code."""
-    with mock.patch.object(index, "run_local", serially):
+    with mock.patch.object(indexing, "run_local", serially):
         return index.main([str(arg) for arg in args])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,19 +17,21 @@ from unittest import mock
 import av
 import pytest
 from conftest import REPOSITORY, RunModule, contents, serially, wait_until
+from damage import find_problems, flip
 from video_maker import make_video
 
 from shard_tools import bench
 from shard_tools.common.cli import CommandError
-from shard_tools.describe import facts as describe
+from shard_tools.describe import __main__ as describe
 from shard_tools.format import ledger
 from shard_tools.format.dataset import DATASET_FILE, FAILURES_FILE, Video, index_name, read_dataset
 from shard_tools.format.index import index_bytes, read_index
-from shard_tools.format.ledger import Failure
 from shard_tools.format.tar import BLOCK
-from shard_tools.index import indexing as index
+from shard_tools.index import __main__ as index
+from shard_tools.index import indexing
 from shard_tools.index.scan import ScanJob
-from shard_tools.repair import repair
+from shard_tools.repair import __main__ as repair
+from shard_tools.repair import repair as repairing
 from shard_tools.verify import __main__ as verify
 from shard_tools.verify import inspection
 from shard_tools.video.probe import probe
@@ -43,7 +46,9 @@ def webm() -> bytes:
 
 def command(module: object, *args: object) -> int:
     """Run a command in this process; its exit code."""
-    with mock.patch.object(inspection if module is verify else module, "run_local", serially):
+    with contextlib.ExitStack() as stack:
+        for place in (indexing, inspection, repairing):
+            stack.enter_context(mock.patch.object(place, "run_local", serially))
         return module.main([str(arg) for arg in args])
 
 
@@ -183,7 +188,7 @@ def test_what_cannot_be_a_sample_is_skipped_by_name(
          "unpack it first"),
     ]  # fmt: skip
     out, err = capsys.readouterr()
-    assert "2 samples whose .json holds no JSON object: taken without it" in out
+    assert "2 samples whose .json holds no JSON object: used without it" in out
     assert "not indexed: a.tar, key none: no video in it" in err
     assert err.splitlines()[-1] == f"11 samples or tars could not be indexed; all are named in {folder / FAILURES_FILE}"
     before = contents(folder)
@@ -200,9 +205,7 @@ def test_ext_chooses_among_several_videos(webm: bytes, tmp_path: Path, capsys: p
         [row] = rows_of(tmp_path / "tars", "a.tar")
         sizes[ext] = row["payload_size"]
         assert row["ext"] == "webm"
-        said = (
-            "several videos (left.webm, right.webm): the first is taken, --ext EXT chooses" in capsys.readouterr().out
-        )
+        said = "several videos (left.webm, right.webm): the first is used, --ext EXT chooses" in capsys.readouterr().out
         assert said == (ext is None)
         (tmp_path / "tars/a.parquet").unlink()
         assert command(repair, tmp_path / "tars") == 0  # which has to find out what was chosen
@@ -214,18 +217,19 @@ def test_ext_chooses_among_several_videos(webm: bytes, tmp_path: Path, capsys: p
         command(index, tmp_path / "tars", "--ext", "txt")
 
 
-def deadly_probe(payload: bytes) -> Video:
-    if payload.startswith(b"deadly"):
+def crashing_probe(payload: bytes) -> Video:
+    if payload.startswith(b"crashing"):
         os.kill(os.getpid(), signal.SIGSEGV)
     return probe(payload)
 
 
+@pytest.mark.slow
 def test_a_video_that_kills_its_reader_costs_itself(webm: bytes, tmp_path: Path) -> None:
     content = samples(webm, 3)
-    content[1]["webm"] = b"deadly" + bytes(1000)
+    content[1]["webm"] = b"crashing" + bytes(1000)
     write_tar(tmp_path / "a.tar", content)
     write_tar(tmp_path / "b.tar", samples(webm, 2))
-    scans = index.scan_tars(ScanJob(tmp_path, "x", probe=deadly_probe), ["a.tar", "b.tar"], 2)
+    scans = indexing.scan_tars(ScanJob(tmp_path, "x", probe=crashing_probe), ["a.tar", "b.tar"], 2)
     assert [scan.rows.num_rows for scan in scans] == [2, 2]
     [failure] = scans[0].failures
     assert (failure.key, failure.error, failure.action) == ("clip1", "WorkerDiedError", "skipped")
@@ -261,7 +265,7 @@ def test_labels_that_are_no_classes_are_one_clear_error(webm: bytes, tmp_path: P
     assert command(index, folder, "--classes", tmp_path / "three") == 0
     assert read_dataset(folder).classes == ("z", "y", "x")
     before = contents(folder)
-    with pytest.raises(CommandError, match=r"twice: 'z' is there twice"):
+    with pytest.raises(CommandError, match=r"twice: 'z' occurs twice"):
         command(index, folder, "--classes", tmp_path / "twice")
     errors = {
         -1: r"b.tar: key a: label -1 is not from 0 to 999999",
@@ -295,8 +299,8 @@ def test_a_table_of_another_tool_is_not_overwritten(tars: Path, tmp_path: Path, 
     done = run_module("shard_tools.index", tars, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {tars / 'train-1.parquet'}: not ours (another tool's table of train-1.tar?), and an index has to have "
-        "this name; leave it, and add --out OUT for a folder of links\n"
+        f"error: {tars / 'train-1.parquet'}: not an index of shard_tools (another tool's table of train-1.tar?), and "
+        "the index needs this name; add --out OUT for a folder of links\n"
     )
     out = tmp_path / "out"
     assert command(index, tars, "--out", out) == 0
@@ -324,9 +328,9 @@ def test_what_is_not_ours_stays(tars: Path, dataset: Path, tmp_path: Path) -> No
     before = contents(tmp_path)
     refused = {
         (copy,): "holds a data set of shard_tools.pack, which needs no index",
-        (tars,): "failures.jsonl: not a list of failures of ours",
+        (tars,): "failures.jsonl: not a failure record of shard_tools",
         (tars, "--out", copy): "holds a data set of shard_tools.pack",
-        (tars, "--out", tmp_path / "taken"): "stands where a link to a tar has to be",
+        (tars, "--out", tmp_path / "taken"): "stands where a link to a tar is needed",
         (tars, "--out", tmp_path / "torn"): "damaged .* move dataset.json away",
     }
     for args, message in refused.items():
@@ -345,7 +349,7 @@ def test_no_tars_here_is_one_line(tars: Path, tmp_path: Path, capsys: pytest.Cap
         command(index, tmp_path / "nowhere")
     (tars / "more.tar.gz").write_bytes(b"x")
     assert command(index, tars) == 0
-    assert "1 compressed tars passed over, such as more.tar.gz" in capsys.readouterr().out
+    assert "1 compressed tars skipped, such as more.tar.gz" in capsys.readouterr().out
 
 
 # --- stopped --------------------------------------------------------------------------------------------------------
@@ -360,7 +364,7 @@ def test_stopped_before_any_write_there_is_a_whole_data_set_or_none(tars: Path, 
     old = contents(tars)
     for name in ("train-0.tar", "train-1.tar", "val-0.tar"):
         write_tar(tars / name, samples(webm, 2, cls=0))
-    write = index.write_atomic
+    write = indexing.write_atomic
     new_tars = contents(tars)
     steps = 0
     while True:
@@ -376,7 +380,7 @@ def test_stopped_before_any_write_there_is_a_whole_data_set_or_none(tars: Path, 
 
         for name, data in new_tars.items():
             (tars / name).write_bytes(data)
-        with mock.patch.object(index, "write_atomic", stopping):
+        with mock.patch.object(indexing, "write_atomic", stopping):
             try:
                 assert command(index, tars) == 0
                 break
@@ -390,6 +394,7 @@ def test_stopped_before_any_write_there_is_a_whole_data_set_or_none(tars: Path, 
     assert command(verify, tars) == 0
 
 
+@pytest.mark.slow
 def test_killed_it_can_be_run_again(webm: bytes, tmp_path: Path, run_module: RunModule) -> None:
     for number in range(12):
         write_tar(tmp_path / f"tars/{number:02}.tar", samples(webm, 20))
@@ -414,19 +419,11 @@ def indexed(tars: Path) -> Path:
     return tars
 
 
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 0x10
-    path.write_bytes(data)
-
-
 def found(folder: Path, depth: str = "whole") -> set[tuple[str | None, str | None, str]]:
-    with mock.patch.object(inspection, "run_local", serially):
-        problems = list(inspection.problems_of(folder, read_dataset(folder), 1, depth))
+    problems = find_problems(folder, depth)
     for problem in problems:
-        assert len(str(problem).splitlines()) == 1
         of_index = problem.kind in ("missing_index", "index_mismatch")
-        assert ("shard_tools.repair" if of_index else "restore the tar from where it came") in problem.remedy
+        assert ("shard_tools.repair" if of_index else "restore the tar from its origin") in problem.remedy
         assert of_index or f"python -m shard_tools.index {folder}" in problem.remedy
     return {(problem.shard, problem.key, problem.kind) for problem in problems}
 
@@ -462,28 +459,16 @@ def test_verify_names_what_is_damaged_and_repair_leaves_it(
     before = contents(indexed)
     capsys.readouterr()
     assert command(repair, indexed) == 1
-    assert "not repaired: restore the tar from where it came; if this was wanted" in capsys.readouterr().out
+    assert "not repaired: restore the tar from its origin; if this is intended" in capsys.readouterr().out
     assert contents(indexed) == before
 
 
 def test_verify_names_missing_and_new_tars(indexed: Path) -> None:
     shutil.copy(indexed / "train-0.tar", indexed / "more.tar")
     (indexed / "train-0.tar").rename(indexed.parent / "away.tar")
-    with mock.patch.object(inspection, "run_local", serially):
-        problems = list(inspection.problems_of(indexed, read_dataset(indexed), 1))
+    problems = find_problems(indexed)
     assert {(p.shard, p.kind) for p in problems} == {("train-0.tar", "missing_shard"), ("more.tar", "extra_shard")}
     assert all(f"python -m shard_tools.index {indexed}" in problem.remedy for problem in problems)
-
-
-def test_verify_checks_what_a_run_names(indexed: Path, tmp_path: Path) -> None:
-    for tar in ("train-0.tar", "val-0.tar"):
-        flip(indexed / tar, rows_of(indexed, tar)[0]["payload_offset"])
-    ledger.append(tmp_path / "run.jsonl", [Failure("read", "HashMismatchError", "m", "substituted", shard="val-0.tar")])
-    dataset = read_dataset(indexed)
-    only = inspection.named_shards(tmp_path / "run.jsonl", dataset, quiet=False)
-    with mock.patch.object(inspection, "run_local", serially):
-        problems = list(inspection.problems_of(indexed, dataset, 1, only=only))
-    assert [(p.shard, p.key, p.kind) for p in problems] == [("val-0.tar", "clip0", "payload_mismatch")]
 
 
 def test_deep_decodes(webm: bytes, tmp_path: Path) -> None:
@@ -492,8 +477,7 @@ def test_deep_decodes(webm: bytes, tmp_path: Path) -> None:
     broken = webm[:third] + b"\xff" * 20 + webm[third + 20 :]  # for its container it is whole
     write_tar(tmp_path / "tars/a.tar", [{"__key__": "a", "webm": broken}, {"__key__": "b", "webm": webm}])
     assert command(index, tmp_path / "tars") == 0
-    with mock.patch.object(inspection, "run_local", serially):
-        problems = list(inspection.problems_of(tmp_path / "tars", read_dataset(tmp_path / "tars"), 1, "deep"))
+    problems = find_problems(tmp_path / "tars", "deep")
     assert [(p.key, p.kind) for p in problems] == [("a", "undecodable")]
 
 
@@ -509,7 +493,7 @@ def test_an_index_is_made_again_to_the_byte(indexed: Path, capsys: pytest.Captur
     assert command(repair, indexed, "--dry-run") == 1
     assert command(repair, indexed) == 0
     assert contents(indexed) == before
-    with pytest.raises(CommandError, match="no --source and no --salvage"):
+    with pytest.raises(CommandError, match="which --source and --salvage cannot repair"):
         command(repair, indexed, "--salvage")
 
 

@@ -33,7 +33,7 @@ from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.spec import make_order
 from salt_wds.data.views import training_view
-from shard_tools.common.worker_process import end_with_parent
+from shard_tools.common.processes import end_with_parent
 from shard_tools.format.dataset import FRAME_TIERS
 from shard_tools.video.decode import DecodeError, get_decoder
 

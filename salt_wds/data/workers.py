@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import numpy as np
@@ -30,15 +29,13 @@ from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.memory import SharedArray
 from salt_wds.data.pipeline import process_one_sample
 from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec
-from shard_tools.common.worker_process import end_with_parent
+from shard_tools.common.processes import GROUP_SIGNALS, end_with_parent, start_fork_server
 
 log = logging.getLogger(__name__)
 
 _START_S = 60.0  # for a process to start, however short data.timeout_s
 _POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once
 _START_TRIES = 5  # of a process whose fork server is killed meanwhile
-# What a terminal or a scheduler sends to every process of a job: the training process decides when workers end.
-_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class WorkerLostError(Exception):
@@ -245,7 +242,7 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    for number in _GROUP_SIGNALS:
+    for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
@@ -253,17 +250,9 @@ def _start_worker(worker: int) -> None:
 def prepare_fork_server() -> None:
     """Start the fork server with the modules that are loaded here, so that workers start at once.
 
-    It has an effect only until the first process is started, of whatever kind. Signals to the whole group of processes
-    are blocked while the server starts, and so stay blocked in it: one would end the server, and with it a run that
-    starts workers at that moment.
+    It has an effect only until the first process is started, of whatever kind.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_our_modules())
-    resource_tracker.ensure_running()  # started later, it would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    start_fork_server(_our_modules())
 
 
 def _our_modules() -> list[str]:

@@ -1,34 +1,41 @@
-"""Run independent tasks on local processes.
+"""Run independent tasks on local worker processes, which may die at any time.
 
-`concurrent.futures.ProcessPoolExecutor`, because `multiprocessing.Pool` hangs for ever when a worker dies
-(cpython#96062). A worker's death costs a retry of the tasks it may have held; a task that kills its worker again when
-it runs alone is given back as dead.
+Each worker has a pipe of its own, so whenever it dies, the task it ran is known and no other one is touched. Pools with
+queues that workers share hang where a worker is killed while it holds a lock or writes a result: multiprocessing.Pool
+(cpython#96062), and in our tests concurrent.futures and pebble, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gc
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.util
+import os
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
-from typing import TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
-from shard_tools.common.worker_process import end_with_parent
+from shard_tools.common.cli import CommandError
 
-_KEPT = 32 << 20  # bytes of freed memory that a worker holds on to
+# Those that a terminal or a batch system sends to every process of a command: the main process decides what to do.
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_LONGEST_TEMP_DIR = 107 - len("/pymp-12345678/listener-12345678")  # a socket's path has at most 107 bytes
+_STARTS = 3  # tries to start a worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class WorkerDiedError(Exception):
-    """The process that ran a task died, twice, the second time with this task alone (decoder crash, out of memory)."""
+    """The process that ran a task died twice, the second time with this task alone (decoder crash, out of memory)."""
 
 
 def run_local(
@@ -36,55 +43,102 @@ def run_local(
 ) -> Iterator[tuple[Task, Result | WorkerDiedError]]:
     """Run `function` on every task, yielding (task, result) as they finish; `function` must be importable.
 
-    An exception of `function` is raised here. Closing the iterator (an exception, Ctrl-C) kills the workers.
+    A task whose worker died runs once more, alone: the reason may have been another one. An exception of `function` is
+    raised here. Closing the iterator (an exception, Ctrl-C) kills the workers.
     """
-    left = list(tasks)
-    while left:
-        suspects, left = yield from _run_pool(function, left, workers)
-        for task in suspects:  # a worker died: each of these may be the reason, so each runs alone
-            guilty, _ = yield from _run_pool(function, [task], 1)
-            if guilty:
-                yield task, WorkerDiedError("the worker process died, also when it ran this task alone")
+    suspects = []
+    for task, outcome in _run(function, tasks, workers):
+        if isinstance(outcome, WorkerDiedError):
+            suspects.append(task)
+        else:
+            yield task, outcome
+    for task in suspects:
+        yield from _run(function, [task], 1)
 
 
-def _run_pool(
+def _run(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
-) -> Generator[tuple[Task, Result], None, tuple[list[Task], list[Task]]]:
-    """Run tasks on one pool until all are done or a worker dies; its value is (tasks in flight then, tasks not begun)."""
-    prepare(_module_of(function))
-    context = multiprocessing.get_context("forkserver")
-    workers = max(1, min(workers, len(tasks)))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    ahead = min(2 * workers, workers + 2)  # submitted at once: a death then leaves few suspects
-    pending: dict[Future[Result], Task] = {}
+) -> Iterator[tuple[Task, Result | WorkerDiedError]]:
     left = list(reversed(tasks))
+    processes: list[BaseProcess] = []
+    idle: list[Connection] = []
+    running: dict[Connection, Task] = {}
     try:
-        while left or pending:
-            while left and len(pending) < ahead:
-                with _interrupts_deferred():
-                    pending[pool.submit(function, left[-1])] = left[-1]
-                left.pop()
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                result = future.result()
-                yield pending.pop(future), result
-        pool.shutdown()
-        return [], []
-    except BrokenProcessPool:
-        return list(pending.values()), left[::-1]
+        while left or running:
+            while left and len(running) < workers:
+                pipe = idle.pop() if idle else _start_worker(function, processes)
+                running[pipe] = left.pop()
+                with contextlib.suppress(ConnectionError):  # dead: `_receive` sees it
+                    pipe.send(running[pipe])
+            ready = multiprocessing.connection.wait(list(running))
+            for pipe in [pipe for pipe in running if pipe in ready]:
+                outcome = _receive(pipe)
+                if not isinstance(outcome, WorkerDiedError):
+                    idle.append(pipe)
+                yield running.pop(pipe), outcome
     finally:
-        _kill(pool)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        for pipe in [*idle, *running]:
+            pipe.close()
 
 
-def prepare(*modules: str) -> None:
-    """Start the process that workers are forked from, and have it load these modules: once for all of them.
+def _start_worker(function: Callable[[Any], Any], processes: list[BaseProcess]) -> Connection:
+    """Start a worker, add it to `processes`, and return our end of its pipe.
 
-    Where it runs already, it stays as it is.
+    Raises:
+        CommandError: the fork server was killed, again and again.
     """
-    multiprocessing.set_forkserver_preload([*modules])
-    resource_tracker.ensure_running()  # started later, it would unblock what is blocked here
-    with _interrupts_deferred():
-        forkserver.ensure_running()
+    start_fork_server([_module_of(function)])
+    for tries_left in reversed(range(_STARTS)):
+        ours, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(target=_work, args=(function, theirs), daemon=True)
+        try:
+            with _interrupts_deferred():
+                process.start()
+                processes.append(process)
+            return ours
+        except (EOFError, ConnectionError) as error:
+            ours.close()
+            if not tries_left:
+                raise CommandError(
+                    "no worker process can be started: the server that forks them was killed (out of memory?); give "
+                    "fewer --workers"
+                ) from error
+        finally:
+            theirs.close()
+    raise AssertionError
+
+
+def _receive(pipe: Connection) -> Any:
+    """The result of a worker's task, or WorkerDiedError; an exception of the task is raised."""
+    try:
+        succeeded, value = pipe.recv()
+    except (EOFError, ConnectionError):
+        pipe.close()
+        return WorkerDiedError("the worker process died, also when it ran this task alone")
+    if succeeded:
+        return value
+    raise value
+
+
+def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
+    """A worker process: receive tasks and send results until the pipe is closed."""
+    end_with_parent()
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome = True, function(task)
+        except Exception as error:
+            error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
+            outcome = False, error
+        pipe.send(outcome)
 
 
 def _module_of(function: Callable[..., object]) -> str:
@@ -93,47 +147,89 @@ def _module_of(function: Callable[..., object]) -> str:
     return function.__module__
 
 
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Start processes in here: a KeyboardInterrupt in the middle leaves one that the pool forgets and Python awaits.
+# --- how workers start and end ------------------------------------------------------------------------------------
 
-    The new processes inherit a blocked Ctrl-C, so that only this one answers it.
+
+def start_fork_server(modules: Sequence[str]) -> None:
+    """Start the process that workers are forked from, and have it import these modules, once for all workers.
+
+    A server that runs already stays as it is. It and all workers have GROUP_SIGNALS blocked: those reach every process
+    of a terminal or a job at once, and only the main process shall answer them.
+
+    Raises:
+        CommandError: there is no folder for the server's socket.
+    """
+    _choose_socket_folder()
+    multiprocessing.set_forkserver_preload([*modules])
+    with _interrupts_deferred():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+        try:
+            resource_tracker.ensure_running()  # it unblocks two of them when it starts
+            signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _choose_socket_folder() -> None:
+    """Have multiprocessing keep its sockets in a short folder where TMPDIR is too long for them.
+
+    Raises:
+        CommandError: none can be written to.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TEMP_DIR:
+        return
+    before = tempfile.tempdir
+    for folder in (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm"):
+        if folder and len(os.fsencode(folder)) <= _LONGEST_TEMP_DIR and os.access(folder, os.W_OK | os.X_OK):
+            tempfile.tempdir = folder
+            try:
+                multiprocessing.util.get_temp_dir()  # made once, kept by multiprocessing, removed at exit
+                return
+            except OSError:
+                continue
+            finally:
+                tempfile.tempdir = before
+    raise CommandError(
+        f"{tempfile.gettempdir()}: too long for the sockets of worker processes, and /tmp cannot be written to; set TMPDIR "
+        f"to a folder of at most {_LONGEST_TEMP_DIR} characters"
+    )
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Start processes in this block: a KeyboardInterrupt waits for its end.
+
+    In the middle of a start it would leave a process that nobody knows of.
     """
     if threading.current_thread() is not threading.main_thread():  # others never see a KeyboardInterrupt
         yield
         return
-    deferred: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: deferred.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in GROUP_SIGNALS}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, handler in before.items():
             signal.signal(number, handler)
-        if deferred:
-            signal.raise_signal(deferred[0])
+        for each in received:
+            signal.raise_signal(each)
 
 
-def _kill(pool: ProcessPoolExecutor) -> None:
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
+def end_with_parent() -> None:
+    """Make this worker process end when the one that started it is gone.
 
-
-def _start_worker() -> None:
-    _keep_freed_memory()
-    gc.freeze()  # modules stay, and need not be looked at for what can go
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent()
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library reuse what this process frees, where it would return it and ask for it again, page by page.
-
-    Files come and go here one after the other; fetching their pages anew took a third of the time of packing. Freeing
-    one large block raises glibc's threshold to twice its size (mallopt(3), M_MMAP_THRESHOLD); others ignore it.
+    A worker started through a fork server keeps that server alive, and so never sees a parent change: after a SIGKILL
+    of the program its workers would wait for work for ever. The pipe behind `parent_process` closes in every case.
     """
-    bytes(_KEPT // 2)  # freed at once, and never touched
+    threading.Thread(target=_wait_for_parent, name="end-with-parent", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a worker process"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

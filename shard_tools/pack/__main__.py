@@ -8,7 +8,7 @@ command goes on where it stopped, and the result is the same to the byte.
 from __future__ import annotations
 
 from shard_tools.common.cli import run
-from shard_tools.common.processes import prepare
+from shard_tools.common.processes import start_fork_server
 from shard_tools.pack.options import parse
 from shard_tools.pack.ray_executor import require_ray
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         require_ray()
     elif not args.finish and not args.dry_run:
         # what workers need takes longest to load: it does so beside all that follows
-        prepare("shard_tools.pack.pack_shard", "shard_tools.pack.schedule")
+        start_fork_server(["shard_tools.pack.pack_shard", "shard_tools.pack.schedule"])
     from shard_tools.pack.packing import pack
 
     return pack(args)

@@ -23,7 +23,9 @@ from shard_tools.format.dataset import index_name, read_dataset
 from shard_tools.format.index import read_index
 from shard_tools.pack import __main__ as pack
 from shard_tools.pack import packing
-from shard_tools.pack.plan import PackJob, Plan, make_plan
+from shard_tools.pack.pack_shard import PackJob
+from shard_tools.pack.plan import Plan, ShardTask, make_plan
+from shard_tools.pack.staging import PackPlan, Staging
 from shard_tools.video.sources import find_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,13 +60,20 @@ def serially(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int)
         yield task, function(task)
 
 
-def one_a_shard(root: Path, folder: Path, count: int) -> tuple[PackJob, Plan, dict[str, int]]:
-    """The first videos of a folder, each to be a shard of its own in `folder`, which is made; and their sizes, untrue."""
-    folder.mkdir(exist_ok=True)
-    found = find_sources(root, "auto", folder)
+def one_a_shard(root: Path, out: Path, count: int) -> tuple[PackJob, tuple[ShardTask, ...]]:
+    """A job that packs the first videos of a folder into `out`, each into a shard of its own."""
+    found = find_sources(root, "auto", out)
     sizes = dict.fromkeys((source.key for source in found.sources), 1)
     plan = make_plan("x", found.sources[:count], found.classes, sizes, encoding="source", seed=0, shard_bytes=1)
-    return PackJob(root, folder, "x"), plan, sizes
+    return pack_job(root, out, plan), plan.tasks
+
+
+def pack_job(root: Path, out: Path, plan: Plan, **options: Any) -> PackJob:
+    """A job with a new staging folder in `out`."""
+    out.mkdir(exist_ok=True)
+    staging = Staging(out, PackPlan(plan.hash, "x", 0, "source", plan.shard_bytes, 0))
+    staging.open(overwrite=False)
+    return PackJob(root, staging, **options)
 
 
 def pack_here(*args: object) -> int:

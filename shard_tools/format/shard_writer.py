@@ -1,36 +1,32 @@
-"""Write one shard and its index, so that the final names only ever show whole files, whatever happens to the process.
+"""Write one shard and its index, so that their names only ever show whole files, whatever happens to the process.
 
-Other writers finish the file even when an exception passes through, and a crashed pack looks whole. Here leaving the
-`with` block with an exception removes what was written.
-
-The tar is on the disk before it gets its name, so that a power cut leaves it whole, too. The index is not waited for,
-and neither is the folder: asked for each small file of each shard, a drive writes more slowly. Whoever makes a shard
-part of a data set calls `sync_file` on its index before, and `sync_folder` after.
+Other writers finish the file even when an exception passes through, so that the result of a crash looks whole. Here,
+leaving the `with` block with an exception removes what was written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import xxhash
 
-from shard_tools.common.files import write_atomic
+from shard_tools.common.files import sync_folder, write_atomic
 from shard_tools.format.dataset import SampleInfo, ShardInfo, index_name
 from shard_tools.format.index import index_bytes
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
 
-_GATHER = 1 << 20  # bytes a write to the file has at least: the kernel then takes large pages, which halves its time
-_MOST_PARTS = os.sysconf("SC_IOV_MAX") - 3  # of one such write
-_SEND = 4 << 20  # bytes between two requests to write to the disk
+_BUFFER = 1 << 20
 
 
 class ShardWriter:
-    """Context manager: `add` samples, leave the block to commit; `info` then describes the shard.
+    """Context manager: `add` samples; leaving the block brings tar and index to the disk and gives them their names.
 
-    A shard without samples is not written; `info` stays None.
+    Afterwards `info` describes the shard. A shard without samples is not written, and its `info` is None.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -39,29 +35,17 @@ class ShardWriter:
         self._temporary = folder / f".{name}.{os.getpid()}.tmp"
         self._hasher = xxhash.xxh3_64()
         self._rows: list[dict[str, Any]] = []
-        self._parts: list[bytes] = []  # gathered, not written yet
-        self._offset = self._written = self._on_its_way = 0
+        self._offset = 0
 
     def __enter__(self) -> Self:
-        self._file = self._temporary.open("wb", buffering=0)  # a buffer would copy once more
+        self._file = self._temporary.open("wb", buffering=_BUFFER)
         return self
 
-    def add(self, info: SampleInfo, ext: str, payload: bytes, xxh3: int | None = None) -> None:
-        """Append the two members of one sample and its index row.
-
-        Args:
-            ext: without a dot.
-            xxh3: XXH3-64 of the payload, where it is known.
-        """
+    def add(self, info: SampleInfo, ext: str, payload: bytes) -> None:
+        """Append the two members of one sample and its index row; `ext` has no dot."""
         head = info.to_json()
-        front = b"".join(
-            (
-                tar_header(f"{info.key}.json", len(head)), head, padding(len(head)),
-                tar_header(f"{info.key}.{ext}", len(payload)),
-            )
-        )  # fmt: skip
-        json_offset, payload_offset = self._offset + BLOCK, self._offset + len(front)
-        self._append(front, payload, padding(len(payload)))
+        json_offset = self._append_member(f"{info.key}.json", head)
+        payload_offset = self._append_member(f"{info.key}.{ext}", payload)
         self._rows.append(
             {
                 **info.in_index(),
@@ -71,59 +55,43 @@ class ShardWriter:
                 "payload_size": len(payload),
                 "ext": ext,
                 "xxh3_json": xxhash.xxh3_64_intdigest(head),
-                "xxh3_payload": xxhash.xxh3_64_intdigest(payload) if xxh3 is None else xxh3,
+                "xxh3_payload": xxhash.xxh3_64_intdigest(payload),
             }
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
             if kind is None and self._rows:
-                self._commit()
-        except OSError as problem:  # say which file: a failed write alone does not know
-            raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
+                with self._naming_the_shard():
+                    self._commit()
         finally:
-            self._discard()
+            with contextlib.suppress(OSError):  # after a failed write, closing tries it again
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
-    def _append(self, *parts: bytes) -> None:
-        for part in parts:
-            self._hasher.update(part)
-            self._offset += len(part)
-        self._parts += parts
-        if self._offset - self._written >= _GATHER or len(self._parts) > _MOST_PARTS:
-            self._write()
+    def _append_member(self, name: str, data: bytes) -> int:
+        """Append a member; the offset of its data in the tar."""
+        with self._naming_the_shard():
+            self._append(tar_header(name, len(data)))
+            offset = self._offset
+            self._append(data)
+            self._append(padding(len(data)))
+            return offset
 
-    def _write(self) -> None:
-        """Write what was gathered."""
-        size = self._offset - self._written
-        try:
-            written = os.writev(self._file.fileno(), self._parts)
-            if written < size:  # the disk is all but full, or a signal came
-                rest = memoryview(b"".join(self._parts))[written:]
-                while rest:
-                    rest = rest[os.writev(self._file.fileno(), (rest,)) :]
-            self._parts.clear()
-            self._written = self._offset
-            if self._written - self._on_its_way >= _SEND:
-                self._send()
-        except OSError as problem:
-            raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
-
-    def _send(self) -> None:
-        """Have the kernel begin to write to the disk now, and not only when `fsync` waits for it."""
-        os.posix_fadvise(
-            self._file.fileno(), self._on_its_way, self._written - self._on_its_way, os.POSIX_FADV_DONTNEED
-        )
-        self._on_its_way = self._written
+    def _append(self, data: bytes) -> None:
+        self._hasher.update(data)
+        self._offset += self._file.write(data)
 
     def _commit(self) -> None:
+        """End the tar and sync it, write the index, then rename: index before tar, so that no tar lacks its index."""
         end = 2 * BLOCK
-        self._append(b"\0" * (end + -(self._offset + end) % RECORD))
-        self._write()
-        self._send()
-        index = index_bytes(self._rows)  # while the disk is at work
+        self._append(bytes(end + -(self._offset + end) % RECORD))
+        self._file.flush()
         os.fsync(self._file.fileno())
-        write_atomic(self.path.with_name(index_name(self.path.name)), index, durable=False)
+        index = index_bytes(self._rows)
+        write_atomic(self.path.with_name(index_name(self.path.name)), index)
         self._temporary.rename(self.path)
+        sync_folder(self.path.parent)
         self.info = ShardInfo(
             file=self.path.name,
             bytes=self._offset,
@@ -132,8 +100,10 @@ class ShardWriter:
             index_xxh3=xxhash.xxh3_64_hexdigest(index),
         )
 
-    def _discard(self) -> None:
+    @contextlib.contextmanager
+    def _naming_the_shard(self) -> Iterator[None]:
+        """Errors of a write or sync do not name the file: they leave this block with the shard's name."""
         try:
-            self._file.close()
-        finally:
-            self._temporary.unlink(missing_ok=True)
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -1,28 +1,105 @@
-"""`python -m shard_tools.pack ROOT`: a folder of videos becomes checked WebDataset shards.
-
-Shards are written by independent processes into a hidden folder beside the result, and moved into place at the end,
-all of them on the disk by then (staging.py). So a pack may be killed at any moment, also by a power cut: the same
-command goes on where it stopped, and the result is the same to the byte.
-"""
+"""`python -m shard_tools.pack ROOT`: pack a folder of videos into WebDataset shards."""
 
 from __future__ import annotations
 
-from shard_tools.common.cli import run
-from shard_tools.common.processes import start_fork_server
-from shard_tools.pack.options import parse
+import argparse
+import re
+import sys
+
+from shard_tools.common.cli import (
+    Parser,
+    available_cores,
+    path,
+    positive_int,
+    run,
+    seed_number,
+    size_in_bytes,
+    whole_number,
+)
+from shard_tools.pack.packing import pack
 from shard_tools.pack.ray_executor import require_ray
+from shard_tools.video.tiers import BEST_QUALITY, TIERS, WORST_QUALITY
+
+_LEAST_SHARD_BYTES = 64 << 10
+_LEAST_SHORT_SIDE = 16
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.executor == "ray":
         require_ray()
-    elif not args.finish and not args.dry_run:
-        # what workers need takes longest to load: it does so beside all that follows
-        start_fork_server(["shard_tools.pack.pack_shard", "shard_tools.pack.schedule"])
-    from shard_tools.pack.packing import pack
-
     return pack(args)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of `pack`; `words` are the arguments as given. Exits with code 2 on a usage error."""
+    parser = Parser(
+        "shard_tools.pack",
+        "Pack a folder of videos into WebDataset shards with an index.",
+        exit_codes="0 packed; 1 some videos or shards are missing (named); 2 usage; 130 interrupted: run it again",
+        page="packing",
+        usage="%(prog)s ROOT [options]",
+        allow_abbrev=False,  # `packing` looks for --task among the words
+    )
+    add = parser.add_argument
+    add("root", type=path, metavar="ROOT", help="folder with the videos and labels")
+    add("--out", type=path, metavar="DIR", help="output folder (default ROOT/shards)")
+    add("--layout", choices=("auto", "ssv2", "folders"), default="auto", help="default auto")
+    add("--frames", choices=TIERS, default="source", help="storage tier (default source)")
+    quality = f"of mjpeg: {BEST_QUALITY} (best) to {WORST_QUALITY}, or auto"
+    add("--quality", type=_quality, metavar="N", help=quality)
+    add("--short-side", type=whole_number(_LEAST_SHORT_SIDE), metavar="N", help="of mjpeg and y4m: shrink frames to N")
+    add("--shard-size", type=_shard_size, metavar="SIZE", help="such as 256MiB, or auto (default)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of the samples' order (default 0)")
+    add("--limit", type=positive_int, metavar="N", help="pack only N videos, from all splits")
+    add("--name", help="of the data set (default: the name of ROOT)")
+    add("--workers", type=positive_int, metavar="N", help="processes (default: all cores)")
+    add("--executor", choices=("local", "ray"), default="local", help="ray: see RAY_ADDRESS in the docs")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--task", type=_slice, metavar="i/N", help="write slice i of N only (array jobs)")
+    part.add_argument("--finish", action="store_true", help="commit what the slices wrote")
+    add("--overwrite", action="store_true", help="replace another data set in the output folder")
+    add("--dry-run", action="store_true", help="print the plan and an estimate, write nothing")
+    wanted = "with --dry-run: which tiers feed N clips/s"
+    add("--want-clips-per-sec", type=positive_int, metavar="N", help=wanted)
+    add("--cores", type=positive_int, metavar="N", help="with --dry-run: cores that training has")
+    args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    if args.executor == "local" or args.dry_run:
+        args.workers = args.workers or available_cores()
+    if args.frames == "source" and args.short_side is not None:
+        parser.error("--short-side: the tier source keeps the files' own bytes; choose --frames mjpeg or y4m")
+    for option in ("want_clips_per_sec", "cores"):
+        if getattr(args, option) is not None and not args.dry_run:
+            parser.error(f"--{option.replace('_', '-')}: only an estimate needs it; add --dry-run")
+    args.cores = args.cores or available_cores()
+    return args
+
+
+def _quality(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not re.fullmatch("[0-9]{1,3}", text) or not BEST_QUALITY <= int(text) <= WORST_QUALITY:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {BEST_QUALITY} to {WORST_QUALITY}, nor auto"
+        )
+    return int(text)
+
+
+def _shard_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    size = size_in_bytes(text)
+    if size < _LEAST_SHARD_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 64KiB such as 256MiB, nor auto")
+    return size
+
+
+def _slice(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or not int(match[1]) <= int(match[2]) or int(match[2]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a slice such as 0/8: i/N, i from 0 or 1 up to N")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What `pack --dry-run` says of all storage tiers: bytes, time to pack, and how many clips a second they can feed.
+"""What `pack --dry-run` says about each storage tier: bytes, time to pack, and how many clips a second it can feed.
 
-A few of the videos at hand are packed in memory and decoded again, with one thread, here and now; the rest is taken to be
-like them, byte by byte. Shards are counted by the planner. Nothing stays on the disk: writing is measured with a temporary
-file that has no name.
+A few of the videos are packed in memory and decoded again, in one thread; the others are assumed to be like them, byte
+for byte. The planner counts the shards. Nothing stays on the disk: writing is measured with a temporary file without a
+name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import shutil
@@ -25,8 +24,7 @@ from shard_tools.common.cli import CommandError, one_line
 from shard_tools.format.dataset import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
 from shard_tools.pack.pack_shard import read_source
-from shard_tools.pack.plan import PackJob, Plan
-from shard_tools.pack.shard_size import MIB
+from shard_tools.pack.plan import MIB, Plan
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
@@ -89,13 +87,13 @@ class Estimate:
 
 
 def estimate(
-    job: PackJob, sources: Sequence[Source], source_bytes: dict[str, int], plans: dict[Encoding, Plan], out: Path,
+    root: Path, sources: Sequence[Source], source_bytes: dict[str, int], plans: dict[Encoding, Plan], out: Path,
     workers: int,
 ) -> Estimate:  # fmt: skip
     """Measure some of the sources in every tier, and scale that to all.
 
     Args:
-        job: where the sources are; its encoding does not matter.
+        root: the folder of the sources.
         source_bytes: of every source, by key.
         plans: what packing would do in each tier.
         out: the output folder, which need not be there.
@@ -114,9 +112,7 @@ def estimate(
     try:
         with _Scratch(result.written, result.free) as scratch:
             for encoding in plans:
-                measured[encoding] = _measure(
-                    dataclasses.replace(job, encoding=encoding), chosen, scratch, result.failed
-                )
+                measured[encoding] = _measure(root, encoding, chosen, scratch, result.failed)
     finally:
         cv2.setNumThreads(threads)
     result.clips = max(one.clips for one in measured.values())
@@ -174,18 +170,19 @@ def _scale(
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def _measure(job: PackJob, chosen: Sequence[Source], scratch: _Scratch, failed: dict[str, str]) -> Measured:
+def _measure(
+    root: Path, encoding: Encoding, chosen: Sequence[Source], scratch: _Scratch, failed: dict[str, str]
+) -> Measured:
     """One tier: pack and decode videos until all are done, or the time is up and there are enough."""
     one = Measured()
-    as_it_is = dataclasses.replace(job, encoding=SOURCE)
     began = time.monotonic()
     for source in chosen:
         if one.clips >= _FEWEST and time.monotonic() - began > _SECONDS:
             break
         try:
-            read_source(as_it_is, source)  # so that the file is in memory when it counts
+            read_source(root, source, SOURCE)  # so that the file is in the page cache
             start = time.thread_time()
-            data, payload = read_source(job, source)
+            data, payload = read_source(root, source, encoding)
             info = payload.sample_info(source, data)
             packed = time.thread_time()
             decode_seconds, resize_seconds = clip_seconds(info, payload)
@@ -278,7 +275,7 @@ class _Scratch:
 # --- what is printed ----------------------------------------------------------------------------------------------
 
 
-def lines(result: Estimate, videos: int, workers: int, cores: int, want: int | None) -> Iterator[str]:
+def estimate_lines(result: Estimate, videos: int, workers: int, cores: int, want: int | None) -> Iterator[str]:
     """The estimate as text: a table, what it rests on, and the verdict where one is wanted."""
     yield f"estimate for every tier, from {result.clips} of {videos:,} videos:"
     heads = f"  {'tier':<7}{'shards':>8}{'bytes':>12}{'fits':>6}{'packing':>10}{'1 core decodes':>18}"

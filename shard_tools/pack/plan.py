@@ -1,45 +1,36 @@
 """Pure: which sample goes into which shard. The same sources, seed and shard size give the same plan, and its hash.
 
-The plan is what makes packing reproducible and resumable: shards are independent of each other and of the number of
-workers, and a half-finished output is recognised by the plan's hash.
+The plan makes packing reproducible and resumable: shards depend neither on each other nor on the number of workers, and
+a half-finished output is recognised by the plan's hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pydantic_core
 import xxhash
 
-from shard_tools.format.dataset import FORMAT_VERSION, SPLITS, Video, shard_name
+from shard_tools.format.dataset import FORMAT_VERSION, SPLITS, shard_name
 from shard_tools.format.tar import BLOCK
-from shard_tools.pack.shard_size import auto_shard_bytes
 from shard_tools.video.sources import Source
-from shard_tools.video.tiers import SOURCE, Encoding
 
+MIB = 1 << 20
+_AUTO_LARGEST = 256 * MIB
+_AUTO_SMALLEST = 16 * MIB
+_AUTO_SHARDS = 256
 _JSON_ESTIMATE = 2 * BLOCK  # KEY.json is 400-700 bytes for Something-Something-v2
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: an independent piece of work."""
+    """One shard to write, and the bytes its payloads are expected to take."""
 
     file: str
     split: str
     sources: tuple[Source, ...]
-
-
-@dataclass(frozen=True)
-class PackJob:
-    """What all shard tasks have in common. `probe` stands in for `frames.probe`, for the sake of tests."""
-
-    root: Path
-    staging: Path
-    dataset: str
-    encoding: Encoding = SOURCE
-    probe: Callable[[bytes], Video] | None = None
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +48,8 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Distribute the sources over shards.
 
-    Within a split the order is that of a hash of (seed, key): mixed over classes, and independent of the order in
-    which the sources were found.
+    Within a split the order is that of a hash of (seed, key): classes are mixed, and it does not matter in which order
+    the sources were found.
 
     Args:
         name: of the data set.
@@ -72,11 +63,26 @@ def make_plan(
     for split in SPLITS:
         members = sorted((s for s in sources if s.split == split), key=lambda s: (_order(seed, s.key), s.key))
         groups = _fill(members, sizes, target)
-        tasks += [ShardTask(shard_name(split, n), split, tuple(group)) for n, group in enumerate(groups)]
+        tasks += [
+            ShardTask(shard_name(split, n), split, tuple(group), sum(sizes[source.key] for source in group))
+            for n, group in enumerate(groups)
+        ]
     digest = xxhash.xxh3_128(pydantic_core.to_json([FORMAT_VERSION, name, encoding, seed, target, *classes]))
     for task in tasks:
         digest.update(pydantic_core.to_json([task.file, *((*source, sizes[source.key]) for source in task.sources)]))
     return Plan(tuple(tasks), digest.hexdigest(), target)
+
+
+def auto_shard_bytes(total: int) -> int:
+    """Shard size for a data set of `total` bytes: the largest of 16, 32, 64, 128 and 256 MiB that gives 256 shards.
+
+    256 shards are even work for up to 32 workers and readers; 16 MiB are still large sequential reads; above 256 MiB
+    only repairs get longer. docs/packing.md has the reasons at length.
+    """
+    size = _AUTO_LARGEST
+    while size > _AUTO_SMALLEST and size * _AUTO_SHARDS > total:
+        size //= 2
+    return size
 
 
 def _order(seed: int, key: str) -> int:

@@ -1,33 +1,31 @@
 """The output folder of a pack: who may write there, what an earlier try left, and how a finished data set moves in.
 
-Everything is prepared in a hidden folder inside the output folder (`.packing`): `plan.json` says for which plan, a
-shard counts as done when its mark (`SPLIT-000000.done`) is there, and what the mark tells of. Then all is brought to
-the disk, and the files move into place, dataset.json last. A pack may be killed between any two of these steps, also by
-a power cut: what is found then is continued, or recognised as garbage.
+Everything is prepared in a hidden folder inside the output folder, `.packing`. Its `plan.json` says for which plan. A
+shard is done when its mark (`SPLIT-000000.done`) is there, which is written once the shard is on the disk. At the end
+the files move into place, dataset.json last. A pack may be killed between any two of these steps, also by a power cut:
+the next try continues what it finds, or recognises it as garbage.
 
-Slices of one pack (array jobs) write there at the same time, perhaps from several machines. So `.packing` comes and
-goes by one rename with its plan.json inside, needs no lock for that, and a slice only touches its own shards' files.
+The slices of an array job write there at the same time, perhaps from several machines. So `.packing` appears and
+disappears by one rename with its plan.json inside, and a slice touches the files of its own shards only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
-import os
 import re
 import shlex
 import shutil
-import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.common.cli import CommandError
-from shard_tools.common.files import file_hash, sync_file, sync_folder, write_atomic
+from shard_tools.common.files import file_hash, lock, sync_folder, write_atomic
 from shard_tools.format import ledger
 from shard_tools.format.dataset import (
     DATASET_FILE,
@@ -41,6 +39,7 @@ from shard_tools.format.dataset import (
     remove_shard,
 )
 from shard_tools.format.ledger import Failure
+from shard_tools.video.tiers import Encoding
 
 STAGING = ".packing"
 _PLAN_FILE = "plan.json"
@@ -50,13 +49,13 @@ _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|parquet)")
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What a pack was asked for: the plan's hash, and what of it a user may have changed."""
+    """What a pack was asked for: the plan's hash, and the settings that a user may have changed."""
 
     hash: str
     name: str
     seed: int
     frames: str  # the tier, and its settings
-    shard_bytes: int | None  # None: not known (dataset.json does not say)
+    shard_bytes: int | None  # None: not known
     videos: int
 
     def difference(self, other: PackPlan) -> str:
@@ -81,7 +80,7 @@ class ShardResult:
 
     @classmethod
     def from_json(cls, data: bytes) -> ShardResult:
-        """The other way round.
+        """The inverse of `to_json`.
 
         Raises:
             ValueError: not what `to_json` gives.
@@ -90,281 +89,243 @@ class ShardResult:
 
 
 @contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Make the output folder, and hold it for this process: two packs into one folder would trip over each other."""
-    with _locked(out, fcntl.LOCK_EX, f"{out}: another pack or repair is writing there"):
-        yield
-
-
-@contextmanager
-def share(out: Path) -> Iterator[None]:
-    """Make the output folder, and hold it together with other slices; whoever wants it alone is kept out."""
-    with _locked(out, fcntl.LOCK_SH, f"{out}: a pack without --task, --finish or a repair is writing there"):
-        yield
-
-
-@contextmanager
-def _locked(out: Path, lock: int, busy: str) -> Iterator[None]:
+def lock_exclusive(out: Path) -> Iterator[None]:
+    """Make the output folder and lock it for this process alone."""
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CommandError(f"{busy}; wait for it, or choose another --out") from None
-    except OSError as error:  # some network file systems cannot
-        print(f"{out}: cannot be locked ({error.strerror}); start no second pack there", file=sys.stderr)
-    try:
+    with lock(out, f"{out}: another pack or repair is writing there; wait for it, or choose another --out"):
         yield
-    finally:
-        os.close(descriptor)
 
 
-def is_packed(out: Path, plan: PackPlan) -> bool:
-    """Whether the data set of this plan is there, whole. Touches nothing.
-
-    Raises:
-        CommandError: the data set of another plan is there.
-    """
-    if not (out / DATASET_FILE).exists():
-        return False
-    dataset = read_dataset(out)
-    if dataset.plan_hash != plan.hash:
-        raise CommandError(
-            f"{out}: holds a data set of another plan ({plan.difference(_plan_of(out, dataset, plan))}); "
-            "add --overwrite to replace it, or choose another --out"
-        )
-    return True
+@contextmanager
+def lock_shared(out: Path) -> Iterator[None]:
+    """Make the output folder and lock it together with other slices, against `lock_exclusive`."""
+    out.mkdir(parents=True, exist_ok=True)
+    busy = f"{out}: a pack without --task, --finish or a repair is writing there; wait for it, or choose another --out"
+    with lock(out, busy, shared=True):
+        yield
 
 
-def clear(out: Path, plan: PackPlan) -> None:
-    """Remove what a commit left that was killed between writing dataset.json and the end of `drop`."""
-    if _begun(out / STAGING) in (plan, None):
-        drop(out / STAGING)
+@dataclass(frozen=True)
+class Staging:
+    """The hidden folder in the output folder `out` in which the shards of `plan` are prepared."""
 
+    out: Path
+    plan: PackPlan
 
-def _plan_of(out: Path, dataset: Dataset, asked: PackPlan) -> PackPlan:
-    """What a data set was packed with, as far as it says so; of a tier's settings it says nothing."""
-    frames = asked.frames if asked.frames.split()[0] == dataset.frames else dataset.frames
-    failed = len(ledger.read(out / FAILURES_FILE)[0]) if (out / FAILURES_FILE).exists() else 0
-    samples = sum(split.samples for split in dataset.splits.values())
-    return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, frames, None, samples + failed)
+    @property
+    def folder(self) -> Path:
+        return self.out / STAGING
 
+    # --- what is there ----------------------------------------------------------------------------------------
 
-def open_staging(out: Path, plan: PackPlan, overwrite: bool) -> Path:
-    """The folder `.packing` for this plan: new, or as an interrupted pack of the same plan left it. Needs `hold`.
+    def is_packed(self) -> bool:
+        """Whether the data set of this plan is there, whole. Changes nothing.
 
-    Raises:
-        CommandError: without `overwrite`, an unfinished pack of another plan is there, or shards of unknown origin.
-    """
-    staging = out / STAGING
-    begun = _begun(staging)
-    if begun is not None and begun != plan and not overwrite:
-        raise CommandError(
-            f"{out}: holds an unfinished pack of another plan ({plan.difference(begun)}); repeat that command to "
-            "finish it, add --overwrite to drop it, or choose another --out"
-        )
-    if begun is None and not overwrite:
-        _refuse_strays(out)
-    if begun != plan:
-        drop(staging)
-        _create(staging, plan)
-    for left in _nameless(staging):
-        shutil.rmtree(left)
-    halves = [*staging.glob(".*.tmp"), *out.glob(f".{DATASET_FILE}.*.tmp"), *out.glob(f".{FAILURES_FILE}.*.tmp")]
-    for half in halves:
-        half.unlink()
-    return staging
+        Raises:
+            CommandError: the data set of another plan is there.
+        """
+        if not (self.out / DATASET_FILE).exists():
+            return False
+        dataset = read_dataset(self.out)
+        if dataset.plan_hash != self.plan.hash:
+            raise CommandError(
+                f"{self.out}: holds a data set of another plan ({self.plan.difference(self._plan_of(dataset))}); "
+                "add --overwrite to replace it, or choose another --out"
+            )
+        return True
 
+    def is_begun(self) -> bool:
+        """Whether an unfinished pack of this plan is there.
 
-def open_slice(out: Path, plan: PackPlan, shards: Sequence[str], overwrite: bool) -> Path:
-    """The folder `.packing` for one slice of this plan, beside others that may be at work there. Needs `share`.
+        Raises:
+            CommandError: an unfinished pack of another plan is there.
+        """
+        if not self.folder.exists():
+            return False
+        begun = self._begun()
+        if begun != self.plan:
+            other = self.plan.difference(begun) if begun is not None else f"its {_PLAN_FILE} cannot be read"
+            raise CommandError(
+                f"{self.out}: holds an unfinished pack of another plan ({other}); repeat that command to finish it, "
+                "choose another --out, or, once nothing of it is running, delete it: "
+                f"rm -r {shlex.quote(str(self.folder))}"
+            )
+        return True
 
-    Args:
-        shards: of this slice; what an earlier try left half-written of them goes, and nothing else.
-        overwrite: another plan's data set (or shards of unknown origin) may lie in `out`, to be replaced by --finish.
+    def _plan_of(self, dataset: Dataset) -> PackPlan:
+        """What a data set was packed with, as far as it is known."""
+        settings = dataset.settings
+        if settings is not None:
+            frames = str(Encoding(dataset.frames, settings.quality, settings.short_side))
+        else:  # packed by version 0.1
+            frames = self.plan.frames if self.plan.frames.split()[0] == dataset.frames else dataset.frames
+        failures = self.out / FAILURES_FILE
+        failed = len(ledger.read(failures)[0]) if failures.exists() else 0
+        samples = sum(split.samples for split in dataset.splits.values())
+        shard_bytes = settings.shard_bytes if settings else None
+        return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, frames, shard_bytes, samples + failed)
 
-    Raises:
-        CommandError: an unfinished pack of another plan is there, or without `overwrite` shards of unknown origin.
-    """
-    staging = out / STAGING
-    if not staging.exists():
-        if not overwrite:
-            _refuse_strays(out)
-        _create(staging, plan)
-    _refuse_other(staging, plan)
-    stems = {Path(shard).stem for shard in shards}
-    for half in staging.glob(".*.tmp"):  # of a shard, its index or its mark: .STEM.SUFFIX.PID.tmp
-        if half.name[1:].partition(".")[0] in stems:
-            half.unlink()
-    return staging
+    def _begun(self) -> PackPlan | None:
+        """The plan of an unfinished pack; None without one."""
+        try:
+            return PackPlan(**json.loads((self.folder / _PLAN_FILE).read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
+    # --- to begin ---------------------------------------------------------------------------------------------
 
-def find_staging(out: Path, plan: PackPlan) -> Path | None:
-    """The folder `.packing` that slices of this plan filled; None if none has begun.
+    def open(self, overwrite: bool) -> None:
+        """Make the folder, or continue what an interrupted pack of the same plan left. Needs `lock_exclusive`.
 
-    Raises:
-        CommandError: an unfinished pack of another plan is there.
-    """
-    staging = out / STAGING
-    if not staging.exists():
-        return None
-    _refuse_other(staging, plan)
-    return staging
+        Raises:
+            CommandError: without `overwrite`, an unfinished pack of another plan is there, or shards of unknown origin.
+        """
+        begun = self._begun()
+        if begun is not None and begun != self.plan and not overwrite:
+            raise CommandError(
+                f"{self.out}: holds an unfinished pack of another plan ({self.plan.difference(begun)}); repeat that "
+                "command to finish it, add --overwrite to delete it, or choose another --out"
+            )
+        if begun is None and not overwrite:
+            self._refuse_strays()
+        if begun != self.plan:
+            self.delete()
+            self._create()
+        for left in self._nameless():
+            shutil.rmtree(left)
+        for name in (f"{STAGING}/.*.tmp", f".{DATASET_FILE}.*.tmp", f".{FAILURES_FILE}.*.tmp"):
+            for half in self.out.glob(name):
+                half.unlink()
 
+    def open_slice(self, shards: Iterable[str], overwrite: bool) -> None:
+        """Make the folder for one slice, or join other slices that may be running there. Needs `lock_shared`.
 
-def _refuse_other(staging: Path, plan: PackPlan) -> None:
-    begun = _begun(staging)
-    if begun != plan:
-        other = plan.difference(begun) if begun is not None else f"its {_PLAN_FILE} cannot be read"
-        raise CommandError(
-            f"{staging.parent}: holds an unfinished pack of another plan ({other}); repeat that command to finish it, "
-            f"choose another --out, or, once nothing of it runs any more, drop it: rm -r {shlex.quote(str(staging))}"
-        )
+        Args:
+            shards: of this slice; what an earlier try left half-written of them is removed, and nothing else.
+            overwrite: `out` may hold another plan's data set, or shards of unknown origin, for --finish to replace.
 
+        Raises:
+            CommandError: an unfinished pack of another plan is there, or without `overwrite` shards of unknown origin.
+        """
+        if not self.is_begun():
+            if not overwrite:
+                self._refuse_strays()
+            self._create()
+            self.is_begun()
+        stems = {Path(shard).stem for shard in shards}
+        for half in self.folder.glob(".*.tmp"):  # of a shard, its index or its mark: .STEM.SUFFIX.PID.tmp
+            if half.name[1:].partition(".")[0] in stems:
+                half.unlink()
 
-def _refuse_strays(out: Path) -> None:
-    if not (out / DATASET_FILE).exists() and (strays := _shard_files(out)):
-        raise CommandError(
-            f"{out}: holds {len(strays)} shard files, such as {strays[0].name}, and no {DATASET_FILE}; add --overwrite "
-            "to replace them, or choose another --out"
-        )
+    def _refuse_strays(self) -> None:
+        if not (self.out / DATASET_FILE).exists() and (strays := self._shard_files()):
+            raise CommandError(
+                f"{self.out}: holds {len(strays)} shard files, such as {strays[0].name}, and no {DATASET_FILE}; "
+                "add --overwrite to replace them, or choose another --out"
+            )
 
+    def _create(self) -> None:
+        """Make the folder with its plan.json in one step; if another slice was faster, use its folder."""
+        new = self._unique_name()
+        new.mkdir()
+        write_atomic(new / _PLAN_FILE, json.dumps(dataclasses.asdict(self.plan)).encode())
+        try:
+            new.rename(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(new)
+        sync_folder(self.out)
 
-def _create(staging: Path, plan: PackPlan) -> None:
-    """Make `.packing` with its plan.json in one step; if another slice was faster, its folder stands."""
-    new = _aside(staging)
-    new.mkdir()
-    write_atomic(new / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode())
-    try:
-        new.rename(staging)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        shutil.rmtree(new)
-    sync_folder(staging.parent)
+    def delete(self) -> None:
+        """Remove an unfinished pack. It is renamed first, so that `.packing` always has its plan.json."""
+        if self.folder.exists():
+            self.folder.rename(self._unique_name())
+        for left in self._nameless():
+            shutil.rmtree(left)
 
+    def _unique_name(self) -> Path:
+        """A name for the folder before and after it is `.packing`; unique over machines."""
+        return self.out / f"{STAGING}.{uuid.uuid4().hex}.tmp"
 
-def _begun(staging: Path) -> PackPlan | None:
-    """The plan of an unfinished pack; None without one."""
-    try:
-        return PackPlan(**json.loads((staging / _PLAN_FILE).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+    def _nameless(self) -> list[Path]:
+        return list(self.out.glob(f"{STAGING}.*.tmp"))
 
+    def record_slices(self, count: int) -> None:
+        """Record into how many slices this pack is cut, so that --finish can name those to repeat."""
+        (self.folder / f"{_COUNT}{count}").touch()
 
-def drop(staging: Path) -> None:
-    """Remove an unfinished pack. It loses its name first: `.packing` is never there without its plan.json."""
-    if staging.exists():
-        staging.rename(_aside(staging))
-    for left in _nameless(staging):
-        shutil.rmtree(left)
+    def recorded_slices(self) -> int | None:
+        """Into how many slices this pack is cut; None if no number was recorded, or several."""
+        found = [path.name.removeprefix(_COUNT) for path in self.folder.glob(f"{_COUNT}*")]
+        return int(found[0]) if len(found) == 1 else None
 
+    # --- one shard --------------------------------------------------------------------------------------------
 
-def _aside(staging: Path) -> Path:
-    """A name for `.packing` before it is one, or when it is none any more; unique over machines."""
-    return staging.with_name(f"{STAGING}.{uuid.uuid4().hex}.tmp")
+    def mark_done(self, shard: str, result: ShardResult) -> None:
+        """Record that a shard is done. Its files are on the disk by then."""
+        write_atomic(self._mark(shard), result.to_json())
 
+    def done(self, shard: str) -> ShardResult | None:
+        """What an earlier try recorded of a shard; None if it is not done, or its files are no longer there."""
+        try:
+            result = ShardResult.from_json(self._mark(shard).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        there = result.info is None or (result.info.file == shard and self._is_there(result.info))
+        return result if there else None
 
-def _nameless(staging: Path) -> list[Path]:
-    return list(staging.parent.glob(f"{STAGING}.*.tmp"))
+    def results(self, shards: Iterable[str]) -> dict[str, ShardResult]:
+        """The results of those shards that are done, by name."""
+        return {shard: result for shard in shards if (result := self.done(shard)) is not None}
 
+    def _is_there(self, info: ShardInfo) -> bool:
+        """Whether a shard lies in the folder, or an interrupted commit began to move it: first its index, then its tar.
 
-def note_count(staging: Path, count: int) -> None:
-    """Note into how many slices this pack is cut, so that --finish can name those to repeat."""
-    (staging / f"{_COUNT}{count}").touch()
+        In the output folder, a tar of the same size may belong to the data set which is to be replaced.
+        """
+        index = index_name(info.file)
+        moved = not (self.out / DATASET_FILE).exists() and file_hash(self.out / index) == info.index_xxh3
+        if not moved and file_hash(self.folder / index) != info.index_xxh3:
+            return False
+        tars = [self.folder / info.file, self.out / info.file] if moved else [self.folder / info.file]
+        return any(tar.is_file() and tar.stat().st_size == info.bytes for tar in tars)
 
+    def discard(self, shard: str) -> None:
+        """Remove what there is of a shard, its mark first."""
+        self._mark(shard).unlink(missing_ok=True)
+        remove_shard(self.folder, shard)
 
-def noted_count(staging: Path) -> int | None:
-    """Into how many slices this pack is cut; None if none was noted, or more than one number."""
-    found = [path.name.removeprefix(_COUNT) for path in staging.glob(f"{_COUNT}*")]
-    return int(found[0]) if len(found) == 1 else None
+    def _mark(self, shard: str) -> Path:
+        return self.folder / f"{Path(shard).stem}.done"
 
+    # --- to end -----------------------------------------------------------------------------------------------
 
-def mark_done(staging: Path, shard: str, result: ShardResult) -> None:
-    """Note that a shard is written and its tar on the disk. What a power cut takes of note or index, `done` will see."""
-    write_atomic(_mark(staging, shard), result.to_json(), durable=False)
+    def commit(self, dataset: Dataset, failures: Sequence[Failure]) -> None:
+        """Move the finished shards into place. An old dataset.json is removed first, the new one is written last."""
+        shards = [info.file for split in dataset.splits.values() for info in split.shards]
+        files = [name for shard in shards for name in (index_name(shard), shard)]
+        (self.out / DATASET_FILE).unlink(missing_ok=True)
+        for path in self._shard_files():
+            if path.name not in files:
+                path.unlink()
+        sync_folder(self.out)
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # an interrupted commit moved it
+                (self.folder / name).rename(self.out / name)
+        if failures:
+            write_atomic(self.out / FAILURES_FILE, "".join(f.to_line() for f in failures).encode())
+        else:
+            (self.out / FAILURES_FILE).unlink(missing_ok=True)
+        sync_folder(self.out)
+        write_atomic(self.out / DATASET_FILE, dataset.to_json())
+        self.delete()
 
+    def clean_up(self) -> None:
+        """Remove what is left of a commit that was killed after it wrote dataset.json."""
+        if self._begun() in (self.plan, None):
+            self.delete()
 
-def done(staging: Path, shard: str) -> ShardResult | None:
-    """What an earlier try noted of a shard; None if it did not come so far, or if what it wrote is not there, whole.
-
-    A power cut may have left the note or the index without its content; of a tar that has its name all is there.
-    """
-    try:
-        result = ShardResult.from_json(_mark(staging, shard).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    there = result.info is None or (result.info.file == shard and _is_there(staging, shard, result.info))
-    return result if there else None
-
-
-def _is_there(staging: Path, shard: str, info: ShardInfo) -> bool:
-    """Whether a shard lies in the staging folder, or an earlier try came to moving it: its index first, then its tar.
-
-    In the output folder, a tar of the same size may be that of the data set which is to be replaced.
-    """
-    out = staging.parent
-    moved = not (out / DATASET_FILE).exists() and file_hash(out / index_name(shard)) == info.index_xxh3
-    if not moved and file_hash(staging / index_name(shard)) != info.index_xxh3:
-        return False
-    tars = [staging / shard, out / shard] if moved else [staging / shard]
-    return any(tar.is_file() and tar.stat().st_size == info.bytes for tar in tars)
-
-
-def discard(staging: Path, shard: str) -> None:
-    """Remove what there is of a shard, and the note that it is done first."""
-    _mark(staging, shard).unlink(missing_ok=True)
-    remove_shard(staging, shard)
-
-
-def _mark(staging: Path, shard: str) -> Path:
-    return staging / f"{Path(shard).stem}.done"
-
-
-def commit(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> None:
-    """Bring the finished shards to the disk, then into place; dataset.json goes first where an old one is, and comes last.
-
-    Raises:
-        OSError: something cannot be written to the disk; an old data set is there as before.
-    """
-    staging = out / STAGING
-    shards = [info.file for split in dataset.splits.values() for info in split.shards]
-    files = [name for shard in shards for name in (index_name(shard), shard)]
-    for shard in shards:
-        _sync(staging, shard)
-    sync_folder(staging)
-    (out / DATASET_FILE).unlink(missing_ok=True)
-    for path in _shard_files(out):
-        if path.name not in files:
-            path.unlink()
-    sync_folder(out)
-    for name in files:
-        if (staging / name).exists():  # else moved by a commit that was interrupted
-            (staging / name).rename(out / name)
-    if failures:
-        write_atomic(out / FAILURES_FILE, "".join(f.to_line() for f in failures).encode())
-    else:
-        (out / FAILURES_FILE).unlink(missing_ok=True)
-    sync_folder(out)
-    write_atomic(out / DATASET_FILE, dataset.to_json())
-    drop(staging)
-
-
-def _sync(staging: Path, shard: str) -> None:
-    """Bring a shard's index and note to the disk, those that are in the staging folder.
-
-    An error is told once, and the next try would believe the page cache: so the shard is to be written again.
-    """
-    try:
-        for path in (staging / index_name(shard), _mark(staging, shard)):
-            if path.exists():
-                sync_file(path)
-    except OSError:
-        discard(staging, shard)
-        raise
-
-
-def _shard_files(out: Path) -> list[Path]:
-    """Shards and indexes in the folder; nothing else there is ever touched."""
-    return sorted(path for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name))
+    def _shard_files(self) -> list[Path]:
+        """Shards and indexes in the output folder; nothing else there is ever touched."""
+        return sorted(path for path in self.out.iterdir() if _SHARD_FILE.fullmatch(path.name))

@@ -124,7 +124,7 @@ def test_slices_and_a_plain_pack_keep_each_other_out(sources: Path, tmp_path: Pa
         for options in ([], ["--finish"]):
             with pytest.raises(CommandError, match="another pack or repair is writing there"):
                 pack_here(sources, "--out", out, *SHARDS, *options)
-    with staging.hold(out), pytest.raises(CommandError, match="a pack without --task, --finish or a repair is writing"):
+    with staging.lock_exclusive(out), pytest.raises(CommandError, match="a pack without --task, --finish or a repair is writing"):
         pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
 
 

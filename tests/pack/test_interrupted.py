@@ -352,7 +352,7 @@ def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
 
 
 def test_a_second_pack_on_the_same_folder_is_refused(videos: Path, tmp_path: Path, run_module: RunModule) -> None:
-    with staging.hold(tmp_path):
+    with staging.lock_exclusive(tmp_path):
         done = run_module("shard_tools.pack", videos, "--out", tmp_path, check=False)
     assert done.returncode == 2
     assert (

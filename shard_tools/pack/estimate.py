@@ -20,7 +20,7 @@ import av
 import cv2
 import xxhash
 
-from shard_tools.common.cli import CommandError, one_line
+from shard_tools.common.cli import CommandError, available_cores, one_line
 from shard_tools.format.dataset import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
 from shard_tools.pack.pack_shard import read_source
@@ -155,7 +155,7 @@ def _scale(
     payloads = total * one.payload_bytes / one.source_bytes
     size = payloads + videos * one.other_bytes / one.clips + shards * (2 * BLOCK + RECORD / 2)  # the tar's end
     work = total * one.pack_seconds / one.source_bytes
-    at_once = max(1, min(workers, len(os.sched_getaffinity(0)), shards))
+    at_once = max(1, min(workers, available_cores(), shards))
     rounds = math.ceil(shards / at_once) / shards  # the share of the work that the busiest process does
     return TierEstimate(
         tier=tier,
@@ -296,25 +296,17 @@ def estimate_lines(result: Estimate, videos: int, workers: int, cores: int, want
 
 def _assumptions(result: Estimate, workers: int) -> Iterator[str]:
     growth = ", ".join(f"{tier} {growth}" for tier, growth in EXPECTED_GROWTH.items())
-    yield (
-        f"  shards: as planned, from fixed growths ({growth}), since a plan must not depend on measuring; bytes: from "
-        "measured growth"
-    )
+    yield f"  shards: as planned, from fixed growths of the bytes ({growth}); bytes: from the measured growth"
     yield f"  fits: {size_text(result.free)} are free in {result.written.folder}"
     written = result.written
     if written.problem is None:
-        speed = (
-            f"all of them together write {written.bytes_per_second / 1e6:,.0f} MB/s, as one does to a small file here"
-        )
+        speed = f"writing at {written.bytes_per_second / 1e6:,.0f} MB/s, measured with a small file"
     else:
         speed = f"writing is not included ({written.folder}: {one_line(written.problem)})"
-    here = len(os.sched_getaffinity(0))
-    yield f"  packing: {workers} workers on the {_cores(here)} of this machine; {speed}; reads from a cold drive are not included"
-    yield (
-        f"  decodes: {CLIP_FRAMES} frames at stride {STRIDE}, from the middle of a video, decoding alone, in CPU time of one "
-        f"thread; feed: with the resize to {SIZE} x {SIZE} that training adds, on cores that do nothing else; cold reads "
-        "are not included"
-    )
+    here = _cores(available_cores())
+    yield f"  packing: {workers} workers on the {here} of this machine; {speed}; without reads from a cold drive"
+    yield f"  decodes: {CLIP_FRAMES} frames at stride {STRIDE} from the middle of a video, CPU time of one thread"
+    yield f"  feed: with the resize to {SIZE} x {SIZE} of training, on cores that do nothing else; without cold reads"
 
 
 def verdict(result: Estimate, cores: int, want: int) -> str:
@@ -329,7 +321,8 @@ def verdict(result: Estimate, cores: int, want: int) -> str:
     feeds = f"{names} feed{'s' if len(enough) == 1 else ''} {goal} with {_cores(cores)}"
     smallest = min(fitting or enough, key=lambda tier: tier.bytes)
     if fitting:
-        return f"{feeds}; the smallest that fits is {smallest.tier} ({size_text(smallest.bytes)}): --frames {smallest.tier}"
+        size = size_text(smallest.bytes)
+        return f"{feeds}; the smallest that fits is {smallest.tier} ({size}): --frames {smallest.tier}"
     return (
         f"{feeds}, but not even {smallest.tier} ({size_text(smallest.bytes)}) fits into the {size_text(result.free)} "
         f"that are free in {result.written.folder}; choose another --out, or more --cores"

@@ -1,4 +1,4 @@
-"""Write all shards of a pack: each is a task for a process that may die. Progress, and sources that kill the process."""
+"""Write all shards of a pack, each in a worker process that may die, and show the progress."""
 
 from __future__ import annotations
 

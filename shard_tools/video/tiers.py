@@ -10,7 +10,6 @@ Frames never pass through RGB. They are numbered in decoding order, so a variabl
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -72,14 +71,8 @@ class Payload:
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
-    @functools.cached_property
-    def xxh3(self) -> int:
-        """XXH3-64 of the bytes."""
-        return xxhash.xxh3_64_intdigest(self.data)
-
     def sample_info(self, source: Source, data: bytes) -> SampleInfo:
         """What KEY.json says of this payload, made of the source file with the bytes `data`."""
-        xxh3 = self.xxh3 if data is self.data else xxhash.xxh3_64_intdigest(data)
         return SampleInfo(
             key=source.key,
             split=source.split,
@@ -87,7 +80,7 @@ class Payload:
             label_text=source.label_text,
             template=source.template,
             placeholders=source.placeholders,
-            source=SourceFile(source.path, len(data), f"{xxh3:016x}"),
+            source=SourceFile(source.path, len(data), xxhash.xxh3_64_hexdigest(data)),
             video=self.video,
             frame_offsets=self.frame_offsets,
             frame_xxh3=self.frame_xxh3,

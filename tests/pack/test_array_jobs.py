@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -18,9 +17,11 @@ from conftest import REPOSITORY, RunModule, contents, pack_here, wait_until
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
-from shard_tools.pack import packing, staging
+from shard_tools.pack.packing import slice_of
+from shard_tools.pack.staging import STAGING, PackPlan, Staging, lock_exclusive, lock_shared
 
 SHARDS = ["--shard-size", "64KiB"]
+PLAN = PackPlan("h", "x", 0, "source", 65536, 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def plain(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def start(sources: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "shard_tools.pack", sources, "--out", out, *SHARDS, "--workers", "1", *options]
-    return subprocess.Popen([*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def done_marks(out: Path) -> set[str]:
@@ -55,6 +58,7 @@ def done_marks(out: Path) -> set[str]:
 # --- at the same time, and killed -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_plain_pack(
     sources: Path, plain: dict[str, bytes], tmp_path: Path, run_module: RunModule
 ) -> None:
@@ -66,11 +70,11 @@ def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_p
         process.kill()
     for process in slices:
         process.communicate()
-    assert not [path for path in out.iterdir() if path.name != staging.STAGING]  # nothing counts as finished yet
-    kept = {name: (out / staging.STAGING / name).stat().st_mtime_ns for name in done_marks(out)}
+    assert not [path for path in out.iterdir() if path.name != STAGING]  # nothing counts as finished yet
+    kept = {name: (out / STAGING / name).stat().st_mtime_ns for name in done_marks(out)}
     again = [start(sources, out, "--task", f"{number}/3") for number in range(2)]
     outputs = [process.communicate()[0] for process in again]
-    assert {name: (out / staging.STAGING / name).stat().st_mtime_ns for name in kept} == kept
+    assert {name: (out / STAGING / name).stat().st_mtime_ns for name in kept} == kept
     assert all("slice " in text for text in outputs)
     assert sorted([slices[2].returncode, *(process.returncode for process in again)]) == [0, 0, 1]  # the empty video
     done = run_module("shard_tools.pack", sources, "--out", out, *SHARDS, "--finish", check=False)
@@ -79,52 +83,45 @@ def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_p
     assert contents(out) == plain
 
 
-def test_many_slices_starting_at_once_make_one_staging_folder(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    slices = [start(sources, out, "--task", f"{number}/4") for number in range(1, 5)]  # counted from 1
-    errors = [process.communicate()[1] for process in slices]
-    assert not [text for text in errors if "error" in text]
-    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
-    assert contents(out) == plain
-
-
 def test_a_slice_that_loses_the_race_for_the_folder_takes_the_one_that_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = staging.PackPlan("h", "x", 0, "source", 65536, 3)
-    create = staging._create
+    create = Staging._create
 
-    def slower(folder: Path, asked: staging.PackPlan) -> None:
-        create(folder, asked)
-        (folder / "train-000000.done").write_text("of the faster one")
-        create(folder, asked)
+    def slower(staging: Staging) -> None:
+        create(staging)
+        (staging.folder / "train-000000.done").write_text("of the faster one")
+        create(staging)
 
-    monkeypatch.setattr(staging, "_create", slower)
-    folder = staging.open_slice(tmp_path, plan, ["train-000001.tar"], False)
-    assert (folder / "train-000000.done").read_text() == "of the faster one"
-    assert [path.name for path in tmp_path.iterdir()] == [staging.STAGING]
+    monkeypatch.setattr(Staging, "_create", slower)
+    slice_ = Staging(tmp_path, PLAN)
+    slice_.open_slice(["train-000001.tar"], False)
+    assert (slice_.folder / "train-000000.done").read_text() == "of the faster one"
+    assert [path.name for path in tmp_path.iterdir()] == [STAGING]
 
 
 def test_a_slice_removes_what_was_left_half_written_of_its_own_shards_only(tmp_path: Path) -> None:
-    plan = staging.PackPlan("h", "x", 0, "source", 65536, 3)
-    folder = staging.open_slice(tmp_path, plan, [], False)
+    slice_ = Staging(tmp_path, PLAN)
+    slice_.open_slice([], False)
+    folder = slice_.folder
     halves = [f".train-00000{n}.{suffix}.77.tmp" for n in (0, 1) for suffix in ("tar", "parquet", "done")]
     for name in halves:
         (folder / name).touch()
-    staging.open_slice(tmp_path, plan, ["train-000001.tar"], False)
+    slice_.open_slice(["train-000001.tar"], False)
     assert {path.name for path in folder.iterdir()} == {"plan.json", *halves[:3]}
 
 
 def test_slices_and_a_plain_pack_keep_each_other_out(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with staging.share(out):
+    with lock_shared(out):
         pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
         for options in ([], ["--finish"]):
             with pytest.raises(CommandError, match="another pack or repair is writing there"):
                 pack_here(sources, "--out", out, *SHARDS, *options)
-    with staging.lock_exclusive(out), pytest.raises(CommandError, match="a pack without --task, --finish or a repair is writing"):
+    with (
+        lock_exclusive(out),
+        pytest.raises(CommandError, match="a pack without --task, --finish or a repair is writing"),
+    ):
         pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
 
 
@@ -214,18 +211,17 @@ def test_a_plain_pack_goes_on_from_slices_and_commits(
 
 @pytest.mark.parametrize(("numbers", "count"), [(range(4), 4), (range(1, 5), 4), ([0], 1), ([1], 1), (range(99), 99)])
 def test_slices_cover_every_shard_once_and_evenly(numbers: range | list[int], count: int) -> None:
-    plan = packing.Plan(tuple(range(14)), "hash", 1)
-    slices = [packing._slice(plan, number, count).tasks for number in numbers]
+    slices = [slice_of(range(14), number, count) for number in numbers]
     assert sorted(task for tasks in slices for task in tasks) == list(range(14))
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 def test_a_dry_run_prints_the_part_of_a_slice(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, run_module: RunModule
+    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     total = len([name for name in plain if name.endswith(".tar")])
-    done = run_module("shard_tools.pack", sources, "--out", tmp_path / "out", *SHARDS, "--dry-run", "--task", "1/4")
-    assert f"slice 1/4: {len(range(1, total, 4))} of {total} shards, " in done.stdout
+    pack_here(sources, "--out", tmp_path / "out", *SHARDS, "--dry-run", "--task", "1/4")
+    assert f"slice 1/4: {len(range(1, total, 4))} of {total} shards, " in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -239,7 +235,7 @@ def test_an_unfinished_pack_of_another_plan_is_refused_with_the_difference_and_n
     pack_here(sources, "--out", out, *SHARDS, "--task", "0/3")
     before = contents(out)
     for options in (["--task", "1/3"], ["--task", "1/3", "--overwrite"], ["--finish"], ["--finish", "--overwrite"]):
-        with pytest.raises(CommandError, match=r"seed 0 instead of 1.*drop it: rm -r .*\.packing"):
+        with pytest.raises(CommandError, match=r"seed 0 instead of 1.*delete it: rm -r .*\.packing"):
             pack_here(sources, "--out", out, *SHARDS, "--seed", 1, *options)
     assert contents(out) == before
 
@@ -267,34 +263,3 @@ def test_shards_of_unknown_origin_are_not_touched_by_slices(sources: Path, tmp_p
     with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar"):
         pack_here(sources, "--out", tmp_path, *SHARDS, "--task", "0/2")
     assert contents(tmp_path) == {"train-000099.tar": b"precious"}
-
-
-@pytest.mark.parametrize("text", ["5/4", "-1/4", "0/0", "1", "a/b", "1/", "/4", "1/4/2", "0.5/4"])
-def test_a_slice_that_is_none_is_a_usage_error(sources: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        pack_here(sources, f"--task={text}")
-    assert caught.value.code == 2
-    assert "is not a slice such as 0/8" in capsys.readouterr().err
-
-
-def test_task_and_finish_exclude_each_other(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        pack_here(sources, "--task", "0/2", "--finish")
-    assert "not allowed with" in capsys.readouterr().err
-
-
-# --- a slice is stopped ---------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_slice_is_exit_code_130_and_goes_on(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    process = start(sources, out, "--task", "0/1")
-    wait_until(lambda: len(done_marks(out)) >= 1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (130, "interrupted; everything committed so far is kept\n")
-    pack_here(sources, "--out", out, *SHARDS, "--task", "0/1")
-    assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
-    assert contents(out) == plain

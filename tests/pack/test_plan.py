@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_tools.pack.plan import Plan, make_plan
-from shard_tools.pack.shard_size import MIB, auto_shard_bytes
+from shard_tools.pack.plan import MIB, Plan, auto_shard_bytes, make_plan
 from shard_tools.video.sources import Source
 
 SOURCES = [
@@ -23,7 +22,7 @@ SIZES = {source.key: 1000 + 97 * n for n, source in enumerate(SOURCES)}
 
 def plan(sources: list[Source] = SOURCES, sizes: dict[str, int] = SIZES, **changed: object) -> Plan:
     arguments = {"encoding": "source", "seed": 0, "shard_bytes": 128 << 10} | changed
-    name, classes = arguments.pop("name", "name"), arguments.pop("classes", ["a", "b", "c"])
+    name, classes = arguments.pop("name", "name"), arguments.pop("classes", ["a", "b"])
     return make_plan(name, sources, classes, sizes, **arguments)
 
 
@@ -47,14 +46,16 @@ def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, s
     sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
     for task in plan(sources, {str(n): size for n, size in enumerate(sizes)}, shard_bytes=target).tasks:
         total = sum(sizes[int(source.key)] for source in task.sources)
+        assert task.bytes == total
         assert total <= target or len(task.sources) == 1
         assert task.sources
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"name": "other"}, {"seed": 1}, {"encoding": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c", "d"]},
-     {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]}, {"sources": [SOURCES[0]._replace(label=2), *SOURCES[1:]]},
+    [{"name": "other"}, {"seed": 1}, {"encoding": "mjpeg"}, {"shard_bytes": 129 << 10}, {"classes": ["a", "b", "c"]},
+     {"sizes": SIZES | {"007": 1}}, {"sources": SOURCES[:-1]},
+     {"sources": [SOURCES[0]._replace(label=2), *SOURCES[1:]]},
      {"sources": [SOURCES[0]._replace(placeholders=("cup",)), *SOURCES[1:]]}],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
@@ -78,34 +79,3 @@ def test_another_seed_mixes_otherwise_and_classes_are_mixed() -> None:
 )
 def test_the_automatic_shard_size_is_the_largest_that_gives_256_shards(total: int, expected: int) -> None:
     assert auto_shard_bytes(total) == expected * MIB
-
-
-@given(st.integers(0, 10**13))
-def test_the_automatic_shard_size_stays_within_its_bounds(total: int) -> None:
-    size = auto_shard_bytes(total)
-    assert size in [n * MIB for n in (16, 32, 64, 128, 256)]
-    assert size == 16 * MIB or size * 256 <= total
-    assert size == 256 * MIB or 2 * size * 256 > total
-
-
-@given(st.integers(0, 2**32), st.floats(0, 1.5), st.integers(1, 32))
-@settings(max_examples=20)
-def test_automatic_shards_are_even_work_for_up_to_32_workers(seed: int, spread: float, workers: int) -> None:
-    draw = random.Random(seed).lognormvariate
-    sizes = [min(int(draw(15, spread)), 12 * MIB) for _ in range(1500)]  # about 5 to 8 GB
-    sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
-    by_key = {str(n): size for n, size in enumerate(sizes)}
-    made = plan(sources, by_key, shard_bytes=None)
-    shards = [sum(by_key[s.key] for s in task.sources) for task in made.tasks]
-    largest = max(sizes) + 4096  # headers and KEY.json count, too
-    for n, (shard, task) in enumerate(zip(shards, made.tasks, strict=True)):
-        assert shard <= made.shard_bytes
-        if n < len(shards) - 1:  # all but the last of a split are full: there was no room for the next sample
-            assert shard + 4096 * len(task.sources) + largest > made.shard_bytes
-    busy = [0] * workers
-    for shard in shards:  # each goes to whoever is free first
-        busy[busy.index(min(busy))] += shard
-    even = sum(shards) / workers
-    assert max(busy) <= even + made.shard_bytes
-    if made.shard_bytes * 256 <= sum(sizes):
-        assert max(busy) <= even * (1 + workers / 256)

@@ -1,4 +1,4 @@
-"""Packing on Ray: the same bytes as on local processes, deadly videos named, nothing left behind; on a real local Ray."""
+"""Packing on a real local Ray: the same bytes as on local processes, crashing videos named, no process left behind."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, RunModule, alive, contents, wait_until
+from conftest import REPOSITORY, RunModule, alive, contents, pack_job, wait_until
 
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.format.dataset import Video
 from shard_tools.pack import __main__ as pack
-from shard_tools.pack import ray_executor, staging
-from shard_tools.pack.plan import PackJob, make_plan
-from shard_tools.pack.ray_executor import ray_cluster, run_ray
+from shard_tools.pack.plan import make_plan
+from shard_tools.pack.ray_executor import check_address, ray_cluster, run_ray
 from shard_tools.pack.schedule import write_shards
 from shard_tools.video import probe as frames
 from shard_tools.video.sources import find_sources
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is an extra, and not installed here")
+pytestmark = [
+    pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is optional, and not installed here"),
+]
 SHARDS = ["--shard-size", "64KiB"]  # ten videos in the smallest shards
 
 
@@ -74,18 +73,14 @@ def full_disk(number: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/where")
 
 
-def tell_pid_and_wait(folder: Path, number: int) -> None:
-    if number:
-        (folder / str(os.getpid())).touch()
-        time.sleep(60)
-
-
+@pytest.mark.slow
 def test_every_task_comes_back_with_its_result(cluster: int) -> None:
     assert cluster == 2
     assert dict(run_ray(square, range(20), cluster)) == {n: n * n for n in range(20)}
     assert list(run_ray(square, [], cluster)) == []
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_process_is_tried_twice_and_the_others_finish(cluster: int, tmp_path: Path) -> None:
     results = dict(run_ray(functools.partial(die_at_three, tmp_path), range(8), cluster))
     assert isinstance(results.pop(3), WorkerDiedError)
@@ -93,16 +88,19 @@ def test_a_task_that_kills_its_process_is_tried_twice_and_the_others_finish(clus
     assert (tmp_path / "tries").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_a_process_killed_from_outside_costs_no_task(cluster: int, tmp_path: Path) -> None:
     assert dict(run_ray(functools.partial(die_once, tmp_path), range(6), cluster)) == {n: n for n in range(6)}
 
 
+@pytest.mark.slow
 def test_an_exception_of_a_task_is_raised_here_as_it_was(cluster: int) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         list(run_ray(full_disk, range(3), cluster))
     assert (type(caught.value), caught.value.errno, caught.value.filename) == (OSError, errno.ENOSPC, "/some/where")
 
 
+@pytest.mark.slow
 def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
     here_only = types.ModuleType("here_only")
     here_only.square = types.FunctionType(square.__code__, {"__name__": "here_only"}, "square")
@@ -112,29 +110,7 @@ def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pyte
         list(run_ray(here_only.square, range(3), cluster))
 
 
-def leave_while_tasks_run(folder: Path) -> None:
-    with ray_cluster(None) as workers:
-        own = subprocess.Popen(["sleep", "60"])
-        next(run_ray(functools.partial(tell_pid_and_wait, folder), range(4), workers))
-        wait_until(lambda: list(folder.iterdir()))
-    assert own.poll() is None  # what the program itself has started is not Ray's to end
-    own.kill()
-    own.wait()
-
-
-def test_leaving_the_cluster_ends_the_tasks(cluster: int, tmp_path: Path) -> None:
-    """Another program joins, and goes away in the middle of its tasks; the cluster goes on."""
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    code = f"import test_ray, pathlib; test_ray.leave_while_tasks_run(pathlib.Path({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": address}, check=True, timeout=60)
-    pids = {int(path.name) for path in tmp_path.iterdir()}
-    assert pids
-    wait_until(lambda: not alive(pids))
-    assert dict(run_ray(square, range(3), cluster)) == {n: n * n for n in range(3)}
-
-
+@pytest.mark.slow
 def test_few_tasks_are_in_flight(cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of a long list is not handed to Ray: its memory does not grow with the data set."""
     import ray
@@ -146,36 +122,31 @@ def test_few_tasks_are_in_flight(cluster: int, monkeypatch: pytest.MonkeyPatch) 
     assert max(sizes) == 2 * cluster
 
 
-def deadly_probe(payload: bytes) -> Video:
+def crashing_probe(payload: bytes) -> Video:
     """A decoding library that takes the whole process with it on some files."""
-    if payload.startswith(b"deadly"):
+    if payload.startswith(b"crash"):
         os.abort()
     return frames.probe(payload)
 
 
+@pytest.mark.slow
 def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(
-    cluster: int, videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cluster: int, videos: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
     (root / "class").mkdir(parents=True)
     for number, path in enumerate(sorted(videos.rglob("*.webm"))[:4]):
-        (root / f"class/{number}.webm").write_bytes(b"deadly" * 99 if number == 2 else path.read_bytes())
+        (root / f"class/{number}.webm").write_bytes(b"crash" * 99 if number == 2 else path.read_bytes())
     found = find_sources(root, "auto", tmp_path)
     sizes = {source.key: (root / source.path).stat().st_size for source in found.sources}
     plan = make_plan("x", found.sources, found.classes, sizes, encoding="source", seed=0, shard_bytes=64 << 10)
-
-    def packed(name: str, execute: object) -> dict[str, staging.ShardResult]:
-        (tmp_path / name / ".packing").mkdir(parents=True)
-        job = PackJob(root, tmp_path / name / ".packing", "x", probe=deadly_probe)
-        return write_shards(job, plan, sizes, 2, execute)
-
-    results = packed("ray", run_ray)
+    jobs = {name: pack_job(root, tmp_path / name, plan, probe=crashing_probe) for name in ("ray", "local")}
+    results = write_shards(jobs["ray"], plan.tasks, 2, run_ray)
     [failure] = [failure for result in results.values() for failure in result.failures]
     assert (failure.key, failure.error) == ("class_2", "WorkerDiedError")
     assert sum(result.info.samples for result in results.values() if result.info) == 3
-    assert "A worker died" not in capfd.readouterr().out  # Ray's own long lines
-    assert results == packed("local", run_local)
-    left, right = (contents(tmp_path / name / ".packing") for name in ("ray", "local"))
+    assert results == write_shards(jobs["local"], plan.tasks, 2, run_local)
+    left, right = (contents(job.staging.folder) for job in jobs.values())
     assert {k: v for k, v in left.items() if k[0] != "."} == {k: v for k, v in right.items() if k[0] != "."}
 
 
@@ -210,10 +181,11 @@ class RayPacking:
         self.look()
         os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
         _, stderr = self.process.communicate(timeout=60)
-        assert not alive(self.family)
+        wait_until(lambda: not alive(self.family), timeout=60)  # Ray's agents notice after a while
         return self.process.returncode, stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_pack_interrupted_on_ray_goes_on_locally(
     videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int
@@ -227,14 +199,15 @@ def test_a_pack_interrupted_on_ray_goes_on_locally(
     assert contents(tmp_path / "out") == packed_locally
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Path, group: bool) -> None:
+@pytest.mark.slow
+def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Path) -> None:
     packing = RayPacking(videos, tmp_path / "out")
     wait_until(lambda: len(packing.look()) >= 3, timeout=60)
-    assert packing.stop(signal.SIGTERM, group) == (130, "interrupted; everything committed so far is kept\n")
+    assert packing.stop(signal.SIGTERM, group=True) == (130, "interrupted; everything committed so far is kept\n")
     assert not list((tmp_path / "out").glob(".packing/*.done"))
 
 
+@pytest.mark.slow
 def test_a_pack_begun_locally_is_finished_by_ray_with_the_same_bytes(
     videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule
 ) -> None:
@@ -256,34 +229,17 @@ def test_without_ray_it_is_one_line(videos: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "address", ["somewhere", "ray://127.0.0.1:10001", ":6379", "127.0.0.1:x", "127.0.0.1:99999999"]
 )
-def test_an_address_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", address)
+def test_an_address_that_is_none_is_one_line(address: str) -> None:
     with pytest.raises(CommandError, match=r"RAY_ADDRESS=.*HOST:PORT|no Ray cluster answers there"):
-        ray_executor._check_address(address)
+        check_address(address)
 
 
-def test_a_server_that_is_no_cluster_is_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(100)
-                connection.sendall(b"HTTP/1.0 400 Bad request syntax\r\n\r\n")
-
-        threading.Thread(target=answer).start()
-        with pytest.raises(CommandError, match=r"no Ray cluster answers there \(something else does"):
-            ray_executor._check_address(f"127.0.0.1:{server.getsockname()[1]}")
-
-
-def test_a_cluster_that_does_not_answer_is_one_line(videos: Path, tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_one_line(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        done = subprocess.run(
-            [sys.executable, "-m", "shard_tools.pack", videos, "--out", tmp_path / "out", "--executor", "ray"],
-            cwd=REPOSITORY, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert line.startswith(f"error: RAY_ADDRESS={address}: no Ray cluster answers there (")
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(CommandError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers there \("):
+            pack.main([str(videos), "--out", str(tmp_path / "out"), "--executor", "ray"])

@@ -108,7 +108,7 @@ def run_ray(
     """
     import ray
 
-    call = ray.remote(num_cpus=1, max_retries=0)(_call)
+    call: Any = ray.remote(num_cpus=1, max_retries=0)(_call)
     shared = ray.put(function)
     suspects: list[Task] = []
     for task, result in _run(call, shared, tasks, 2 * workers):

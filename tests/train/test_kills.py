@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_killed_run_ends_as_the_undisturbed_one(dataset, repository, tmp_path):
     script = repository / "benchmarks/kill_train.py"
     out = tmp_path / "result.json"

@@ -23,7 +23,7 @@ from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
 from salt_wds.data.views import Views
 from salt_wds.embed.embeddings import EmbeddingFile, embed_all, embedding_file
-from salt_wds.embed.video_files import look_at_files
+from salt_wds.embed.video_files import probe_files
 from salt_wds.models.build import pick_device
 from salt_wds.models.exported import VideoEncoder, load_encoder
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line
@@ -112,7 +112,7 @@ def _catalogs(args: argparse.Namespace) -> Iterator[tuple[Catalog | None, list[F
     if not (args.videos / DATASET_FILE).is_file():
         if args.split is not None:
             raise CommandError(f"--split {args.split}: {args.videos} is no data set, it has no {DATASET_FILE}")
-        files = look_at_files(args.videos, args.layout, args.out, args.workers)
+        files = probe_files(args.videos, args.layout, args.out, args.workers)
         yield files.catalog, list(files.failures)
         return
     splits = read_dataset(args.videos).splits

@@ -1,7 +1,7 @@
 """A folder of loose video files as a catalog, so that the loader reads them as it reads shards.
 
-Every file is looked at once, in processes that may die: what is no whole video is named here, with what packing would say
-of it. The rest is decoded by the loader's workers, with all that protects a run from its samples.
+Every file is probed once, in processes that may die. Files that are not whole videos are reported with packing's message.
+The rest is decoded by the loader's workers, with all that protects a run from its samples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class VideoFiles:
     failures: tuple[Failure, ...]
 
 
-def look_at_files(folder: Path, layout: str, output: Path, workers: int) -> VideoFiles:
+def probe_files(folder: Path, layout: str, output: Path, workers: int) -> VideoFiles:
     """All videos below a folder, with their labels where the layout tells them (see shard_tools.video.sources).
 
     Args:
@@ -59,9 +59,9 @@ def look_at_files(folder: Path, layout: str, output: Path, workers: int) -> Vide
     ]
     rows = []
     prepare_fork_server()  # these processes need little, but the loader's come from the same server
-    bar = tqdm(total=len(sources), unit="video", desc="look at", disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(sources), unit="video", desc="probe", disable=not sys.stderr.isatty())
     with bar:
-        for source, found in run_local(functools.partial(_look_at, folder), sources, workers):
+        for source, found in run_local(functools.partial(_probe_file, folder), sources, workers):
             bar.update()
             if isinstance(found, WorkerDiedError):
                 failures.append(_failure(folder, source.path, "crash", found))
@@ -75,7 +75,7 @@ def look_at_files(folder: Path, layout: str, output: Path, workers: int) -> Vide
     return VideoFiles(catalog_of_files(folder, index, labelled.classes), tuple(failures))
 
 
-def _look_at(folder: Path, source: Source) -> dict[str, Any] | Failure:
+def _probe_file(folder: Path, source: Source) -> dict[str, Any] | Failure:
     """The index row of a video file, or why there is none."""
     path = folder / source.path
     try:

@@ -239,14 +239,14 @@ def test_nothing_but_failures_is_no_reason_to_stop(damaged, encoder_folder, tmp_
 def die_at_odd(folder, source):
     if source.path == "a/odd.mp4":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return _look_at(folder, source)
+    return _probe_file(folder, source)
 
 
-_look_at = video_files._look_at
+_probe_file = video_files._probe_file
 
 
-def test_a_file_whose_look_kills_the_process_is_named(whole, encoder_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(video_files, "_look_at", die_at_odd)
+def test_a_file_whose_probe_kills_the_process_is_named(whole, encoder_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(video_files, "_probe_file", die_at_odd)
     assert run_embed(encoder_folder, whole, tmp_path / "e.parquet") == 1
     assert rows(tmp_path / "e.parquet").keys() == VIDEOS.keys() - {"a/odd.mp4"}
     assert "no embedding: a/odd.mp4: crash: the worker process died" in capsys.readouterr().err

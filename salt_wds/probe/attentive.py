@@ -1,13 +1,14 @@
 """Attentive probes: a learned query looks at all tokens of a frozen encoder, and a linear layer names the class.
 
-One probe is the attentive classifier of V-JEPA (arXiv 2404.08471, facebookresearch/jepa, src/models/attentive_pooler.py):
-query + CrossAttention(query, LayerNorm(tokens)), then + MLP(LayerNorm(.)), then linear. (V-JEPA 2, arXiv 2506.09985, puts
-three self-attention blocks before it, which would cost a third of the encoder for each probe; they are left out.)
+One probe is the attentive classifier of V-JEPA (arXiv 2404.08471, facebookresearch/jepa,
+src/models/attentive_pooler.py): query + CrossAttention(query, LayerNorm(tokens)), then + MLP(LayerNorm(.)), then
+linear. (V-JEPA 2, arXiv 2506.09985, puts three self-attention blocks before it; they are left out, since each probe
+would then cost a third of the encoder.)
 
-Many probes that differ in learning rate and weight decay learn at once: their parameters are stacked, P in front. Since a
-query is the same for every clip, products with the key and value matrices move from the N tokens to the one query:
-q . (W_k x) = (W_k^T q) . x, and sum_n a_n W_v x_n = W_v sum_n a_n x_n. The result is the same, and what is done for every
-token is E times less (64 as a rule), so that twenty probes cost less than the encoder.
+Many probes that differ in learning rate and weight decay train at once: their parameters are stacked, P in front. Since
+a query is the same for every clip, products with the key and value matrices move from the N tokens to the one query:
+q . (W_k x) = (W_k^T q) . x, and sum_n a_n W_v x_n = W_v sum_n a_n x_n. The result is the same for E times less work per
+token (E is usually 64), so twenty probes cost less than the encoder.
 
 Shapes: P probes, B clips, N tokens, D width, H heads, E = D / H, C classes.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -23,7 +25,6 @@ from torch import Tensor, nn
 
 _EPS = 1e-5  # of LayerNorm
 _INIT_STD = 0.02
-_BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8
 
 
 class AttentiveProbes(nn.Module):
@@ -79,7 +80,7 @@ class AttentiveProbes(nn.Module):
         return _linear(pooled, p["linear_weight"], p["linear_bias"])
 
     def _pool(self, tokens: Tensor) -> Tensor:
-        """Cross-attention of each probe's query to the normalised tokens, before its output projection: (P, B, D)."""
+        """Cross-attention of each probe's query to the normalised tokens (P, B, D), before the output projection."""
         p, h = self.stacked, self.heads
         probes, width = p["query"].shape
         e = width // h
@@ -96,9 +97,10 @@ class AttentiveProbes(nn.Module):
 
 
 class StackedAdamW:
-    """AdamW with a learning rate and a weight decay for each of the stacked probes (arXiv 1711.05101).
+    """torch's AdamW for stacked probes, each with a learning rate and a weight decay of its own.
 
-    Weight decay falls on matrices and the query, not on norms and biases, as in V-JEPA.
+    The optimizer's parameters are the probes' rows of the stacked parameters, in the same memory. Weight decay applies
+    to matrices and the query, not to norms and biases, as in V-JEPA.
 
     Args:
         grid: (learning rate, weight decay) of each probe.
@@ -106,30 +108,36 @@ class StackedAdamW:
 
     def __init__(self, probes: AttentiveProbes, grid: Sequence[tuple[float, float]]) -> None:
         self._parameters = dict(probes.stacked.items())
-        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
-        device = next(probes.parameters()).device
-        self._lr, self._decay = torch.tensor(grid, device=device).T
-        self._steps = 0
+        self._rows = {name: list(p.detach().unbind()) for name, p in self._parameters.items()}
+        groups: list[dict[str, Any]] = []
+        for number, (lr, decay) in enumerate(grid):
+            for decayed in (True, False):
+                rows = [own[number] for name, own in self._rows.items() if _is_decayed(name) == decayed]
+                groups.append({"params": rows, "initial_lr": lr, "weight_decay": decay if decayed else 0.0})
+        self._optimizer = torch.optim.AdamW(groups)
 
-    @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One update with the learning rates times `factor`; gradients are dropped."""
-        self._steps += 1
-        correct1, correct2 = 1 - _BETA1**self._steps, 1 - _BETA2**self._steps
+        """One update with the learning rates times `factor`; clears the gradients."""
         for name, parameter in self._parameters.items():
-            gradient, (first, second) = parameter.grad, self._moments[name]
-            assert gradient is not None, name
-            lr = (factor * self._lr).view(-1, *[1] * (parameter.ndim - 1))
-            if name == "query" or (name.endswith("weight") and not name.startswith("norm")):
-                parameter.mul_(1 - lr * self._decay.view_as(lr))
-            first.lerp_(gradient, 1 - _BETA1)
-            second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-            parameter.sub_(lr / correct1 * first / ((second / correct2).sqrt() + _ADAM_EPS))
+            assert parameter.grad is not None, name
+            for row, gradient in zip(self._rows[name], parameter.grad, strict=True):
+                row.grad = gradient
             parameter.grad = None
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * group["initial_lr"]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _is_decayed(name: str) -> bool:
+    return name == "query" or (name.endswith("weight") and not name.startswith("norm"))
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each probe, (P,), of logits (P, B, C) and labels (B,); their sum gives each its own gradient."""
+    """Cross-entropy of each probe (P,), from logits (P, B, C) and labels (B,).
+
+    A probe's loss depends on its own parameters only, so the sum of the losses gives each probe its own gradient.
+    """
     probes, clips, classes = logits.shape
     flat = F.cross_entropy(logits.float().reshape(-1, classes), labels.repeat(probes), reduction="none")
     return flat.reshape(probes, clips).mean(dim=1)

@@ -1,4 +1,4 @@
-"""The configuration of a probe: which clips, which probes, how neighbours vote. As strict as that of a run.
+"""The configuration of a probe: which clips, which probes, how neighbours vote. As strict as a run's configuration.
 
 What a clip is (frames, stride, size, precision, decoder) comes from the configuration of the run that is probed.
 """
@@ -33,9 +33,9 @@ class ProbeDataConfig(Section):
     eval_split: Text = "validation"
     """Split that probes are measured on."""
     train_clips: PositiveInt | None = None
-    """Learn from so many clips only, chosen by their keys. Unset: from all."""
+    """Learn from this many clips only, chosen by their keys. Unset: from all."""
     eval_clips: PositiveInt | None = None
-    """Measure on so many clips only, chosen by their keys. Unset: on all."""
+    """Measure on this many clips only, chosen by their keys. Unset: on all."""
     batch_size: PositiveInt = 64
     """Clips in one step of the probes."""
     num_workers: NonNegativeInt = 8
@@ -43,26 +43,28 @@ class ProbeDataConfig(Section):
     prefetch_factor: PositiveInt = 2
     """Batches each worker prepares ahead."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
-    """Area of the random resized crop that probes learn from, as a share of the frame: least and most."""
+    """Area of the random resized crop that probes learn from, as a share of the frame: minimum and maximum."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
-    """Width : height of that crop: least and most."""
+    """Aspect ratio (width / height) of that crop: minimum and maximum."""
     flip: bool = False
     """Mirror half of the clips that probes learn from."""
     train_views: PositiveInt = 1
-    """Random views (clip start, crop) of a clip whose features are kept, where features are kept: epochs use them in turn.
-    Where they are not, every epoch has views of its own."""
+    """Random views (clip start, crop) of each clip whose features are kept; epochs use them in turn. Features that are
+    made anew have new views in every epoch."""
     memory_gb: NonNegativeFloat = 4.0
-    """Keep the features that probes learn from in memory if those of all encoders fit into this; else the clips pass
-    through the encoders in every epoch. With --cache they are kept on the disk, whatever their size."""
+    """Keep the features that probes learn from while the probe runs (in a temporary folder, see TMPDIR) if those of all
+    encoders take at most so many GB; otherwise the clips pass through the encoders in every epoch. With --cache all
+    features are kept, whatever their size."""
     segments: PositiveInt = 1
-    """Evaluation: clips spread evenly over the time of a video."""
+    """Evaluation: clips, evenly spaced over the length of a video."""
     crops: PositiveInt = 1
-    """Evaluation: squares spread evenly along the longer side. Probabilities are averaged over segments x crops."""
+    """Evaluation: square crops, evenly spaced along the longer side. Probabilities are averaged over segments x
+    crops."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("crop_scale", "crop_ratio"):
-            require(getattr(self, name)[0] <= getattr(self, name)[1], name, "must be [least, most]")
+            require(getattr(self, name)[0] <= getattr(self, name)[1], name, "must be [minimum, maximum]")
         require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
         for name, folders in (("shards", self.folders), ("eval_shards", self.eval_folders)):
             require(len(set(folders)) == len(folders), name, "names a data set twice")
@@ -83,16 +85,17 @@ class HeadsConfig(Section):
     heads: PositiveInt = 12
     """Heads of the attention that pools the tokens; divides the width of every encoder."""
     epochs: PositiveInt = 20
-    """Passes over the clips that probes learn from."""
+    """Epochs of training."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """Linear warm-up of the learning rates; after it, half a cosine down to 0."""
+    """Linear warm-up of the learning rates; then a cosine decay to 0."""
     lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (5e-3, 1e-3, 3e-4, 1e-4)
-    """Learning rates of AdamW. Each with each weight decay is one probe; all learn at once, from the same features."""
+    """Learning rates of AdamW. Each pair of learning rate and weight decay is one probe; all train on the same
+    features."""
     weight_decays: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01, 0.1, 0.4)
     """Weight decays of AdamW."""
     selection_share: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Share of the clips to learn from that is held back, by the hash of their keys, to choose one probe by. The evaluation
-    split has no part in the choice."""
+    """Share of the training clips, picked by the hash of their keys, that is held back to choose one probe. The
+    evaluation split has no part in the choice."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the probes' initial weights, of the order of clips, and of the random encoder."""
 
@@ -116,27 +119,27 @@ class HeadsConfig(Section):
 
 class NeighboursConfig(Section):
     k: NonNegativeInt = 20
-    """Nearest neighbours that vote; 0: none of this."""
+    """Nearest neighbours that vote; 0: no k-NN."""
     temperature: PositiveFloat = 0.07
-    """A neighbour's vote weighs exp(cosine similarity / temperature)."""
+    """A neighbour's vote has the weight exp(cosine similarity / temperature)."""
 
 
 class TimeArrowConfig(Section):
     epochs: NonNegativeInt = 0
-    """Passes over the clips for the probe that tells clips from reversed ones; 0: none. On videos of which half are the
-    other half reversed (synth's) it can only be at chance."""
+    """Epochs of the probe that tells clips from reversed clips; 0: no such probe. On videos that come in opposite
+    pairs, such as synth's, it can only be at chance."""
 
 
 class SupervisedConfig(Section):
     epochs: NonNegativeInt = 0
-    """Passes over the clips that probes learn from, in which the student's whole encoder learns the labels: one more row of
-    the table, an upper bound for the frozen encoders; 0: none. It costs as much as training."""
+    """Epochs in which the student's whole encoder is fine-tuned on the labels: one more row of the table, an upper
+    bound for the frozen encoders; 0: none. It costs as much as training."""
     lr: PositiveFloat = 1e-4
-    """Learning rate of AdamW, after the warm-up; then half a cosine down to 0."""
+    """Learning rate of AdamW after the warm-up; then a cosine decay to 0."""
     warmup_epochs: NonNegativeFloat = 1.0
-    """Linear warm-up."""
+    """Epochs of linear warm-up."""
     weight_decay: NonNegativeFloat = 0.05
-    """Of matrices."""
+    """Weight decay of matrices."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,19 +1,23 @@
-"""Features on the disk: a small data set of their own, which says what it is of.
+"""Features of clips: kept in a folder and read again from there, or made anew each time they are asked for.
 
-    CACHE/student/fit/features.json     what they are of (encoder, weights, samples, views), the shards, and a hash of it all
-                      tokens-00000.npy  fp16 (m, N, D), at most 256 MiB each
-                      rows.parquet      key, label, position of every row
+What is kept is a small data set that says what it holds:
 
-Written beside and renamed: a folder is whole or not there. One that is of anything else than what is asked for (another
-step, other clips, other crops) is refused with the difference, never used in silence.
+    FOLDER/student/fit/features.json   what the features are of (encoder, weights, samples, views), sizes of the files
+                       tokens.f16      fp16 (M, N, D), row after row
+                       rows.parquet    key, label and position of every row
+
+Each of these folders appears whole or not at all. Features of anything else than what is asked for (another step, other
+clips, other crops) are refused, and the error names the difference.
+
+Shapes: M rows, N tokens, D width.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +26,153 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
+from tqdm import tqdm
 
 from salt_wds.config import Config
 from salt_wds.models.frozen import FrozenEncoder
-from salt_wds.probe.features import Features, Part, Table, to_half
+from salt_wds.probe.features import Features, Part, extract
 from shard_tools.common.cli import CommandError
-from shard_tools.common.files import sync_folder, write_atomic
+from shard_tools.common.files import replace_folder
 
-_FORMAT = 1
-_SHARD_BYTES = 256 << 20
+_FORMAT = 2
+_TOKENS, _ROWS, _DESCRIPTION = "tokens.f16", "rows.parquet", "features.json"
+_ROW_TYPES = pa.schema({"key": pa.string(), "label": pa.int64(), "position": pa.int64()})
 _CLIP_SETTINGS = ("num_frames", "frame_stride", "size", "decoder")
 _RANDOM_SETTINGS = ("window", "crop_scale", "crop_ratio", "flip")  # these matter only where views are random
 
 
-def describe(encoder: FrozenEncoder, part: Part, config: Config, views: int) -> dict[str, Any]:
-    """All that features depend on, but for rounding, which differs from one device to another.
+class FeatureStore:
+    """Features of parts of the data, by some encoders.
 
     Args:
         config: of the run, with the data settings of the probe.
-        views: random views of each sample, where the part has random ones.
+        encoders: by name.
+        ledger: where samples that fail are recorded.
+        folder: where features are kept.
+        views: random views of each sample that are kept.
+        limit: bytes of features to keep at most: the features of a part that is larger are made anew in every epoch,
+            and those of a part that is read once are not kept either. None: keep all, for the next probe.
     """
+
+    def __init__(
+        self, config: Config, encoders: Mapping[str, FrozenEncoder], ledger: Path, folder: Path, *, views: int,
+        limit: float | None,
+    ) -> None:  # fmt: skip
+        self._config, self._encoders, self._ledger, self._folder = config, encoders, ledger, folder
+        self._views, self._limit = views, limit
+
+    def describe(self, part: Part) -> str:
+        """A line for the start of a probe: what happens to the features that it learns from."""
+        size = f"{self._bytes(part) / 1e9:.2f} GB (fp16) for {self._views} views of {part.catalog.num_samples:,} clips"
+        if self._limit is None:
+            return f"features  kept in {self._folder}: {size}"
+        if self._keeps(part):
+            return f"features  kept in a temporary folder ({self._folder}): {size}"
+        return f"features  made anew in every epoch: {size} is more than data.memory_gb = {self._limit / 1e9:g}"
+
+    def once(self, part: Part) -> Iterator[Features]:
+        """All clips of a part, in order where it has views."""
+        if self._keeps(part):
+            for table in self._tables(part):
+                yield from table.in_order(self._config.data.batch_size)
+        else:
+            yield from self._extract(part, self._encoders)
+
+    def epochs(self, part: Part, epochs: int, seed: int) -> Iterator[Features]:
+        """A part with random views, epoch after epoch, each in an order of its own, the same for every encoder."""
+        if self._keeps(part):
+            for table in self._tables(part):
+                yield from table.shuffled(
+                    self._config.data.batch_size, epochs, self._views, part.catalog.num_samples, seed
+                )
+        else:
+            yield from self._extract(part, self._encoders, epochs)
+
+    def _keeps(self, part: Part) -> bool:
+        return self._limit is None or (part.views is None and self._bytes(part) <= self._limit)
+
+    def _bytes(self, part: Part) -> int:
+        """Size of a part's features by all encoders."""
+        tokens = sum(encoder.config.num_tokens * encoder.width for encoder in self._encoders.values())
+        return 2 * tokens * part.positions(self._views)
+
+    def _extract(self, part: Part, encoders: Mapping[str, FrozenEncoder], epochs: float = 1) -> Iterator[Features]:
+        """`extract`, with a progress bar on a terminal."""
+        clips = part.positions(epochs) * len(encoders)
+        with tqdm(total=clips, desc=part.name, unit="clip", leave=False, disable=None) as bar:
+            for features in extract(part, encoders, self._config, self._ledger, epochs):
+                yield features
+                bar.update(len(features.keys))
+
+    def _tables(self, part: Part) -> Iterator[Table]:
+        """The table of each encoder, after writing those that are missing."""
+        folders = {name: self._folder / encoder.file_name / part.name for name, encoder in self._encoders.items()}
+        wanted = {name: _describe(e, part, self._config, self._views) for name, e in self._encoders.items()}
+        tables = {name: _open_table(folders[name], wanted[name], e.device) for name, e in self._encoders.items()}
+        missing = {name: self._encoders[name] for name, table in tables.items() if table is None}
+        if missing:
+            with ExitStack() as stack:
+                add = {name: stack.enter_context(_write_table(folders[name], wanted[name])) for name in missing}
+                for features in self._extract(part, missing, 1 if part.views else self._views):
+                    add[features.encoder](features)
+        for name, table in tables.items():
+            table = table or _open_table(folders[name], wanted[name], self._encoders[name].device)
+            assert table is not None
+            yield table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Features of a part by one encoder: tokens fp16 (M, N, D), labels and positions (M,) int64, keys."""
+
+    encoder: str
+    device: torch.device
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    keys: list[str]
+
+    def in_order(self, batch_size: int) -> Iterator[Features]:
+        """All rows once."""
+        for start in range(0, len(self.labels), batch_size):
+            yield self._take(np.arange(start, min(start + batch_size, len(self.labels))), 0.0)
+
+    def shuffled(self, batch_size: int, epochs: int, views: int, samples: int, seed: int) -> Iterator[Features]:
+        """Epoch after epoch: each has one view of every sample, in an order of its own that depends on `seed` alone.
+
+        Args:
+            views: random views of a sample that there are; epochs use them in turn.
+            samples: of the part; the first `samples` positions are the first view of each (of several data sets,
+                nearly).
+        """
+        for epoch in range(epochs):
+            rows = np.flatnonzero(self.positions // samples == epoch % views)
+            rows = np.random.default_rng([seed, epoch]).permutation(rows)
+            for start in range(0, len(rows), batch_size):
+                yield self._take(rows[start : start + batch_size], epoch + start / len(rows))
+
+    def _take(self, rows: np.ndarray, epoch: float) -> Features:
+        return Features(
+            self.encoder,
+            torch.from_numpy(np.asarray(self.tokens[rows])).to(self.device).float(),
+            torch.from_numpy(self.labels[rows]).to(self.device),
+            self.positions[rows],
+            [self.keys[row] for row in rows],
+            epoch,
+        )
+
+
+def _describe(encoder: FrozenEncoder, part: Part, config: Config, views: int) -> dict[str, Any]:
+    """All that the features depend on, except for rounding, which differs between devices."""
     data = config.data
     settings = _CLIP_SETTINGS + (() if part.views else _RANDOM_SETTINGS)
     return {
         "format": _FORMAT,
         "encoder": encoder.name,
         "step": encoder.step,
-        "weights": _fingerprint(encoder),
+        "weights": _weights_hash(encoder),
+        "tokens": encoder.config.num_tokens,
+        "width": encoder.width,
         "precision": encoder.config.train.precision,
         "part": part.name,
         "reversed": part.arrow,
@@ -61,98 +185,7 @@ def describe(encoder: FrozenEncoder, part: Part, config: Config, views: int) -> 
     }
 
 
-def open_table(folder: Path, description: Mapping[str, Any], device: torch.device) -> Table | None:
-    """The features in a folder, mapped, not read; None if there are none.
-
-    Raises:
-        CommandError: they are of something else, or damaged.
-    """
-    path = folder / "features.json"
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-        shards, claimed = found.pop("shards"), found.pop("xxh3")
-        intact = claimed == _hash(found, shards) and all((folder / n).stat().st_size == s for n, s in shards.items())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CommandError(f"{folder}: damaged features ({type(error).__name__}: {error}); remove the folder") from None
-    differing = [name for name in {**found, **description} if found.get(name) != description.get(name)]
-    if differing:
-        was, now = ({name: table.get(name) for name in differing} for table in (found, description))
-        raise CommandError(
-            f"{folder}: features of something else: {_words(was)}, now {_words(now)}; remove the folder, or name another "
-            "--cache"
-        )
-    if not intact:
-        raise CommandError(f"{folder}: damaged features (sizes or hash differ); remove the folder")
-    rows = pq.read_table(folder / "rows.parquet")
-    return Table(
-        found["encoder"],
-        device,
-        [np.load(folder / name, mmap_mode="r") for name in sorted(shards) if name.endswith(".npy")],
-        rows["label"].to_numpy(),
-        rows["position"].to_numpy(),
-        rows["key"].to_pylist(),
-    )
-
-
-class Writer:
-    """Writes the features of one encoder into a folder; nothing stands there before `finish`."""
-
-    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
-        self._folder, self._description = folder, dict(description)
-        self._unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(self._unfinished, ignore_errors=True)
-        self._unfinished.mkdir(parents=True)
-        self._waiting: list[np.ndarray] = []
-        self._rows: dict[str, list[Any]] = {"key": [], "label": [], "position": []}
-        self._shards = 0
-
-    def add(self, features: Features) -> None:
-        """Take in a batch."""
-        self._waiting.append(to_half(features))
-        self._rows["key"] += features.keys
-        self._rows["label"] += features.labels.tolist()
-        self._rows["position"] += features.positions.tolist()
-        if sum(array.nbytes for array in self._waiting) + self._waiting[-1].nbytes > _SHARD_BYTES:
-            self._write()
-
-    def finish(self) -> None:
-        """Write the rest, and give the folder its name."""
-        if self._waiting:
-            self._write()
-        types = {"key": pa.string(), "label": pa.int64(), "position": pa.int64()}
-        pq.write_table(
-            pa.table({name: pa.array(values, types[name]) for name, values in self._rows.items()}),
-            self._unfinished / "rows.parquet",
-        )
-        shards = {path.name: path.stat().st_size for path in sorted(self._unfinished.iterdir())}
-        content = {**self._description, "shards": shards, "xxh3": _hash(self._description, shards)}
-        for name in shards:
-            with (self._unfinished / name).open("rb") as file:
-                os.fsync(file.fileno())
-        write_atomic(self._unfinished / "features.json", json.dumps(content, indent=1).encode())
-        self._unfinished.rename(self._folder)
-        sync_folder(self._folder.parent)
-
-    def _write(self) -> None:
-        np.save(self._unfinished / f"tokens-{self._shards:05d}.npy", np.concatenate(self._waiting))
-        self._waiting, self._shards = [], self._shards + 1
-
-
-def write_tables(
-    folders: Mapping[str, Path], descriptions: Mapping[str, Mapping[str, Any]], pass_: Iterator[Features]
-) -> None:
-    """Write a pass over clips, the features of each encoder into its folder."""
-    writers = {name: Writer(folder, descriptions[name]) for name, folder in folders.items()}
-    for features in pass_:
-        writers[features.encoder].add(features)
-    for writer in writers.values():
-        writer.finish()
-
-
-def _fingerprint(encoder: FrozenEncoder) -> str:
-    """Of the weights of an encoder."""
+def _weights_hash(encoder: FrozenEncoder) -> str:
     hasher = xxhash.xxh3_64()
     for name, tensor in sorted(encoder.network.state_dict().items()):
         hasher.update(name.encode())
@@ -160,9 +193,73 @@ def _fingerprint(encoder: FrozenEncoder) -> str:
     return hasher.hexdigest()
 
 
-def _hash(description: Mapping[str, Any], shards: Mapping[str, int]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps([description, shards], sort_keys=True).encode())
+@contextmanager
+def _write_table(folder: Path, description: Mapping[str, Any]) -> Iterator[Callable[[Features], None]]:
+    """Give a function that takes batches; `folder` appears at the end of the block."""
+    rows: dict[str, list[Any]] = {name: [] for name in _ROW_TYPES.names}
+    with replace_folder(folder) as temporary:
+        with (temporary / _TOKENS).open("wb") as file:
+
+            def add(features: Features) -> None:
+                file.write(to_half(features).tobytes())
+                rows["key"] += features.keys
+                rows["label"] += features.labels.tolist()
+                rows["position"] += features.positions.tolist()
+
+            yield add
+        pq.write_table(pa.table(rows, _ROW_TYPES), temporary / _ROWS)
+        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        (temporary / _DESCRIPTION).write_text(json.dumps({**description, "files": files}, indent=1))
 
 
-def _words(table: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in table.items())
+def _open_table(folder: Path, description: Mapping[str, Any], device: torch.device) -> Table | None:
+    """The features in a folder, mapped, not read; None if there are none.
+
+    Raises:
+        CommandError: they are of something else, or damaged.
+    """
+    path = folder / _DESCRIPTION
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        files = found.pop("files", {})
+        intact = all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise CommandError(f"{folder}: damaged features ({type(error).__name__}: {error}); remove the folder") from None
+    differing = [name for name in {**found, **description} if found.get(name) != description.get(name)]
+    if differing:
+        before, now = (
+            ", ".join(f"{name} {table.get(name)}" for name in differing) for table in (found, description)
+        )
+        raise CommandError(
+            f"{folder}: features of something else: {before}, now {now}; remove the folder, or name another --cache"
+        )
+    if not intact:
+        raise CommandError(f"{folder}: damaged features (the sizes of files differ); remove the folder")
+    rows = pq.read_table(folder / _ROWS)
+    shape = (len(rows), found["tokens"], found["width"])
+    empty = np.empty(shape, np.float16)  # an empty file cannot be mapped
+    return Table(
+        found["encoder"],
+        device,
+        np.memmap(folder / _TOKENS, np.float16, "r", shape=shape) if len(rows) else empty,
+        rows["label"].to_numpy(),
+        rows["position"].to_numpy(),
+        rows["key"].to_pylist(),
+    )
+
+
+def to_half(features: Features) -> np.ndarray:
+    """The tokens in fp16, (B, N, D).
+
+    Raises:
+        CommandError: they are out of its range.
+    """
+    half = features.tokens.half()
+    if not half.isfinite().all():
+        raise CommandError(
+            f"features of {features.encoder} reach {features.tokens.abs().max().item():.3g}, beyond fp16 (65504) in "
+            "which they are kept; set data.memory_gb = 0 and leave out --cache"
+        )
+    return half.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Train many probes on features, and measure them: choose one by clips that were held back, say how good it is on others.
+"""Train many probes on features; choose one by clips that were held back, and measure it on others.
 
 Shapes: B clips of a batch, M clips of a split, N tokens, D width, P probes, C classes.
 """
@@ -19,7 +19,7 @@ from salt_wds.probe.features import Features
 
 
 def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int, classes: int) -> dict[str, Trained]:
-    """All probes of `config.grid` for each encoder that there are features of, in one go through them."""
+    """Train all probes of `config.grid` on the features of each encoder, in one pass; by encoder."""
     trained: dict[str, Trained] = {}
     for batch in features:
         if batch.encoder not in trained:
@@ -32,7 +32,7 @@ def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int,
 
 
 def learning_rate_factor(epoch: float, warmup: float, epochs: int) -> float:
-    """Share of the learning rate after `epoch` of `epochs`: linear over `warmup`, then half a cosine down to 0."""
+    """Factor of the learning rate after `epoch` of `epochs`: linear over `warmup`, then a cosine decay to 0."""
     if epoch < warmup:
         return epoch / warmup
     return 0.5 * (1 + math.cos(math.pi * min((epoch - warmup) / (epochs - warmup), 1.0)))
@@ -40,7 +40,7 @@ def learning_rate_factor(epoch: float, warmup: float, epochs: int) -> float:
 
 @dataclass
 class Trained:
-    """The probes of one encoder; `losses`: by epoch, the sum over steps of each probe's loss (P,), and the steps."""
+    """The probes of one encoder. `losses` holds each epoch's sum of losses over steps (P,), and its steps."""
 
     probes: AttentiveProbes
     optimizer: StackedAdamW
@@ -49,7 +49,7 @@ class Trained:
     def step(self, batch: Features, factor: float) -> None:
         """One update of every probe."""
         losses = losses_of(self.probes(batch.tokens), batch.labels)
-        losses.sum().backward()  # a probe's loss depends on its own parameters only
+        losses.sum().backward()
         self.optimizer.step(factor)
         total, steps = self.losses.get(int(batch.epoch), (0.0, 0))
         self.losses[int(batch.epoch)] = (total + losses.detach(), steps + 1)
@@ -64,10 +64,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass over the clips of a split gave; those of which no view could be read are left out.
+    """The outcome of a pass over a split. Clips of which no view could be read are left out.
 
-    labels (M,) int64; pooled (M, D), see `pooled`; probabilities (M, P, C), or (M, 0, C) without
-    probes. The last two are means over the views of a clip. All on the CPU.
+    labels (M,) int64; pooled (M, D), see `pooled`; probabilities (M, P, C), or (M, 0, C) without probes. The last two
+    are means over the views of a clip. All on the CPU.
     """
 
     labels: Tensor
@@ -79,12 +79,12 @@ class Measured:
 def measure(
     features: Iterable[Features], samples: int, views: int, classes: int, trained: Mapping[str, Trained] | None = None
 ) -> dict[str, Measured]:
-    """Pass over a split; by encoder.
+    """Measure a pass over a split; by encoder.
 
     Args:
         samples: of the split.
         views: of each sample.
-        trained: probes of each encoder; None: only the mean tokens are wanted.
+        trained: probes of each encoder; None: only the pooled tokens are wanted.
     """
     sums: dict[str, _Sums] = {}
     for batch in features:
@@ -122,15 +122,15 @@ class _Sums:
 
 
 def pooled(tokens: Tensor) -> Tensor:
-    """One vector of norm 1 a clip, (B, D), of tokens (B, N, D): their mean, each normalised first.
+    """One vector of norm 1 for each clip, (B, D): the mean of its tokens (B, N, D), each normalised first.
 
-    A teacher's tokens have passed no norm, and a few channels of large numbers would decide who is like whom.
+    A teacher's tokens have passed no norm: without one, a few large channels would decide the similarity.
     """
     return F.normalize(F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1), dim=1)
 
 
 def top(probabilities: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Share of clips whose label is among the `k` likeliest classes, (P,) fp64; a probe that diverged (NaN) has none.
+    """Share of clips whose label is among the `k` likeliest classes, (P,) fp64; 0 for a probe that diverged (NaN).
 
     Args:
         probabilities: (M, P, C), or votes.
@@ -142,7 +142,7 @@ def top(probabilities: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def choose(measured: Measured) -> int:
-    """Number of the probe that is best on held-back clips: most clips right and, of equals, the smallest loss."""
+    """Index of the probe with most held-back clips right; among equals, the one with the smallest loss."""
     right = top(measured.probabilities, measured.labels, 1)
     own = measured.probabilities[torch.arange(len(measured.labels)), :, measured.labels]  # (M, P)
     loss = -own.clamp_min(1e-12).log().double().mean(dim=0).nan_to_num(math.inf)
@@ -150,5 +150,5 @@ def choose(measured: Measured) -> int:
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(C, C) int64: clips of the class of the row that were taken for that of the column."""
+    """The confusion table, (C, C) int64: clips of the row's class that were predicted as the column's."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)

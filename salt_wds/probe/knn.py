@@ -1,6 +1,6 @@
-"""k nearest neighbours: the class of a clip by the clips whose features are most like its own.
+"""k nearest neighbours: the class of a clip by the clips with the most similar features.
 
-No training, so it is the quickest look at an encoder. The vote is DINO's (arXiv 2104.14294, after arXiv 1805.01978).
+It needs no training. The vote is DINO's (arXiv 2104.14294, after arXiv 1805.01978).
 
 Shapes: M clips of the bank, Q queries, D width, C classes.
 """
@@ -25,7 +25,7 @@ def vote(
     votes = []
     for queries in F.normalize(queries_QD.float(), dim=1).split(_AT_ONCE):
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
-        # exp(s / temperature) up to a factor common to a query, which a small temperature would take out of range
+        # exp(s / temperature) up to a factor common to a query: a small temperature would overflow it
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.append(torch.zeros(len(queries), classes, device=bank.device).scatter_add(1, labels_M[nearest], weights))
     return torch.cat(votes)

@@ -1,4 +1,4 @@
-"""What a probe found: numbers of an encoder, RUN/probes/NAME.json, a table for people, a picture of what is confused."""
+"""The results of a probe: numbers of each encoder, NAME.json, a table to print, a picture of the confusion table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from salt_wds.probe.config import HeadsConfig, NeighboursConfig
@@ -22,10 +23,10 @@ _SHOWN = 30  # classes that a table lists, and whose names a picture has room fo
 def head_results(
     trained: Trained, held_back: Measured | None, measured: Measured, config: HeadsConfig, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """The chosen probe's accuracy, all probes', and what the chosen one confuses.
+    """Accuracy of the chosen probe and of all probes, and the confusion table of the chosen one.
 
     Args:
-        held_back: the clips to choose by; None where there is one probe only.
+        held_back: the clips to choose by; None if there is only one probe.
         measured: the clips to measure on.
     """
     chosen = choose(held_back) if held_back is not None else 0
@@ -59,21 +60,20 @@ def head_results(
 def neighbour_results(
     bank: Measured, measured: Measured, config: NeighboursConfig, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Accuracy of the vote of the nearest clips of the bank."""
+    """Accuracy of the vote of the nearest neighbours in the bank."""
     votes = vote(bank.pooled, bank.labels, measured.pooled, len(classes), config.k, config.temperature)[:, None]
     accuracy = {f"top{k}": top(votes, measured.labels, k).item() if k < len(classes) else None for k in (1, 5)}
     return {**accuracy, "k": config.k, "temperature": config.temperature, "bank": len(bank.labels)}
 
 
 def write_results(path: Path, result: dict[str, Any]) -> None:
-    """Write NAME.json, whole or not at all."""
     write_atomic(path, json.dumps(result, indent=1, allow_nan=False).encode())
 
 
 def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]) -> str:
-    """One row an encoder, and the classes by how the encoders know them."""
+    """A table of one row for each encoder, and one of the accuracy by class."""
     lines = [
-        f"{'':<16}{'top-1':>8}{'+-':>7}{'top-5':>8}{'k-NN':>8}{'arrow':>8}   chosen: lr, weight decay, top-1 held back"
+        f"{'':<16}{'top-1':>8}{'+-':>7}{'top-5':>8}{'k-NN':>8}{'arrow':>8}   chosen: lr, weight decay, held-back top-1"
     ]
     for name, result in encoders.items():
         numbers = [result["top1"], result["top1_stderr"], result["top5"]]
@@ -84,7 +84,7 @@ def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]
     rows = list(zip(*(result["per_class"] for result in encoders.values()), strict=True))
     if len(rows) > _SHOWN:
         rows = sorted((row for row in rows if row[0]["clips"]), key=lambda row: row[0]["top1"])[:_SHOWN]
-        lines += ["", f"of {len(classes)} classes the {_SHOWN} that the {next(iter(encoders))} knows least:"]
+        lines += ["", f"the {_SHOWN} of {len(classes)} classes on which the {next(iter(encoders))} is worst:"]
     wide = max(len(row[0]["class"]) for row in rows)
     lines += ["", f"{'class':<{wide}}{'clips':>7}" + "".join(f"{name:>16}" for name in encoders)]
     for row in rows:
@@ -94,29 +94,24 @@ def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]
 
 
 def plot_confusion(path: Path, encoder: str, result: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """A picture of the confusion table, each row as shares of its class."""
-    import matplotlib  # slow to import, and needed only here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # a backend must be chosen first
-
+    """Draw the confusion table, each row as shares of its class."""
     counts = np.array(result["confusion"])
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     named = len(classes) <= _SHOWN
     side = 4 + 0.3 * len(classes) if named else 9
-    figure, axes = pyplot.subplots(figsize=(side + 3 * named, side), layout="constrained")
+    figure = Figure(figsize=(side + 3 * named, side), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axes.set(title=f"{encoder}: top-1 {result['top1']:.1%}", xlabel="taken for", ylabel="class")
+    axes.set(title=f"{encoder}: top-1 {result['top1']:.1%}", xlabel="predicted", ylabel="class")
     if named:
         axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=7)
         axes.set_yticks(range(len(classes)), classes, fontsize=7)
     figure.colorbar(image, label="share of the class's clips")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _per_class(table: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Clips and accuracy of each class, and the other class it is most often taken for."""
+    """Clips and accuracy of each class, and the other class that is most often predicted for it."""
     rows = []
     for number, (name, counts) in enumerate(zip(classes, table, strict=True)):
         clips, right = int(counts.sum()), int(counts[number])

@@ -1,6 +1,6 @@
-"""The clips of a probe: those it learns from, those it is chosen by, those it is measured on, and no clip in two of them.
+"""The clips of a probe: to learn from, to choose by, to measure on; no clip is in two of these parts.
 
-All of it follows from the indices of the data sets, before any video is read.
+The parts follow from the indices of the data sets, before any video is read.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _NAMED = 3  # samples or classes that a message names
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Parts of the data sets, with labels as numbers of `classes`. `train` is `fit` and `selection` together;
-    `selection` is None where there is only one probe."""
+    """Parts of the data sets; labels index `classes`. `train` is `fit` and `selection` together; `selection` is None if
+    there is only one probe."""
 
     train: Catalog
     fit: Catalog
     selection: Catalog | None
     evaluation: Catalog
     classes: tuple[str, ...]
-    unlabelled: dict[str, int]  # samples left out for want of a label, by "train" and "evaluation"
+    unlabelled: dict[str, int]  # samples left out because they have no label, by "train" and "evaluation"
 
     def describe(self) -> list[str]:
         """Lines for the start of a probe."""
@@ -49,11 +49,11 @@ class ProbeData:
 
 
 def open_probe_data(config: ProbeConfig) -> ProbeData:
-    """Open the data sets of a probe and part them.
+    """Open the data sets of a probe and split them into parts.
 
     Raises:
-        CommandError: a data set or split is not there, has no labels or only one class, no class is in both splits, a
-            sample is in both, or there are too few clips to hold some back.
+        CommandError: a data set or split is missing, has no labels or only one class; the splits have no class in
+            common, or a sample; or there are too few clips to hold some back.
     """
     data = config.data
     train, unlabelled_train = open_split(data.folders, data.split, "data.split")
@@ -75,10 +75,10 @@ def open_probe_data(config: ProbeConfig) -> ProbeData:
 
 
 def refuse_leaks(train: Catalog, evaluation: Catalog) -> None:
-    """Refuse a sample that is in both: the same key in data sets of one name, or the same bytes in different data sets.
+    """Refuse samples that are in both: the same key in data sets of one name, or the same bytes in different data sets.
 
-    A video that is stored in another way (another tier, another encoding) has other bytes, and is found by its key only.
-    Keys of foreign data sets may repeat from shard to shard: there the bytes alone decide.
+    A video that is stored in another way (another tier, another encoding) has other bytes: only its key identifies it.
+    Keys of foreign data sets may repeat from shard to shard: there only the bytes decide.
 
     Raises:
         CommandError: naming up to three of them.
@@ -96,14 +96,14 @@ def refuse_leaks(train: Catalog, evaluation: Catalog) -> None:
             both.append(sample.key)
     if both:
         raise CommandError(
-            f"{len(both)} samples to measure on ({evaluation.split} of {evaluation.folders}) are also among those to learn "
-            f"from ({train.split} of {train.folders}): {_some(both)}; what a probe knows by heart says nothing: "
-            "choose other splits or data sets"
+            f"{len(both)} samples to measure on ({evaluation.split} of {evaluation.folders}) are also among those to "
+            f"learn from ({train.split} of {train.folders}): {_some(both)}; accuracy on clips seen in training says "
+            "nothing: choose other splits or data sets"
         )
 
 
 class _Identity(NamedTuple):
-    """What tells whether two samples are the same. `dataset` is the name that several data sets may have."""
+    """What decides whether two samples are the same. Several data sets may have the same name `dataset`."""
 
     dataset: str
     folder: str
@@ -126,7 +126,7 @@ def open_split(folders: Sequence[Path], split: str, setting: str) -> tuple[Catal
     """The labelled samples of a split, and the number of the others.
 
     Raises:
-        CommandError: no data set, no such split (`setting` is the key that names it), or no labels.
+        CommandError: no data set, no such split (`setting` is its configuration key), or no labels.
     """
     for folder in folders:
         splits = read_dataset(folder).splits
@@ -142,7 +142,7 @@ def open_split(folders: Sequence[Path], split: str, setting: str) -> tuple[Catal
 
 
 def limited(catalog: Catalog, clips: int | None) -> Catalog:
-    """Those `clips` samples whose keys hash lowest."""
+    """The `clips` samples whose keys have the lowest hashes."""
     if clips is None or clips >= catalog.num_samples:
         return catalog
     hashes = _key_hashes(catalog, "limit")
@@ -150,42 +150,43 @@ def limited(catalog: Catalog, clips: int | None) -> Catalog:
 
 
 def _held_back(train: Catalog, share: float) -> np.ndarray:
-    """Which samples (samples,) bool are held back to choose a probe by: those whose keys hash lowest."""
+    """The samples that are held back to choose a probe, (samples,) bool: those whose keys have the lowest hashes."""
     count = round(share * train.num_samples)
     if share and not 0 < count < train.num_samples:
         raise CommandError(
-            f"probe.selection_share = {share:g} of {train.num_samples} clips is none to choose probes by; give more clips, "
-            "or a larger share"
+            f"probe.selection_share = {share:g} of {train.num_samples} clips leaves none to choose a probe by; give "
+            "more clips, or a larger share"
         )
     hashes = _key_hashes(train, "selection")
     return hashes <= np.sort(hashes)[count - 1] if count else np.zeros(len(hashes), bool)
 
 
 def _key_hashes(catalog: Catalog, purpose: str) -> np.ndarray:
-    """Of each sample's key, (samples,) uint64; another hash for each purpose."""
+    """Hash of each sample's key, (samples,) uint64; different for each purpose."""
     keys = catalog.table.array["key"].tolist()
     return np.array([xxhash.xxh3_64_intdigest(purpose.encode() + key) for key in keys], np.uint64)
 
 
 def check_classes(train: Catalog, evaluation: Catalog) -> None:
-    """Refuse one class, or none in common; tell of classes that cannot be learned."""
+    """Refuse a single class, or splits without a common class; warn of classes that cannot be learned."""
     learned, measured = (np.unique(part.table.array["label"]) for part in (train, evaluation))
     if len(learned) < 2:
         name = train.classes[learned[0]]
         raise CommandError(
-            f"{train.folders}: all labelled samples of split {train.split!r} are of one class, {name!r}; a probe needs two"
+            f"{train.folders}: all labelled samples of split {train.split!r} are of one class, {name!r}; a probe needs "
+            "two"
         )
     unknown = np.setdiff1d(measured, learned)
     names = _some([repr(train.classes[label]) for label in unknown])
     if len(unknown) == len(measured):
         raise CommandError(
-            f"{evaluation.folders}: no class of split {evaluation.split!r} is among those to learn ({names}); choose data "
-            "sets of the same classes"
+            f"{evaluation.folders}: no class of split {evaluation.split!r} is among those to learn ({names}); choose "
+            "data sets with the same classes"
         )
     if len(unknown):
         clips = int(np.isin(evaluation.table.array["label"], unknown).sum())
         log.warning(
-            "%d clips to measure on are of %d classes that no clip to learn from has (%s): they count as errors",
+            "%d clips to measure on belong to %d classes that no training clip has (%s): they count as errors",
             clips, len(unknown), names,
         )  # fmt: skip
 

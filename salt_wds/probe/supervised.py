@@ -1,7 +1,7 @@
-"""What the labels could teach: the student's encoder trained further with them, all of it, as an upper bound.
+"""An upper bound for frozen encoders: the student's whole encoder, fine-tuned on the labels.
 
-It starts from the run's student and learns from the clips that the probes learn from; then it is frozen and measured by
-the same probes as the other encoders. Its classifier, one more attentive probe (attentive.py), is thrown away.
+It starts from the run's student and trains on the clips that the probes train on. Then it is frozen and measured by the
+same probes as the other encoders. Its classifier, an attentive probe (attentive.py), is discarded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
 from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.fit import learning_rate_factor
 
-_CLIP = 1.0  # most that the norm of all gradients may be, as in training
+_CLIP = 1.0  # largest norm of all gradients, as in training
 
 
 def supervised_of(
     run_dir: Path, device: torch.device, config: ProbeConfig, run_config: Config, catalog: Catalog, classes: int,
     ledger: Path,
 ) -> FrozenEncoder:  # fmt: skip
-    """The student of a run after `config.supervised.epochs` passes over the labelled clips of `catalog`; frozen again.
+    """The student of a run after `config.supervised.epochs` epochs on the labelled clips of `catalog`; frozen again.
 
     Args:
         run_config: of the run, with the data settings of the probe.

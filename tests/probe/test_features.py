@@ -1,8 +1,7 @@
-"""Features: those of the encoder on the loader's clips, the same kept or not, and refused from a cache of anything else."""
+"""Features are the encoder's on the loader's clips, kept or not; a cache of anything else is refused."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 
@@ -15,9 +14,9 @@ from salt_wds.data.catalog import open_catalog
 from salt_wds.data.loader import Loader
 from salt_wds.data.views import Views
 from salt_wds.models.frozen import random_of
-from salt_wds.probe import feature_source
-from salt_wds.probe.feature_source import FeatureSource
-from salt_wds.probe.features import Features, Part, extract, to_half
+from salt_wds.probe import feature_store
+from salt_wds.probe.feature_store import FeatureStore, to_half
+from salt_wds.probe.features import Features, Part, extract
 from shard_tools.common.cli import CommandError
 
 CPU = torch.device("cpu")
@@ -42,8 +41,18 @@ def catalog(dataset):
     return open_catalog([dataset], "train")
 
 
-def source(config, encoders, tmp_path, memory=1e9, cache=None, views=2):
-    return FeatureSource(config, encoders, tmp_path / "ledger.jsonl", views=views, memory=memory, cache=cache)
+@pytest.fixture
+def store(config, encoders, tmp_path):
+    """`make(limit=bytes or None, ...)`: a store in a folder that is the same each time."""
+
+    def make(limit=None, config=config, encoders=encoders, views=2):
+        ledger, folder = tmp_path / "ledger.jsonl", tmp_path / "kept"
+        return FeatureStore(config, encoders, ledger, folder, views=views, limit=limit)
+
+    return make
+
+
+ALL = Views()
 
 
 def test_features_are_those_of_the_loaders_clips_in_order(config, encoders, catalog, tmp_path):
@@ -60,11 +69,11 @@ def test_features_are_those_of_the_loaders_clips_in_order(config, encoders, cata
             torch.testing.assert_close(batch.tokens, tokens, atol=1e-5, rtol=1e-4)
 
 
-def test_every_other_clip_runs_backwards_for_the_times_arrow(config, encoders, catalog, tmp_path):
-    part = Part("arrow", catalog, Views(), arrow=True)
+def test_every_other_clip_is_reversed_for_the_times_arrow(config, encoders, catalog, tmp_path):
+    part = Part("arrow", catalog, ALL, arrow=True)
     batch = next(extract(part, encoders, config, tmp_path / "ledger.jsonl"))
     assert batch.labels.tolist() == [0, 1] * 4
-    shown = next(iter(Loader(config, tmp_path / "other.jsonl", views=Views())))
+    shown = next(iter(Loader(config, tmp_path / "other.jsonl", views=ALL)))
     for row, clip in enumerate(shown["clips"]):
         seen = clip.flip(0) if row % 2 else clip
         tokens = encoders["one"](seen[None], shown["colour"][row : row + 1])[0]
@@ -73,112 +82,96 @@ def test_every_other_clip_runs_backwards_for_the_times_arrow(config, encoders, c
 
 def test_samples_that_fail_are_left_out(config, encoders, damaged_dataset, tmp_path):
     folder, damaged = damaged_dataset
-    part = Part("all", open_catalog([folder], "train"), Views())
+    part = Part("all", open_catalog([folder], "train"), ALL)
     batches = list(extract(part, encoders, config, tmp_path / "ledger.jsonl"))
     keys = [key for batch in batches if batch.encoder == "one" for key in batch.keys]
     assert len(keys) == len(set(keys)) == 28
     assert not set(keys) & {key for _, key in damaged}
 
 
-def test_each_epoch_has_every_clip_once_kept_or_not(config, encoders, catalog, tmp_path):
-    """Not kept, the last batch of an epoch goes on into the next one, as in training."""
-    part = Part("fit", catalog)
-    for memory in (1e9, 0):
-        batches = [b for b in source(config, encoders, tmp_path, memory).epochs(part, 3, seed=0) if b.encoder == "two"]
-        counts = Counter(key for batch in batches for key in batch.keys)
-        assert len(counts) == 30
-        assert set(counts.values()) == {3}
-        assert batches[0].epoch == 0
-        assert 2 < batches[-1].epoch < 3
+@pytest.mark.parametrize("limit", [1e9, 0], ids=["kept", "made-anew"])
+def test_each_epoch_has_every_clip_once(store, catalog, limit):
+    """Made anew, the last batch of an epoch continues into the next one, as in training."""
+    batches = [b for b in store(limit).epochs(Part("fit", catalog), 3, seed=0) if b.encoder == "two"]
+    counts = Counter(key for batch in batches for key in batch.keys)
+    assert len(counts) == 30
+    assert set(counts.values()) == {3}
+    assert batches[0].epoch == 0
+    assert 2 < batches[-1].epoch < 3
 
 
-def test_in_memory_and_on_disk_are_the_same_and_the_disk_is_read_next_time(
-    config, encoders, catalog, tmp_path, monkeypatch
-):
-    part, cache = Part("fit", catalog), tmp_path / "cache"
-    kept = list(source(config, encoders, tmp_path).epochs(part, 2, seed=3))
-    written = list(source(config, encoders, tmp_path, cache=cache).epochs(part, 2, seed=3))
-    evaluated = list(source(config, encoders, tmp_path, cache=cache).once(Part("all", catalog, Views())))
-    monkeypatch.setattr(feature_source, "extract", lambda *_: pytest.fail("clips were decoded again"))
-    read = list(source(config, encoders, tmp_path, cache=cache).epochs(part, 2, seed=3))
-    again = list(source(config, encoders, tmp_path, cache=cache).once(Part("all", catalog, Views())))
-    assert len(kept) == len(written) == len(read) == 16
-    for one, two, three in zip(kept, written, read, strict=True):
-        assert one.encoder == two.encoder == three.encoder
-        assert list(one.keys) == list(two.keys) == list(three.keys)
+def test_kept_features_are_those_of_the_encoders_in_fp16_and_are_read_next_time(store, catalog, tmp_path, monkeypatch):
+    fit, part = Part("fit", catalog), Part("all", catalog, ALL)
+    direct = list(store(limit=0).once(part))
+    for encoder in ("one", "two"):
+        kept = torch.cat([batch.tokens for batch in store().once(part) if batch.encoder == encoder])
+        assert torch.equal(kept, torch.cat([b.tokens for b in direct if b.encoder == encoder]).half().float())
+    written = list(store().epochs(fit, 2, seed=3))
+    monkeypatch.setattr(feature_store, "extract", lambda *_: pytest.fail("clips were decoded again"))
+    read = list(store().epochs(fit, 2, seed=3))
+    assert len(list(store().once(part))) == len(direct)
+    assert len(written) == len(read) == 16
+    for one, two in zip(written, read, strict=True):
+        assert (one.encoder, one.keys) == (two.encoder, two.keys)
         assert torch.equal(one.tokens, two.tokens)
-        assert torch.equal(two.tokens, three.tokens)
-        assert torch.equal(one.labels, three.labels)
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(evaluated, again, strict=True))
-    assert {path.name for path in (cache / "one" / "fit").iterdir()} == {
-        "features.json", "rows.parquet", "tokens-00000.npy",
-    }  # fmt: skip
+        assert torch.equal(one.labels, two.labels)
+    names = {path.name for path in (tmp_path / "kept/one/fit").iterdir()}
+    assert names == {"features.json", "rows.parquet", "tokens.f16"}
 
 
-def test_only_encoders_that_are_missing_run(config, encoders, catalog, tmp_path, monkeypatch):
-    part, cache = Part("all", catalog, Views()), tmp_path / "cache"
-    list(source(config, {"one": encoders["one"]}, tmp_path, cache=cache).once(part))
+def test_only_missing_encoders_run(store, encoders, catalog, monkeypatch):
+    part = Part("all", catalog, ALL)
+    list(store(encoders={"one": encoders["one"]}).once(part))
     asked = []
-    extract_really = feature_source.extract
     monkeypatch.setattr(
-        feature_source, "extract", lambda part, e, *rest: asked.append(list(e)) or extract_really(part, e, *rest)
+        feature_store, "extract", lambda part, e, *rest: asked.append(list(e)) or extract(part, e, *rest)
     )
-    found = list(source(config, encoders, tmp_path, cache=cache).once(part))
+    assert {batch.encoder for batch in store().once(part)} == {"one", "two"}
     assert asked == [["two"]]
-    assert {batch.encoder for batch in found} == {"one", "two"}
 
 
-@pytest.mark.parametrize(("shard_bytes", "shards"), [(1, 4), (70_000, 2)])  # batches of 32 KiB
-def test_shards_have_a_largest_size(config, encoders, catalog, tmp_path, monkeypatch, shard_bytes, shards):
-    monkeypatch.setattr("salt_wds.probe.feature_store._SHARD_BYTES", shard_bytes)
-    part, cache = Part("all", catalog, Views()), tmp_path / "cache"
-    batches = [b for b in source(config, encoders, tmp_path, cache=cache).once(part) if b.encoder == "one"]
-    assert sum(len(batch.keys) for batch in batches) == 30
-    assert len(list((cache / "one" / "all").glob("*.npy"))) == shards
+# --- refusals -----------------------------------------------------------------------------------------------------
 
 
-# --- stale --------------------------------------------------------------------------------------------------------
-
-
-def test_features_of_anything_else_are_refused_with_the_difference(config, encoders, catalog, tmp_path):
-    cache = tmp_path / "cache"
-    list(source(config, encoders, tmp_path, cache=cache).once(Part("all", catalog, Views())))
+def test_features_of_anything_else_are_refused_with_the_difference(store, config, encoders, catalog):
+    part = Part("all", catalog, ALL)
+    list(store().once(part))
     other_weights = {"one": replace(random_of(config, CPU, 9), name="one")}
     other_step = {"one": replace(encoders["one"], step=7)}
-    smaller = config.model_copy(update={"data": config.data.model_copy(update={"frame_stride": 1})})
+    stride = config.model_copy(update={"data": config.data.model_copy(update={"frame_stride": 1})})
     fewer = catalog.only(np.arange(30) > 3)
-    for changed, what in (
-        ((config, other_weights, Part("all", catalog, Views())), "weights"),
-        ((config, other_step, Part("all", catalog, Views())), "step None, now step 7"),
-        ((smaller, encoders, Part("all", catalog, Views())), "frame_stride 2, now frame_stride 1"),
-        ((config, encoders, Part("all", catalog, Views(2, 1))), "views 1 x 1, now views 2 x 1"),
-        ((config, encoders, Part("all", fewer, Views())), "samples 30, "),
+    for changed, asked, what in (
+        ({"encoders": other_weights}, part, "weights"),
+        ({"encoders": other_step}, part, "step None, now step 7"),
+        ({"config": stride}, part, "frame_stride 2, now frame_stride 1"),
+        ({}, Part("all", catalog, Views(2, 1)), "views 1 x 1, now views 2 x 1"),
+        ({}, Part("all", fewer, ALL), "samples 30, "),
     ):
         with pytest.raises(CommandError, match="features of something else: .*" + what) as refusal:
-            list(source(*changed[:2], tmp_path, cache=cache).once(changed[2]))
+            list(store(**changed).once(asked))
         assert "remove the folder, or name another --cache" in str(refusal.value)
         assert "\n" not in str(refusal.value)
 
 
-def test_damaged_features_are_refused_and_unfinished_ones_are_made_anew(config, encoders, catalog, tmp_path):
-    part, cache = Part("all", catalog, Views()), tmp_path / "cache"
-    unfinished = cache / "one" / "all.unfinished"
-    unfinished.mkdir(parents=True)
-    (unfinished / "tokens-00000.npy").write_bytes(b"half")
-    list(source(config, encoders, tmp_path, cache=cache).once(part))
-    assert not unfinished.exists()
-    folder = cache / "one" / "all"
-    with (folder / "tokens-00000.npy").open("ab") as file:
+def test_damaged_features_are_refused_and_interrupted_ones_leave_nothing(store, catalog, tmp_path, monkeypatch):
+    part, folder = Part("all", catalog, ALL), tmp_path / "kept/one/all"
+
+    def interrupted(*args):
+        yield next(iter(extract(*args)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(feature_store, "extract", interrupted)
+        list(store().once(part))
+    assert list(folder.parent.iterdir()) == []
+    list(store().once(part))
+    with (folder / "tokens.f16").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(CommandError, match=r"damaged features \(sizes or hash differ\); remove the folder"):
-        list(source(config, encoders, tmp_path, cache=cache).once(part))
-    content = json.loads((folder / "features.json").read_text())
-    (folder / "features.json").write_text(json.dumps(content | {"step": 5}))
-    with pytest.raises(CommandError, match=r"damaged features|features of something else: step 5, now step None"):
-        list(source(config, encoders, tmp_path, cache=cache).once(part))
+    with pytest.raises(CommandError, match=r"damaged features \(the sizes of files differ\); remove the folder"):
+        list(store().once(part))
     (folder / "features.json").write_text("{")
     with pytest.raises(CommandError, match=r"damaged features \(JSONDecodeError"):
-        list(source(config, encoders, tmp_path, cache=cache).once(part))
+        list(store().once(part))
 
 
 def test_what_fp16_cannot_hold_is_refused():

@@ -11,7 +11,7 @@ import av
 import pytest
 
 from salt_wds.config import load_config
-from salt_wds.probe import probe
+from salt_wds.probe import __main__ as probe
 from salt_wds.train.trainer import train
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
@@ -63,7 +63,7 @@ def test_a_probe_writes_numbers_tables_and_pictures(run, dataset, repository, ru
     for word in (
         "learn from 24 clips, chosen by 6",
         "on 6 clips",
-        "kept in memory",
+        "kept in a temporary folder",
         "student (step 2), teacher, random",
     ):
         assert word in done.stdout
@@ -168,7 +168,7 @@ def test_clips_that_cannot_be_read_do_not_count(call, run, dataset, tmp_path, ca
         file.write(b"\xff\x00" * 8)
     assert call("--encoders", "random", settings=[f"data.eval_shards={folder}"]) == 0
     assert results(run)["encoders"]["random"]["clips"] == 5
-    assert "evaluation: 1 of 6 clips could not be read and do not count" in caplog.text
+    assert "evaluation: 1 of 6 clips could not be read and are left out" in caplog.text
     records = [record for path in ledger.find_ledgers(run) for record in ledger.read(path)[0]]
     assert {record.key for record in records} == {row["key"]}
 

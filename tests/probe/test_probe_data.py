@@ -182,7 +182,7 @@ def test_a_class_that_nobody_could_learn_is_told_and_counts(make_config, relabel
     assert data.evaluation.num_samples == 6
     (record,) = caplog.records
     assert record.message.startswith(
-        f"{unknown} clips to measure on are of 1 classes that no clip to learn from has ('Moving"
+        f"{unknown} clips to measure on belong to 1 classes that no training clip has ('Moving"
     )
     assert record.message.endswith("they count as errors")
 
@@ -201,7 +201,7 @@ def test_no_class_in_common_is_refused(make_config, relabelled):
     [
         ({"data__split": "x"}, r"no split 'x', it has train, validation, test; set data\.split"),
         ({"data__eval_split": "x"}, r"no split 'x', it has train, validation, test; set data\.eval_split"),
-        ({"probe__selection_share": 0.01}, r"probe\.selection_share = 0\.01 of 30 clips is none to choose probes by"),
+        ({"probe__selection_share": 0.01}, r"probe\.selection_share = 0\.01 of 30 clips leaves none to choose a probe by"),
     ],
 )
 def test_what_is_not_there_is_refused_with_its_key(make_config, settings, message):

@@ -5,7 +5,6 @@ Skips the test where there is no Chromium. Messages are JSON, each ended by a ze
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -22,8 +21,8 @@ from typing import Any
 import pytest
 
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
+    "--disable-background-networking", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
 )  # fmt: skip
 _PATIENCE_S = 120.0
 # Chromium takes commands from descriptor 3 and answers on 4, wherever the pipes are here.
@@ -34,7 +33,8 @@ _ON_3_AND_4 = (
 
 
 class Browser:
-    """One page. `complaints` are console messages, exceptions and log entries; `requests` what it asked a network for."""
+    """One page. `complaints` are console messages, exceptions and log entries; `requests` what it asked a network
+    for."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._buffer = write, read, b""
@@ -64,19 +64,6 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    def dark(self, on: bool) -> None:
-        """Prefer dark colours, or light ones."""
-        self.media({"name": "prefers-color-scheme", "value": "dark" if on else "light"})
-
-    def media(self, *features: dict[str, str]) -> None:
-        """Set what the style sheet may ask about the person's wishes."""
-        self.call("Emulation.setEmulatedMedia", features=list(features))
-
-    def screenshot(self, path: Path, clip: dict[str, float] | None = None) -> None:
-        """The whole page as a PNG, or the part of it that `clip` (x, y, width, height) names."""
-        whole = {"captureBeyondViewport": True} | ({"clip": {**clip, "scale": 1}} if clip else {})
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **whole)["data"]))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol, and its result."""

@@ -138,6 +138,14 @@ def real_clips() -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_run() -> Callable[..., Any]:
+    """`make_run(folder, shards, ...)`: write a run as training leaves it, without the training; see run_maker.py."""
+    from tests.run_maker import make_run  # imports torch, which tests of shard_tools do not need
+
+    return make_run
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""
     return REPOSITORY

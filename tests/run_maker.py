@@ -22,8 +22,23 @@ METRICS = [
 ]
 
 
-def make_run(folder, shards="nowhere/shards", *, step=20, ema=False, plan_hash="0123456789abcdef", seed=0, **settings):
-    """The configuration of a run in `folder`; `settings` are its keys, with two underscores for the dot."""
+def make_run(
+    folder,
+    shards="nowhere/shards",
+    *,
+    step=20,
+    ema=False,
+    plan_hash="0123456789abcdef",
+    seed=0,
+    change=None,
+    **settings,
+):
+    """Write a run to `folder` and return its configuration.
+
+    Args:
+        change: a function that changes the student before its checkpoint is written.
+        settings: keys of the configuration, with two underscores for the dot.
+    """
     changes = SMALL | {"data.shards": shards, "train.run_dir": folder}
     changes |= {key.replace("__", "."): value for key, value in settings.items()}
     words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()]
@@ -37,6 +52,8 @@ def make_run(folder, shards="nowhere/shards", *, step=20, ema=False, plan_hash="
         with torch.no_grad():
             for parameter in student.parameters():  # nothing is left at the values it began with
                 parameter.add_(0.05 * torch.randn_like(parameter))
+        if change is not None:
+            change(student)
         mean = {name: value + 0.1 * torch.randn_like(value) for name, value in student.state_dict().items()}
     tensors = checkpoint.snapshot(
         student, build_optimizer(student, config.optim, fused=False), ema=mean if ema else None

@@ -229,9 +229,7 @@ def _open_table(folder: Path, description: Mapping[str, Any], device: torch.devi
         raise CommandError(f"{folder}: damaged features ({type(error).__name__}: {error}); remove the folder") from None
     differing = [name for name in {**found, **description} if found.get(name) != description.get(name)]
     if differing:
-        before, now = (
-            ", ".join(f"{name} {table.get(name)}" for name in differing) for table in (found, description)
-        )
+        before, now = (", ".join(f"{name} {table.get(name)}" for name in differing) for table in (found, description))
         raise CommandError(
             f"{folder}: features of something else: {before}, now {now}; remove the folder, or name another --cache"
         )

@@ -1,7 +1,7 @@
-"""`python -m salt_wds.report RUN [RUN2 ...]`: what a run did and what its encoder sees, as one page to look at and to send.
+"""`python -m salt_wds.report RUN [RUN2 ...]`: what a run did and what its encoder sees, as one page to read and to
+send.
 
-The page needs no network and no other file. A run that is still going may be reported at any time: it is only read.
-Several runs stand beside each other.
+The page needs no network and no other file. Runs are only read, so a run that is still going can be reported too.
 """
 
 from __future__ import annotations
@@ -10,46 +10,38 @@ import logging
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 from salt_wds import __version__
 from salt_wds.models.build import pick_device
+from salt_wds.report.formatting import format_time
 from salt_wds.report.gallery import make_gallery
 from salt_wds.report.page import build_page
-from salt_wds.report.record import RunRecord, moment, read_record
+from salt_wds.report.record import RunRecord, read_record
 from salt_wds.report.verdicts import verdicts
-from shard_tools.common.cli import OK, PROBLEMS, Parser, run
+from shard_tools.common.cli import OK, PROBLEMS, Parser, path, positive_int, run
 from shard_tools.common.files import write_atomic
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m salt_wds.report",
-        description="Write report.html of a run, or of several side by side.",
-        epilog="Exit codes: 0 written; 1 written, but pictures are missing (each named, with the reason); 2 usage, or no run.",
+        "salt_wds.report",
+        "Write report.html of a run, or of several runs side by side.",
+        exit_codes="0 written; 1 written, but pictures are missing (each named, with the reason); 2 usage, or no run",
+        page="report",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder of the first run")
-    parser.add_argument(
-        "--no-pictures", action="store_true", help="numbers only: needs no data set, no weights, no time"
-    )
-    parser.add_argument("--clips", type=int, default=6, metavar="N", help="clips of a run to show (default 6)")
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="for the encoders; default: a GPU if there is one",
-    )
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=path, metavar="FILE", help="default: report.html in the folder of the first run")
+    parser.add_argument("--no-pictures", action="store_true", help="numbers only; needs no data set and no weights")
+    parser.add_argument("--clips", type=positive_int, default=6, metavar="N", help="clips of a run to show (default 6)")
+    parser.add_device()
     args = parser.parse_args(argv)
-    if args.clips < 1:
-        parser.error("--clips: at least 1; --no-pictures leaves all of them out")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     device = None if args.no_pictures else pick_device(args.device)
-    records = _named([read_record(folder) for folder in args.runs])
+    records = _distinct_names([read_record(folder) for folder in args.runs])
     galleries = [None if device is None else make_gallery(record, args.clips, device) for record in records]
     found = [verdicts(r, g.spreads if g else {}) for r, g in zip(records, galleries, strict=True)]
     now = time.time()
-    page = build_page(records, found, galleries, now, f"Written {moment(now)} by salt-wds {__version__}.")
+    page = build_page(records, found, galleries, now, f"Written {format_time(now)} by salt-wds {__version__}.")
     out = args.out or args.runs[0] / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page.encode(errors="replace"))
@@ -60,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     return PROBLEMS if any(gallery and gallery.problems for gallery in galleries) else OK
 
 
-def _named(records: list[RunRecord]) -> list[RunRecord]:
-    """Runs of the same name are told apart by the folder they lie in."""
+def _distinct_names(records: list[RunRecord]) -> list[RunRecord]:
+    """The records; runs of the same name get the name of their parent folder in front."""
     counts = Counter(record.name for record in records)
     return [replace(r, name=f"{r.folder.resolve().parent.name}/{r.name}") if counts[r.name] > 1 else r for r in records]
 

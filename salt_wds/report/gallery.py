@@ -1,6 +1,6 @@
-"""What a run's encoders make of clips, for its report: clips with masks, tokens as colours, nearest neighbours.
+"""Pictures for a report: clips with masks, their tokens as colours, nearest neighbours.
 
-Everything is read again from data set and checkpoint, in the run's own order. What cannot be reached any more is left
+Everything is read again from the data set and the checkpoint, in the run's own order. What is no longer there is left
 out, and `problems` says why: a report of numbers alone is still a report.
 
 Shapes: B clips, N tokens, D width, M clips of the bank of neighbours.
@@ -9,7 +9,6 @@ Shapes: B clips, N tokens, D width, M clips of the bank of neighbours.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -35,21 +34,21 @@ from salt_wds.data.views import Views
 from salt_wds.models.frozen import FrozenEncoder, student_of, teacher_of
 from salt_wds.report.record import RunRecord
 from salt_wds.report.verdicts import TokenSpread, token_spread
-from shard_tools.common.cli import CommandError, describe_os_error, one_line
+from shard_tools.common.cli import CommandError, available_cores, describe_os_error, one_line
 from shard_tools.format.dataset import read_dataset
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8  # clips through an encoder
-_BANK = 256  # clips among which neighbours are looked for
+_AT_ONCE = 8  # clips in a forward pass
+_BANK = 256  # clips among which neighbours are searched
 _BANK_SECONDS = 60.0  # a slow device gets fewer clips
-_FEWEST = 24  # of which neighbours still say something
+_MIN_BANK = 24  # neighbours among fewer clips say nothing
 _QUERIES, _NEAREST = 4, 5
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Frames of one height side by side, as a picture: what is shown, how many, its bytes and their kind."""
+    """Square frames side by side as one picture: caption, number of frames, bytes and their kind ("jpeg" or "png")."""
 
     caption: str
     frames: int
@@ -59,7 +58,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A clip with its key and label, and strips of it."""
+    """A clip with its key, its label and strips of its frames."""
 
     key: str
     label: str
@@ -68,7 +67,7 @@ class ShownClip:
 
 @dataclass(frozen=True)
 class NeighbourRow:
-    """A query and the clips nearest to it, with their cosine similarity, by the tokens of one encoder."""
+    """A query and the clips nearest to it by the tokens of one encoder, with their cosine similarity."""
 
     encoder: str
     query: ShownClip
@@ -77,8 +76,11 @@ class NeighbourRow:
 
 @dataclass
 class Gallery:
-    """Everything to be shown of a run. `agreement` is, by encoder, the share of nearest clips that have the label of their
-    query, and what chance would give; `problems` are what is missing, and why."""
+    """The pictures of a run.
+
+    `agreement` is, by encoder, the share of nearest clips with the label of their query, and the same by chance;
+    `problems` say what is missing, and why.
+    """
 
     clips: list[ShownClip] = field(default_factory=list)
     encoders: str = ""
@@ -90,7 +92,7 @@ class Gallery:
 
 
 def make_gallery(record: RunRecord, clips: int, device: torch.device) -> Gallery:
-    """Clips of a run's first batch, at most `clips`, and neighbours among a few hundred others."""
+    """At most `clips` clips of a run's first batch, and neighbours among a few hundred others."""
     gallery = Gallery()
     if record.config is None:
         gallery.problems.append(f"No pictures: {record.config_problem}")
@@ -116,7 +118,7 @@ def make_gallery(record: RunRecord, clips: int, device: torch.device) -> Gallery
 
 
 def _encoders(record: RunRecord, config: Config, device: torch.device) -> dict[str, Callable[[], FrozenEncoder]]:
-    """How to load the encoders that a run has."""
+    """By name, functions that load the encoders of a run."""
     student = {"student": lambda: student_of(record.folder, device)}
     return ({"teacher": lambda: teacher_of(config, device)} if config.objective == "latents" else {}) | student
 
@@ -126,7 +128,7 @@ def _tokens(encoder: FrozenEncoder, batch: Batch) -> tuple[FrozenEncoder, Tensor
 
 
 def encode(encoder: FrozenEncoder, batch: Batch) -> Tensor:
-    """All tokens (B, N, D) of a batch's clips, fp32 on the CPU."""
+    """All tokens of a batch's clips, (B, N, D) fp32 on the CPU."""
     parts = zip(batch["clips"].split(_AT_ONCE), batch["colour"].split(_AT_ONCE), strict=True)
     return torch.cat([encoder(clips, colour).cpu() for clips, colour in parts])
 
@@ -144,7 +146,7 @@ def _first_batch(config: Config, clips: int, ledger: Path) -> tuple[Batch, Seque
 def _show_clips(
     gallery: Gallery, config: Config, batch: Batch, classes: Sequence[str], tokens: dict[str, Tensor]
 ) -> None:
-    """Rows of each clip: frames, what the student sees of them in training, tokens of each encoder as colours."""
+    """Add the strips of each clip: frames, what the student sees in training, tokens of each encoder as colours."""
     grid, times = config.grid, pictures.shown_times(config.grid)
     frames = pictures.clip_frames(batch["clips"], batch["colour"], config.data.size, times)
     hidden = pictures.hidden_cells(batch["mask"], grid, num_masked(grid, config.mask))[:, times]
@@ -170,18 +172,18 @@ def _strip(caption: str, frames: np.ndarray, kind: str) -> Strip:
 
 
 def _show_neighbours(gallery: Gallery, config: Config, encoders: Sequence[FrozenEncoder], ledger: Path) -> None:
-    """Rows of a query and its nearest clips by each encoder.
+    """Add rows of a query and its nearest clips by each encoder.
 
     Raises:
-        CommandError: too few clips for that.
+        CommandError: too few clips.
     """
     split = _bank_split(config)
     bank = config.model_copy(update={"data": config.data.model_copy(update={"split": split, "weights": ()})})
     shown, pooled = _bank(_loader(bank, ledger, _AT_ONCE, Views()), encoders)
-    if len(shown) < _FEWEST:
+    if len(shown) < _MIN_BANK:
         raise CommandError(
-            f"of split {split!r} {len(shown)} clips were encoded within {_BANK_SECONDS:.0f} s, and fewer than {_FEWEST} say "
-            "nothing; on a slow machine try --device cuda"
+            f"of split {split!r} {len(shown)} clips were encoded within {_BANK_SECONDS:.0f} s, and fewer than "
+            f"{_MIN_BANK} say nothing; on a slow machine try --device cuda"
         )
     labels = [clip.label for clip in shown]
     for encoder in encoders:
@@ -197,8 +199,8 @@ def _show_neighbours(gallery: Gallery, config: Config, encoders: Sequence[Frozen
 def nearest_clips(pooled_MD: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: N803
     """The `count` nearest others of each clip, (M, count) int64, nearest first; and all similarities (M, M).
 
-    By the cosine of mean-pooled tokens less their mean over the clips: what all clips share would make all of them
-    similar.
+    Similarity is the cosine of mean-pooled tokens after subtracting their mean over the clips: otherwise what all clips
+    share would make them all similar.
     """
     centred = F.normalize(pooled_MD.double() - pooled_MD.double().mean(dim=0), dim=1)
     similarity = centred @ centred.T
@@ -207,7 +209,7 @@ def nearest_clips(pooled_MD: Tensor, count: int) -> tuple[Tensor, Tensor]:  # no
 
 
 def label_agreement(nearest: Tensor, labels: Sequence[str]) -> tuple[float, float]:
-    """Share of the nearest (M, count) that have their query's label, and the share among all other clips."""
+    """Share of the nearest clips (M, count) with their query's label, and that share among all other clips."""
     numbers = torch.tensor([list(dict.fromkeys(labels)).index(label) for label in labels])
     same = numbers == numbers[:, None]
     chance = (same.sum() - len(labels)) / (len(labels) * (len(labels) - 1))
@@ -215,7 +217,7 @@ def label_agreement(nearest: Tensor, labels: Sequence[str]) -> tuple[float, floa
 
 
 def _bank(loader: Loader, encoders: Sequence[FrozenEncoder]) -> tuple[list[ShownClip], dict[str, list[Tensor]]]:
-    """The first 256 clips, or those a minute is enough for, as small strips, and their mean-pooled tokens by encoder."""
+    """The first 256 clips, or as many as a minute allows, as small strips; their mean-pooled tokens by encoder."""
     data, classes, times = loader.spec.data, loader.catalog.classes, pictures.shown_times(loader.spec.grid)
     shown: list[ShownClip] = []
     pooled: dict[str, list[Tensor]] = {encoder.name: [] for encoder in encoders}
@@ -235,17 +237,17 @@ def _bank(loader: Loader, encoders: Sequence[FrozenEncoder]) -> tuple[list[Shown
 
 
 def _queries(labels: Sequence[str]) -> list[int]:
-    """A few clips, of different labels where there are."""
+    """A few clips, of different labels if possible."""
     first = {label: number for number, label in reversed(list(enumerate(labels)))}
     chosen = sorted(first.values())[:_QUERIES]
     return chosen + [number for number in range(len(labels)) if number not in chosen][: _QUERIES - len(chosen)]
 
 
 def _bank_split(config: Config) -> str:
-    """The validation split where all data sets have one, and clips enough in it; else that of training."""
+    """The validation split if all data sets have one, with enough clips; else the training split."""
     name, datasets = config.data.validation_split, [read_dataset(folder) for folder in config.data.folders]
     held_out = all(name in dataset.splits for dataset in datasets)
-    enough = held_out and sum(dataset.splits[name].samples for dataset in datasets) >= _FEWEST
+    enough = held_out and sum(dataset.splits[name].samples for dataset in datasets) >= _MIN_BANK
     return name if enough else config.data.split
 
 
@@ -253,21 +255,21 @@ def _bank_split(config: Config) -> str:
 
 
 def _loader(config: Config, ledger: Path, batch_size: int, views: Views | None = None) -> Loader:
-    """A small loader of the run's data: a worker process or two, so that a clip that kills its reader costs no report."""
-    workers = min(2, config.data.num_workers, len(os.sched_getaffinity(0)))
+    """A small loader of the run's data. Its worker processes protect the report from clips that crash their reader."""
+    workers = min(2, config.data.num_workers, available_cores())
     data = config.data.model_copy(update={"batch_size": batch_size, "num_workers": workers, "prefetch_factor": 1})
     return Loader(config.model_copy(update={"data": data}), ledger, views=views)
 
 
 def _copy_ledgers(run_dir: Path, scratch: Path) -> Path:
-    """The run's ledgers, copied, so that clips in quarantine are left alone and nothing is added to them."""
+    """Copy the run's ledgers: quarantined clips stay out, and nothing is added to the run's own ledgers."""
     for path in (run_dir / "failures").glob("rank*.jsonl"):
         shutil.copy(path, scratch / path.name)
     return scratch / "rank0.jsonl"
 
 
 def _or_problem(gallery: Gallery, what: str, make: Callable[[], Any]) -> Any:
-    """What `make` makes; where surroundings do not allow it, None and an entry in `problems`."""
+    """The result of `make`; if data set, weights or memory are missing, None and an entry in `problems`."""
     try:
         return make()
     except (CommandError, LoaderStopped) as error:

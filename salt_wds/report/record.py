@@ -1,4 +1,4 @@
-"""A run's folder, read for a report: metrics, configuration, history, failures, probes. Only reads; a run may go on."""
+"""Read a run's folder for a report: metrics, configuration, history, failures, probes. The run may still be going."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import statistics
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from salt_wds.config import Config
+from salt_wds.report.formatting import finite_or, format_duration
 from salt_wds.runs.folder import read_run
 from salt_wds.runs.history import read_history
 from salt_wds.runs.metrics import read_metrics
@@ -21,13 +21,13 @@ from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
 
-_SILENT_S = 300.0  # a run that was never killed may be this long without a line: compiling, validating, a slow disk
-_EXIT = {1: "stopped by a problem that it named", 130: "interrupted"}
+_SILENT_S = 300.0  # a healthy run may write nothing for so long while it compiles, validates or waits for a disk
+_EXIT = {1: "Stopped by a problem that it named", 130: "Interrupted"}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has written. `settings` has dotted keys; `config` is None where this version cannot read it, and
+    """What a run has written. `settings` has dotted keys; `config` is None if this version cannot read it, and
     `config_problem` says why."""
 
     folder: Path
@@ -44,7 +44,7 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """The last step with a line of metrics; 0 without one."""
+        """The last step in the metrics; 0 if there is none."""
         return self.lines[-1]["step"] if self.lines else 0
 
     @property
@@ -60,32 +60,32 @@ class RunRecord:
 
     @property
     def training_s(self) -> float:
-        """Seconds spent on the steps that stand in the metrics, restarts not counted."""
+        """Seconds spent on the steps in the metrics, without restarts."""
         before, seconds = 0, 0.0
         for line in self.lines:
-            seconds += (line["step"] - before) * finite(line.get("step_ms"), 0.0) / 1e3
+            seconds += (line["step"] - before) * finite_or(line.get("step_ms"), 0.0) / 1e3
             before = line["step"]
         return seconds
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of every line that has a finite number of this name."""
-        values = ((line["step"], finite(line.get(name), math.nan)) for line in self.lines)
+        """(step, value) of each line of metrics that has a finite number of this name."""
+        values = ((line["step"], finite_or(line.get(name), math.nan)) for line in self.lines)
         return [(step, value) for step, value in values if not math.isnan(value)]
 
     def state(self, now: float) -> tuple[str, str]:
-        """How it stands, "finished", "running" or "stopped", and that in words."""
+        """The state ("finished", "running" or "stopped"), and a sentence about it."""
         of = f" of {self.steps:,}" if self.steps else ""
         if self.steps and self.step >= self.steps:
-            return "finished", f"all {self.steps:,} steps are done"
+            return "finished", f"All {self.steps:,} steps are done."
         last = self.history[-1] if self.history else None
         if last and last["event"] == "end" and last.get("code") in _EXIT:
-            return "stopped", f"{_EXIT[last['code']]} after step {self.step:,}{of}; go on with --resume"
-        written = max([finite(e.get("time"), 0.0) for e in (*self.lines[-1:], *self.history[-1:])], default=0.0)
+            return "stopped", f"{_EXIT[last['code']]} after step {self.step:,}{of}; --resume continues it."
+        written = max([finite_or(e.get("time"), 0.0) for e in (*self.lines[-1:], *self.history[-1:])], default=0.0)
         age = now - written
         if written and age < max(_SILENT_S, 5 * self._usual_interval()):
-            return "running", f"at step {self.step:,}{of}; the last line is {duration(age)} old"
-        since = f", and for {duration(age)} no line came" if written else ""
-        return "stopped", f"at step {self.step:,}{of}{since}: it was killed, or it hangs; go on with --resume"
+            return "running", f"At step {self.step:,}{of}; its last line is {format_duration(age)} old."
+        silent = f", silent for {format_duration(age)}" if written else ""
+        return "stopped", f"At step {self.step:,}{of}{silent}: it was killed, or it hangs; --resume continues it."
 
     def _usual_interval(self) -> float:
         times = [line["time"] for line in self.lines[-20:] if isinstance(line.get("time"), int | float)]
@@ -96,7 +96,7 @@ def read_record(folder: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        CommandError: it is not that of a run.
+        CommandError: it is not the folder of a run.
     """
     has = {name: (folder / name).is_file() for name in ("config.toml", "metrics.jsonl")}
     if not any(has.values()):
@@ -129,36 +129,12 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def config_settings(path: Path) -> dict[str, Any]:
-    """The values of a TOML file by dotted key; none of a file that is not TOML."""
+    """The values of a TOML file by dotted key; {} if it is not TOML."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
     except tomllib.TOMLDecodeError:
         return {}
     return dict(_flat(table, ""))
-
-
-def finite(value: Any, otherwise: float) -> float:
-    """The value where it is a finite number, else `otherwise`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else otherwise
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "12 s", "3.5 min", "7.2 h", "3.1 days"."""
-    for size, unit, upto in ((1, "s", 100), (60, "min", 100), (3600, "h", 48)):
-        if seconds < size * upto:
-            return f"{seconds / size:.0f} {unit}" if unit == "s" else f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
-def counted(noun: str, count: int) -> str:
-    """ "1 sample", "2,000 samples"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def moment(seconds: float) -> str:
-    """A time stamp as "2026-01-31 12:34 UTC"."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -170,7 +146,7 @@ def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _probes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and content of every JSON of a probe; of one that is none, {"problem": why}."""
+    """Name and content of each probe's JSON file; {"problem": why} if it is not one."""
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_bytes())
@@ -179,7 +155,7 @@ def _probes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             encoders = content.get("encoders") if isinstance(content, dict) else None
             if not isinstance(encoders, dict) or not all(isinstance(result, dict) for result in encoders.values()):
-                content = {"problem": f"{path}: not a result of python -m salt_wds.probe, it has no encoders"}
+                content = {"problem": f"{path}: not a result of python -m salt_wds.probe: it has no encoders"}
         yield path.stem, content
 
 

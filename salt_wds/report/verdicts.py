@@ -1,6 +1,7 @@
 """What the numbers of a run say, in words: does it learn, has it collapsed, does it wait for data, does data fail.
 
-Pure functions of the lines of metrics, and of tokens where there are some. Every threshold has its reason beside it.
+Pure functions of the lines of metrics, and of tokens if there are some. Every threshold has its reason beside it and in
+docs/report.md.
 
 Shapes: B clips, N tokens, D width.
 """
@@ -12,40 +13,43 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor
 
-from salt_wds.report.record import RunRecord, counted, finite
+from salt_wds.report.formatting import finite_or, pluralise
+from salt_wds.report.record import RunRecord
 from salt_wds.train.diagnostics import effective_rank
 from salt_wds.train.progress import InputBound, remedy
+from shard_tools.format.ledger import Failure
 
-_FEWEST = 3  # lines of metrics; fewer say nothing
-# A step of AdamW moves a weight by about the learning rate. While those add up to less than the spread that weights begin
-# with (student.py), an encoder is hardly another one than at the start, and its predictions are those of a new head.
-_LEAST_TRAVEL = 0.02
-_ERRORS = 2.0  # standard errors above 0 that a mean must have to count as more than noise (95 % of chance lies below)
-_WORTH = 0.01  # share of the variance that is worth the word "learns"
-_OVERFIT = 0.02  # of R2: held-out batches are always the same ones, so their R2 hardly moves by itself
+_MIN_LINES = 3  # of metrics; fewer say nothing
+# A step of AdamW moves a weight by about the learning rate. While the sum of learning rates is below the spread of the
+# initial weights (student.py), the encoder is still close to its start, and its predictions are those of a new head.
+_MIN_TRAVEL = 0.02
+_STANDARD_ERRORS = 2.0  # a mean so many standard errors above 0 is not noise (chance reaches that in 1 of 40 cases)
+_MIN_R2 = 0.01  # share of the variance that deserves the word "learns"
+_MAX_R2_DROP = 0.02  # held-out batches are the same every time, so by chance their R2 hardly changes
 
-# A constant encoder has rank 1 by definition. Two equally strong directions make 2: fewer hold no video.
-_LEAST_RANK = 2.0
+# A constant encoder has rank 1 by definition; 2 are two equally strong directions, too few for videos.
+_MIN_RANK = 2.0
 # A prediction that is right on average has the variance R2 x variance of the target: a tenth of its spread means 1 %.
-_LEAST_SPREAD = 0.1
-# A target through LayerNorm has the size 1: with this spread over places and clips 99.75 % of it is the same vector.
-_LEAST_TARGET = 0.05
-# Tokens that differ by less than 1 % of their size differ by rounding: a number in bf16 is known to 2^-8 = 0.4 %.
-_LEAST_TOKEN_SPREAD = 0.01
-# Of the variance of tokens, the part that depends on the clip. Trained, untrained and teacher's tokens here have 0.6 to 1.
-_LEAST_OF_CLIP = 0.01
+_MIN_PREDICTION_SPREAD = 0.1
+# A target through LayerNorm has the size 1: with this spread over positions and clips 99.75 % of it is one vector.
+_MIN_TARGET_SPREAD = 0.05
+# Tokens that differ by less than 1 % of their size differ by rounding: a number in bf16 is exact to 2^-8 = 0.4 %.
+_MIN_TOKEN_SPREAD = 0.01
+# Of the variance of tokens, the part that depends on the clip. Trained, untrained and teacher's tokens have 0.6 to 1.
+_MIN_CLIP_SHARE = 0.01
+
+_RECOVERED = "went away when read again"  # ends the message of a read error that cost nothing (data/pipeline.py)
 
 Kind = Literal["good", "doubt", "bad", "open"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One judgement: "good", "doubt", "bad" or "open" (not to be told yet), what it is about, and why."""
+    """One judgement: "good", "doubt", "bad" or "open" (not known yet); its subject; its reason."""
 
     kind: Kind
     title: str
@@ -54,8 +58,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TokenSpread:
-    """How an encoder's tokens of some clips differ: `spread` (their deviation from their mean, as a share of their size),
-    `of_clip` (share of their variance that depends on the clip, not the place), `rank` (readouts.effective_rank)."""
+    """How an encoder's tokens of some clips differ.
+
+    `spread` is their deviation from their mean, as a share of their size; `of_clip` the share of their variance that
+    depends on the clip, not the position; `rank` their effective rank.
+    """
 
     spread: float
     of_clip: float
@@ -65,15 +72,15 @@ class TokenSpread:
 
 
 def verdicts(record: RunRecord, spreads: Mapping[str, TokenSpread]) -> list[Verdict]:
-    """All judgements of a run; `spreads` are of its encoders by name, if their tokens could be looked at."""
+    """All verdicts on a run. `spreads` are those of its encoders, by name, if pictures were made."""
     found = [learning(record), collapse(record), *(collapsed_tokens(name, s) for name, s in spreads.items())]
     found += [input_bound(record), failures(record)]
     if record.nonfinite:
-        times = counted("step", record.nonfinite)
-        found.append(
-            Verdict("doubt", "Loss not finite", f"{times} had a loss or gradient that was not finite; their keys and "
-                    "shards are in nonfinite.jsonl. Look at those clips, or lower optim.lr.")
-        )  # fmt: skip
+        text = (
+            f"{pluralise('step', record.nonfinite)} had a loss or gradient that was not finite; nonfinite.jsonl has "
+            "their keys and shards. Look at those clips, or lower optim.lr."
+        )
+        found.append(Verdict("doubt", "Loss not finite", text))
     return found + [verdict for name, probe in record.probes.items() for verdict in probed(name, probe)]
 
 
@@ -81,29 +88,32 @@ def verdicts(record: RunRecord, spreads: Mapping[str, TokenSpread]) -> list[Verd
 
 
 def learning(record: RunRecord) -> Verdict:
-    """Whether it predicts better than a mean: that of all tokens (R2), that of each place (r2_position)."""
+    """Whether predictions beat a mean: that of all tokens (R2), and that of each position (r2_position)."""
     title = "Does it learn?"
-    r2, by_place = (_settled(record, name) for name in ("r2", "r2_position"))
-    if len(r2) < _FEWEST:
+    r2, by_position = (_settled(record, name) for name in ("r2", "r2_position"))
+    if len(r2) < _MIN_LINES:
         return Verdict("open", title, _too_early(record))
-    mean, place = _mean_and_error(_last(r2)), _mean_and_error(_last(by_place))
-    numbers = f"R2 is {mean[0]:.3f} over the last {len(_last(r2))} lines (0: no better than predicting the mean)"
+    mean = statistics.fmean(_recent(r2))
+    numbers = f"R2 is {mean:.3f} over the last {len(_recent(r2))} lines (0: no better than predicting the mean)"
     held_out, overfits = _held_out(record)
-    if not _above_zero(mean):
+    if not _above_zero(_recent(r2)):
         return Verdict("bad", title, f"Not so far: {numbers}.{held_out} Check optim.lr, and what the targets are.")
     trend = _trend(r2)
-    if place is not None and not _above_zero(place):
-        return Verdict(
-            "doubt", title,
-            f"It has learned what stands where, not yet what is in a clip: {numbers}, but against the running mean of each "
-            f"token's place it is {place[0]:.3f}.{trend}{held_out}",
-        )  # fmt: skip
-    beyond = f", and {place[0]:.3f} against the running mean of each token's place" if place is not None else ""
-    return Verdict("doubt" if overfits else "good", title, f"It learns: {numbers}{beyond}.{trend}{held_out}")
+    if len(by_position) < _MIN_LINES:
+        return Verdict("doubt" if overfits else "good", title, f"It learns: {numbers}.{trend}{held_out}")
+    beyond = statistics.fmean(_recent(by_position))
+    if not _above_zero(_recent(by_position)):
+        text = (
+            f"It has learned what is typical of each position, but nothing yet of the single clip: {numbers}, but "
+            f"{beyond:.3f} against the running mean of each position.{trend}{held_out}"
+        )
+        return Verdict("doubt", title, text)
+    text = f"It learns: {numbers}, and {beyond:.3f} against the running mean of each position.{trend}{held_out}"
+    return Verdict("doubt" if overfits else "good", title, text)
 
 
 def _held_out(record: RunRecord) -> tuple[str, bool]:
-    """A sentence about held-out R2, and whether it has been falling."""
+    """A sentence about held-out R2, and whether it is falling."""
     values = record.series("val_r2")
     if not values:
         return " Nothing was held out (train.validate_every).", False
@@ -111,73 +121,87 @@ def _held_out(record: RunRecord) -> tuple[str, bool]:
     training = dict(record.series("r2")).get(step)
     beside = f", in training {training:.3f}" if training is not None else ""
     text = f" Held out, at step {step:,}: {last:.3f}{beside}."
-    if last < best - _OVERFIT:
-        return f"{text} It was best at step {best_step:,} ({best:.3f}) and has been falling since: it overfits.", True
+    if last < best - _MAX_R2_DROP:
+        return f"{text} It was best at step {best_step:,} ({best:.3f}) and has fallen since: it overfits.", True
     return text, False
 
 
 def _trend(values: Sequence[float]) -> str:
-    """Whether the last fifth differs from the fifth before it, by more than chance."""
+    """Whether the mean of the last fifth differs from that of the fifth before it, by more than noise."""
     size = len(values) // 5
-    if size < _FEWEST:
+    if size < _MIN_LINES:
         return ""
     before, after = values[-2 * size : -size], values[-size:]
-    error = math.sqrt((statistics.variance(before) + statistics.variance(after)) / size)
     change = statistics.fmean(after) - statistics.fmean(before)
-    if abs(change) <= _ERRORS * error:
+    if abs(change) <= _STANDARD_ERRORS * math.hypot(_standard_error(before), _standard_error(after)):
         return " It has levelled off."
-    return " It is still rising." if change > 0 else " It has been falling."
+    return " It is still rising." if change > 0 else " It is falling."
 
 
 # --- collapse -----------------------------------------------------------------------------------------------------
 
 
 def collapse(record: RunRecord) -> Verdict:
-    """Whether features, predictions or targets have become (almost) constant, by the metrics."""
+    """Whether features, predictions or targets are (almost) constant, by the metrics."""
     title = "Has it collapsed?"
-    rank, target = (_mean_and_error(_last(_values(record, name))) for name in ("effective_rank", "target_std"))
-    if rank is None or target is None:
+    ranks, targets, spreads = (
+        _recent([value for _, value in record.series(name)])
+        for name in ("effective_rank", "target_std", "token_spread")
+    )
+    if min(len(ranks), len(targets)) < _MIN_LINES:
         return Verdict("open", title, _too_early(record))
-    if record.settings.get("loss.target_norm", "layer") == "layer" and target[0] < _LEAST_TARGET:
+    rank, target = statistics.fmean(ranks), statistics.fmean(targets)
+    if record.settings.get("loss.target_norm", "layer") == "layer" and target < _MIN_TARGET_SPREAD:
         source = "the clips" if record.settings.get("objective") == "pixels" else "teacher.weights"
-        return Verdict("bad", title, f"The targets are constant: their spread is {target[0]:.3f}, of tokens of size 1. They "
-                       f"are the same everywhere; check {source}.")  # fmt: skip
-    if rank[0] < _LEAST_RANK:
-        return Verdict("bad", title, f"The encoder has collapsed: its tokens spread in {rank[0]:.1f} directions, and a "
-                       "constant has 1. Its features say nothing of a clip.")  # fmt: skip
-    spread = f"the encoder's tokens spread in {rank[0]:.1f} directions (a constant has 1)"
-    prediction, r2 = (_mean_and_error(_last(_settled(record, name))) for name in ("prediction_std", "r2"))
-    if prediction is None or r2 is None:
-        return Verdict("open", title, f"So far {spread}. For the predictions it is early: {_too_early(record)}")
-    share = prediction[0] / target[0] if target[0] > 0 else 0.0
-    if share < _LEAST_SPREAD:
-        return Verdict("bad", title, f"The predictions are as good as constant: they spread {share:.0%} of what the "
-                       f"targets do, which explains at most {share**2:.1%} of them; {spread}.")  # fmt: skip
-    exact = f", where {math.sqrt(r2[0]):.0%} would be exact for this R2" if r2[0] > 0 else ""
-    return Verdict("good", title, f"No: {spread}, the predictions {share:.0%} of what the targets do{exact}.")
+        text = f"The targets are constant: tokens of size 1 have a spread of {target:.3f}. Check {source}."
+        return Verdict("bad", title, text)
+    if rank < _MIN_RANK:
+        text = (
+            f"The encoder has collapsed: its tokens have an effective rank of {rank:.1f}, and a constant has 1. Its "
+            "features say nothing about a clip."
+        )
+        return Verdict("bad", title, text)
+    if spreads and (spread := statistics.fmean(spreads)) < _MIN_TOKEN_SPREAD:
+        text = f"The encoder has collapsed: its tokens differ by {spread:.1%} of their size, which is rounding."
+        return Verdict("bad", title, text)
+    ranked = f"the encoder's tokens have an effective rank of {rank:.1f} (a constant has 1)"
+    predictions, r2 = (_recent(_settled(record, name)) for name in ("prediction_std", "r2"))
+    if min(len(predictions), len(r2)) < _MIN_LINES:
+        return Verdict("open", title, f"So far {ranked}. It is early for the predictions: {_too_early(record)}")
+    share = statistics.fmean(predictions) / target if target > 0 else 0.0
+    if share < _MIN_PREDICTION_SPREAD:
+        text = (
+            f"The predictions are almost constant: their spread is {share:.0%} of the targets', which can explain at "
+            f"most {share**2:.1%} of the variance; {ranked}."
+        )
+        return Verdict("bad", title, text)
+    mean = statistics.fmean(r2)
+    exact = f" ({math.sqrt(mean):.0%} would be exact for this R2)" if mean > 0 else ""
+    return Verdict("good", title, f"No: {ranked}, and the predictions {share:.0%} of the targets' spread{exact}.")
 
 
 def collapsed_tokens(name: str, found: TokenSpread) -> Verdict:
     """Whether an encoder's tokens of some clips are (almost) constant, or the same for every clip."""
     title = f"Tokens of the {name}"
     numbers = (
-        f"over {found.clips} clips they deviate from their mean by {found.spread:.1%} of their size, {found.of_clip:.0%} of "
-        f"that variance depends on the clip, the rest on the place alone, in {found.rank:.1f} of {found.width} directions"
+        f"over {found.clips} clips they deviate from their mean by {found.spread:.1%} of their size; "
+        f"{found.of_clip:.0%} of this variance depends on the clip, the rest on the position alone; "
+        f"effective rank {found.rank:.1f} of {found.width}"
     )
-    if found.spread < _LEAST_TOKEN_SPREAD:
+    if found.spread < _MIN_TOKEN_SPREAD:
         return Verdict("bad", title, f"Constant: the {name} gives the same token everywhere; {numbers}.")
-    if found.of_clip < _LEAST_OF_CLIP:
+    if found.of_clip < _MIN_CLIP_SHARE:
         return Verdict("bad", title, f"Blind: the {name} gives every clip the same tokens; {numbers}.")
-    if found.rank < _LEAST_RANK:
+    if found.rank < _MIN_RANK:
         return Verdict("bad", title, f"Collapsed: the {name}'s tokens lie on a line; {numbers}.")
     return Verdict("good", title, f"Not collapsed: {numbers}.")
 
 
 def token_spread(tokens_BND: Tensor) -> TokenSpread:  # noqa: N803
-    """Of the tokens of B >= 2 clips.
+    """The spread of the tokens of B >= 2 clips.
 
-    `of_clip` is the mean over places of the variance between clips, over the variance of all tokens: 0 where every clip
-    has the same tokens, about 1 where places have nothing in common.
+    `of_clip` is the mean over positions of the variance between clips, over the variance of all tokens: 0 if every clip
+    has the same tokens, about 1 if positions have nothing in common.
     """
     tokens = tokens_BND.double()
     deviation = tokens - tokens.mean(dim=(0, 1))
@@ -201,15 +225,15 @@ def input_bound(record: RunRecord) -> Verdict:
     lines = [line for line in record.lines[1:] if "data_wait_share" in line]  # in the first one workers start
     if not lines:
         return Verdict("open", title, "Too early to tell.")
-    lines = _last(lines)
-    share = statistics.fmean(finite(line["data_wait_share"], 0.0) for line in lines)
-    rate = statistics.fmean(finite(line.get("clips_per_sec"), 0.0) for line in lines)
-    text = f"{share:.0%} of the time went into waiting over the last {len(lines)} lines, at {rate:,.1f} clips/s"
+    lines = _recent(lines)
+    share = statistics.fmean(finite_or(line["data_wait_share"], 0.0) for line in lines)
+    rate = statistics.fmean(finite_or(line.get("clips_per_sec"), 0.0) for line in lines)
+    text = f"{share:.0%} of the time was spent waiting, over the last {len(lines)} lines, at {rate:,.1f} clips/s"
     if share <= InputBound.SHARE:
         return Verdict("good", title, f"No: {text}.")
     ms: Counter[str] = Counter()
     for line in lines:
-        ms.update({stage: finite(line.get(f"{stage}_ms"), 0.0) for stage in ("read", "decode", "crop")})
+        ms.update({stage: finite_or(line.get(f"{stage}_ms"), 0.0) for stage in ("read", "decode", "crop")})
     start = record.starts[-1] if record.starts else {}
     workers = record.settings.get("data.num_workers", 0)
     advice = remedy(
@@ -220,64 +244,71 @@ def input_bound(record: RunRecord) -> Verdict:
 
 
 def failures(record: RunRecord) -> Verdict:
-    """How much of the data failed."""
+    """How many samples failed."""
     title = "Did data fail?"
-    lost = sum(1 for failure in record.failures if failure.action is not None)
-    other = len(record.failures) - lost
-    note = (
-        f" {counted('record', other)} cost no sample (read again, or a worker lost that was at none)." if other else ""
-    )
+    replaced = sum(1 for failure in record.failures if failure.action is not None)
+    stopping = sum(1 for failure in record.failures if _stopped_run(failure))
+    notes = []
+    if stopping:
+        notes.append(f"{pluralise('sample', stopping)} failed in a batch that stopped the run; nothing replaced them.")
+    if harmless := len(record.failures) - replaced - stopping:
+        what = pluralise("record", harmless)
+        notes.append(f"{what} cost no sample (read again, or a worker was lost between samples).")
     if record.damaged_failures:
-        note += f" {counted('line', record.damaged_failures)} of the ledger cannot be read (cut short by a crash)."
-    if not lost:
-        return Verdict("good", title, f"No sample failed.{note}")
-    batch = record.settings.get("data.batch_size")
-    tried = record.step * batch + lost if isinstance(batch, int) else 0
-    share = f", {lost / tried:.2%} of the {tried:,} that were tried" if tried else ""
-    return Verdict("doubt", title, f"{counted('time', lost)} a sample failed{share}; each is named below, and another took its place."
-                   f"{note}")  # fmt: skip
+        lines = pluralise("line", record.damaged_failures)
+        notes.append(f"{lines} of the ledger cannot be read (cut short by a crash).")
+    if replaced:
+        batch = record.settings.get("data.batch_size")
+        tried = record.step * batch + replaced if isinstance(batch, int) else 0
+        share = f", {replaced / tried:.2%} of the {tried:,} that were tried" if tried else ""
+        times = f"{pluralise('time', replaced)} a sample failed{share}"
+        notes.insert(0, f"{times}; each is listed below, and another sample replaced it.")
+    elif not stopping:
+        notes.insert(0, "No sample failed.")
+    return Verdict("doubt" if replaced or stopping else "good", title, " ".join(notes))
+
+
+def _stopped_run(failure: Failure) -> bool:
+    """Whether nothing took the place of the sample, because the run stopped there (loader.py)."""
+    lost_worker = failure.stage in ("crash", "hang")
+    return failure.action is None and not lost_worker and not failure.message.endswith(_RECOVERED)
 
 
 def probed(name: str, probe: Mapping[str, Any]) -> list[Verdict]:
-    """What a probe says of the student, beside its teacher and an encoder of random weights."""
+    """What a probe says about the student, compared with its teacher and an encoder of random weights."""
     if "problem" in probe:
         return []
     top1, errors = {}, {}
     for encoder, result in probe["encoders"].items():
-        if not math.isnan(accuracy := finite(result.get("top1"), math.nan)):
-            top1[encoder.split(" ")[0]], errors[encoder.split(" ")[0]] = (
-                accuracy,
-                finite(result.get("top1_stderr"), 0.0),
-            )
+        accuracy, encoder = finite_or(result.get("top1"), math.nan), encoder.split(" ")[0]
+        if not math.isnan(accuracy):
+            top1[encoder], errors[encoder] = accuracy, finite_or(result.get("top1_stderr"), 0.0)
     others = [encoder for encoder in ("teacher", "random") if encoder in top1]
     if "student" not in top1 or not others:
         return []
     gains = {encoder: top1["student"] - top1[encoder] for encoder in others}
-    clear = {e: gains[e] > _ERRORS * math.hypot(errors["student"], errors[e]) for e in others}
+    clear = {e: gains[e] > _STANDARD_ERRORS * math.hypot(errors["student"], errors[e]) for e in others}
     beside = ", ".join(f"{100 * gains[e]:+.1f} points to the {e} encoder ({top1[e]:.1%})" for e in others)
     text = f"The student has {top1['student']:.1%} top-1: {beside}. Differences within two standard errors are chance."
     return [Verdict("good" if all(clear.values()) else "doubt", f"Probe {name}", text)]
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-def _values(record: RunRecord, name: str) -> list[float]:
-    return [value for _, value in record.series(name)]
+# --- series -------------------------------------------------------------------------------------------------------
 
 
 def _settled(record: RunRecord, name: str) -> list[float]:
-    """The values of a name after the warm-up, once the learning rates add up to enough."""
-    first = max(_warmup(record), next((step for step, sum_ in _travel(record) if sum_ >= _LEAST_TRAVEL), math.inf))
+    """The values of a metric after the warm-up, once the learning rates add up to enough."""
+    moved = next((step for step, total in _travel(record) if total >= _MIN_TRAVEL), math.inf)
+    first = max(_warmup(record), moved)
     return [value for step, value in record.series(name) if step > first]
 
 
 def _too_early(record: RunRecord) -> str:
     travel = _travel(record)
     return (
-        f"Too early to tell: {counted('line', len(record.lines))} of metrics, a warm-up of "
-        f"{counted('step', _warmup(record))}, and learning rates that add up to {travel[-1][1] if travel else 0:.2g} (weights "
-        f"begin with a spread of {_LEAST_TRAVEL:g}, and a step moves them by about one learning rate)."
+        f"Too early to tell: {pluralise('line', len(record.lines))} of metrics, a warm-up of "
+        f"{pluralise('step', _warmup(record))}, and learning rates that add up to {travel[-1][1] if travel else 0:.2g} "
+        f"(a step moves weights by about one learning rate, and they begin with a spread of {_MIN_TRAVEL:g})."
     )
 
 
@@ -296,22 +327,15 @@ def _warmup(record: RunRecord) -> int:
     return steps if isinstance(steps, int) else 0
 
 
-def _last(values: Sequence[Any]) -> Sequence[Any]:
+def _recent(values: Sequence[Any]) -> Sequence[Any]:
     """The last tenth, and at least 5."""
     return values[-max(5, len(values) // 10) :]
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float] | None:
-    """Mean and its standard error; None of fewer than 3.
-
-    The noise is taken from neighbours' differences (von Neumann, 1941), so that a trend does not count as noise.
-    """
-    if len(values) < _FEWEST:
-        return None
-    noise = statistics.fmean((b - a) ** 2 for a, b in pairwise(values)) / 2
-    return statistics.fmean(values), math.sqrt(noise / len(values))
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _above_zero(mean_and_error: tuple[float, float] | None) -> bool:
-    """Whether a mean is above 0 by more than chance, and by something worth the word."""
-    return mean_and_error is not None and mean_and_error[0] > max(_ERRORS * mean_and_error[1], _WORTH)
+def _above_zero(values: Sequence[float]) -> bool:
+    """Whether the mean is above 0 by more than noise, and by an amount that matters."""
+    return statistics.fmean(values) > max(_STANDARD_ERRORS * _standard_error(values), _MIN_R2)

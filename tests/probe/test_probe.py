@@ -1,4 +1,5 @@
-"""The probe command, as a user runs it: its JSON, tables and pictures; the same however features are kept; one-line refusals."""
+"""The probe command, as a user runs it: its JSON, tables and pictures; the same however features are kept; one-line
+refusals."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def test_a_probe_writes_numbers_tables_and_pictures(run, dataset, repository, ru
 
 
 def test_an_answer_that_is_known_is_found(call, run, tmp_path):
-    """Half of the clips, the brighter ones, are a class: even random weights know them, if every label meets its clip."""
+    """Half of the clips, the brighter ones, are a class: even random weights know them, if every label meets its
+    clip."""
     root = tmp_path / "bright"
     assert synth.main([str(root), "--clips", "200", "--classes", "2", "--size", "64", "--frames", "24"]) == 0
     files = {split: root / "labels" / f"{split}.json" for split in ("train", "validation")}

@@ -1,4 +1,5 @@
-"""The clips of a probe: parted by their keys alone, none in two parts, and what cannot be probed refused in one line."""
+"""The clips of a probe: parted by their keys alone, none in two parts, and what cannot be probed refused in one
+line."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def make_config(dataset, repository):
 
 @pytest.fixture
 def relabelled(videos, tmp_path):
-    """A packed copy of the videos whose labels were changed by a function of the row and its split, and their classes."""
+    """A packed copy of the videos whose labels were changed by a function of the row and its split, and their
+    classes."""
 
     def make(change, classes=None):
         root = tmp_path / "relabelled"
@@ -201,7 +203,10 @@ def test_no_class_in_common_is_refused(make_config, relabelled):
     [
         ({"data__split": "x"}, r"no split 'x', it has train, validation, test; set data\.split"),
         ({"data__eval_split": "x"}, r"no split 'x', it has train, validation, test; set data\.eval_split"),
-        ({"probe__selection_share": 0.01}, r"probe\.selection_share = 0\.01 of 30 clips leaves none to choose a probe by"),
+        (
+            {"probe__selection_share": 0.01},
+            r"probe\.selection_share = 0\.01 of 30 clips leaves none to choose a probe by",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused_with_its_key(make_config, settings, message):

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import shard_tools  # noqa: F401 - first of all: Ctrl-C while a command loads
+import shard_tools  # noqa: F401 - first: it decides what Ctrl-C does while a command loads
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from salt_wds.models.exported import VideoEncoder
+    from salt_wds.config import load_config
+    from salt_wds.data.loader import Loader
+    from salt_wds.data.views import Views
+    from salt_wds.models.exported import load_encoder
+    from salt_wds.models.teacher import load_teacher
+    from salt_wds.runs.metrics import read_metrics
 
 __version__ = "0.1.0"
+__all__ = ["Loader", "Views", "load_config", "load_encoder", "load_teacher", "read_metrics"]
+
+_MODULES = {  # loaded at the first use of the name, so that `import salt_wds` loads no torch
+    "Loader": "salt_wds.data.loader",
+    "Views": "salt_wds.data.views",
+    "load_config": "salt_wds.config",
+    "load_encoder": "salt_wds.models.exported",
+    "load_teacher": "salt_wds.models.teacher",
+    "read_metrics": "salt_wds.runs.metrics",
+}
 
 
-def load_encoder(folder: str | Path) -> VideoEncoder:
-    """The encoder that `python -m salt_wds.export RUN folder` wrote: fp32, on the CPU, in evaluation mode.
-
-        encoder = salt_wds.load_encoder("out")
-        tokens = encoder(encoder.preprocess(frames))    # uint8 RGB (B, T, H, W, 3) -> (B, N, D)
-
-    Raises:
-        CommandError: not such a folder, of another version, or its weights are damaged.
-    """
-    from salt_wds.models.exported import load_encoder  # torch is loaded with it, and `import salt_wds` stays light
-
-    return load_encoder(folder)
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os.path
 import tomllib
 from collections.abc import Sequence
 from enum import Enum
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shard_tools.common.cli import CommandError
 
@@ -23,6 +24,8 @@ TUBELET, PATCH = 2, 16  # one token is 2 frames x 16 x 16 pixels, in the teacher
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+Folders = PathText | Annotated[tuple[PathText, ...], Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -42,6 +45,11 @@ def require(condition: bool, key: str, message: str) -> None:
         raise ValueError(f"{key}: {message}")
 
 
+def as_paths(folders: str | tuple[str, ...]) -> tuple[Path, ...]:
+    """The paths of one folder or of several."""
+    return tuple(Path(folder) for folder in ((folders,) if isinstance(folders, str) else folders))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -50,7 +58,7 @@ R = TypeVar("R", bound=Section)
 
 
 class DataConfig(Section):
-    shards: Annotated[Text | Annotated[tuple[Text, ...], Field(min_length=1)], OnResume.MAY_CHANGE]
+    shards: Annotated[Folders, OnResume.MAY_CHANGE]
     """Folder of the packed or indexed data set: the one that holds dataset.json. Or a list of several."""
     weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = ()
     """Of several data sets: how often each is drawn from, relative to each other; [] means by their samples."""
@@ -119,7 +127,7 @@ class DataConfig(Section):
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders of the data sets."""
-        return tuple(Path(folder) for folder in ((self.shards,) if isinstance(self.shards, str) else self.shards))
+        return as_paths(self.shards)
 
 
 class TeacherConfig(Section):
@@ -242,7 +250,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     steps: Annotated[Annotated[int, Field(ge=1, le=99_999_999)], OnResume.MAY_CHANGE]
     """Optimiser steps of the whole run."""
-    run_dir: Annotated[Text, OnResume.MAY_CHANGE]
+    run_dir: Annotated[PathText, OnResume.MAY_CHANGE]
     """Folder for everything the run writes (metrics, failures, checkpoints)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, sample order, crops and masks."""

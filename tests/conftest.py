@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,11 @@ from shard_tools.pack.pack_shard import PackJob
 from shard_tools.pack.plan import Plan, ShardTask, make_plan
 from shard_tools.pack.staging import PackPlan, Staging
 from shard_tools.video.sources import find_sources
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of parallel tests would wait for each other
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a background job (`nohup make test &`) ignores it, and children too
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"
@@ -113,20 +120,38 @@ def _run_module() -> RunModule:
     return run_module
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` as `make` fills it, made by one of the test processes and shared by all."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            unfinished = tmp_path_factory.mktemp(name)
+            make(unfinished)
+            unfinished.rename(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 generated clips of 64x64 and 24 frames in 4 classes, in the layout of Something-Something-v2."""
-    out = tmp_path_factory.mktemp("videos") / "generated"
-    run_module("shard_tools.synth", out, "--clips", 40, "--classes", 4, "--size", 64, "--frames", 24, "--seed", 1)
-    return out
+    options = ["--clips", 40, "--classes", 4, "--size", 64, "--frames", 24, "--seed", 1]
+
+    def make(folder: Path) -> None:
+        run_module("shard_tools.synth", folder / "generated", *options)
+
+    return made_once(tmp_path_factory, "videos", make) / "generated"
 
 
 @pytest.fixture(scope="session")
 def dataset(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`videos` packed into shards of 128 KiB: several of four or five samples in the training split."""
-    out = tmp_path_factory.mktemp("dataset") / "shards"
-    run_module("shard_tools.pack", videos, "--out", out, "--shard-size", "128KiB")
-    return out
+
+    def make(folder: Path) -> None:
+        run_module("shard_tools.pack", videos, "--out", folder / "shards", "--shard-size", "128KiB")
+
+    return made_once(tmp_path_factory, "dataset", make) / "shards"
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,11 @@ _MARK = ".demo"  # only folders with this file in them are ever removed
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m salt_wds.demo", description="The whole road on generated video.")
+    parser = Parser(
+        "salt_wds.demo",
+        "Run everything on generated video: pack, train a teacher and a student, probe both, and print a table.",
+        exit_codes="0 done; 1 a command in it failed; 2 usage; 130 interrupted",
+    )
     parser.add_argument(
         "--out", type=Path, help="folder for everything, emptied first (default runs/demo; runs/motion with --full)"
     )

@@ -11,16 +11,16 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from salt_wds.config import (
+    Folders,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
     Text,
+    as_paths,
     require,
 )
-
-Folders = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class ProbeDataConfig(Section):
@@ -73,12 +73,12 @@ class ProbeDataConfig(Section):
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders that probes learn from."""
-        return _paths(self.shards)
+        return as_paths(self.shards)
 
     @property
     def eval_folders(self) -> tuple[Path, ...]:
         """The folders that probes are measured on."""
-        return self.folders if self.eval_shards is None else _paths(self.eval_shards)
+        return self.folders if self.eval_shards is None else as_paths(self.eval_shards)
 
 
 class HeadsConfig(Section):
@@ -154,7 +154,3 @@ class ProbeConfig(Section):
     knn: NeighboursConfig = NeighboursConfig()
     time_arrow: TimeArrowConfig = TimeArrowConfig()
     supervised: SupervisedConfig = SupervisedConfig()
-
-
-def _paths(folders: str | tuple[str, ...]) -> tuple[Path, ...]:
-    return tuple(Path(folder) for folder in ((folders,) if isinstance(folders, str) else folders))

@@ -7,13 +7,15 @@ reported in one line (what, where, what to do) without a traceback. A bug keeps 
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import io
 import os
 import re
+import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -212,6 +214,27 @@ def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn
             raise
         code = fail(describe_os_error(error))
     leave(code)
+
+
+def dispatch(package: str, commands: Mapping[str, str]) -> None:
+    """Run the command of `package` that the first argument names, as `python -m PACKAGE.COMMAND` does.
+
+    Args:
+        commands: what each command does, in a line.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the command loads, Ctrl-C ends it without a traceback
+    script = package.replace("_", "-")
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<{max(map(len, commands))}}  {what}" for command, what in commands.items()]
+        print(f"usage: {script} COMMAND ...\n\n" + "\n".join(lines) + f"\n\nOptions of each: {script} COMMAND --help")
+    elif name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        sys.exit(fail(f"{script}: no command {name!r}; {hint}see {script} --help"))
+    else:
+        del sys.argv[1]
+        runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import xxhash
 
 from shard_tools.common.cli import CommandError, available_cores, one_line
 from shard_tools.format.dataset import SampleInfo
-from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
+from shard_tools.format.tar import BLOCK, RECORD, padding
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.pack.plan import MIB, Plan
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
@@ -33,7 +33,7 @@ from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding, Pa
 CLIP_FRAMES, STRIDE, SIZE = 16, 2, 224  # a training clip, as configs/base.toml has it
 _SAMPLES, _FEWEST = 24, 4
 _SECONDS = 5.0  # for a tier: then no further video is tried
-_MOST_WRITTEN = 256 * MIB
+_MOST_WRITTEN = 64 * MIB
 
 
 @dataclass
@@ -44,45 +44,33 @@ class Measured:
     source_bytes: int = 0
     payload_bytes: int = 0
     other_bytes: int = 0  # KEY.json, headers, padding
-    pack_seconds: float = 0.0  # to read, probe, encode, hash and hand to the drive
+    pack_seconds: float = 0.0  # to read, probe, encode and hash
     decode_seconds: float = 0.0
     resize_seconds: float = 0.0
 
 
-@dataclass
-class Written:
-    """What writing members into the output's file system took; `problem` says why it could not be measured."""
-
-    folder: Path
-    bytes: int = 0
-    seconds: float = 0.0
-    problem: str | None = None
-
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes / self.seconds if self.bytes and not self.problem else math.inf
-
-
 @dataclass(frozen=True)
 class TierEstimate:
-    """What a tier would take and give. Clips a second are of one core: decoding alone, and with the resize."""
+    """What a tier would take and give."""
 
     tier: str
     shards: int
     bytes: int
     pack_seconds: float
-    decoded: float
-    fed: float
+    decoded: float  # clips a second that one core decodes
+    fed: float  # the same, with the resize
 
 
 @dataclass
 class Estimate:
-    """All tiers that the sampled videos can be packed in, and what the numbers rest on."""
+    """The tiers in which the sampled videos can be packed, and what the numbers rest on."""
 
     tiers: list[TierEstimate]
     clips: int
-    written: Written
-    free: int
+    folder: Path  # in whose file system the output folder would be
+    free: int  # bytes
+    write_speed: float = math.inf  # bytes a second
+    write_problem: str | None = None  # why it could not be measured
     failed: dict[str, str] = field(default_factory=dict)  # sampled videos left out: path -> why
 
 
@@ -102,17 +90,17 @@ def estimate(
     Raises:
         CommandError: none of the sampled sources can be packed.
     """
-    folder = _existing(out)
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
     chosen = choose(sources)
-    result = Estimate([], 0, Written(folder), shutil.disk_usage(folder).free)
-    total = sum(source_bytes.values())
-    measured = {}
+    result = Estimate([], 0, folder, shutil.disk_usage(folder).free)
+    try:
+        result.write_speed = _measure_writing(folder, result.free)
+    except OSError as error:
+        result.write_problem = error.strerror or str(error)
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # as in the loader's workers
     try:
-        with _Scratch(result.written, result.free) as scratch:
-            for encoding in plans:
-                measured[encoding] = _measure(root, encoding, chosen, scratch, result.failed)
+        measured = {encoding: _measure(root, encoding, chosen, result.failed) for encoding in plans}
     finally:
         cv2.setNumThreads(threads)
     result.clips = max(one.clips for one in measured.values())
@@ -122,17 +110,17 @@ def estimate(
             f"none of the {len(chosen)} sampled videos can be packed (first: {path}: {reason}), so nothing can be "
             "estimated; check that ROOT holds whole videos"
         )
+    total = sum(source_bytes.values())
     for encoding, one in measured.items():
         if one.clips:
-            speed = result.written.bytes_per_second
-            result.tiers.append(
-                _scale(encoding.tier, one, len(plans[encoding].tasks), len(sources), total, workers, speed)
-            )
+            shards = len(plans[encoding].tasks)
+            tier = _scale(encoding.tier, one, shards, len(sources), total, workers, result.write_speed)
+            result.tiers.append(tier)
     return result
 
 
 def choose(sources: Sequence[Source]) -> list[Source]:
-    """The sources to be measured, spread over all splits: a pure choice by hash, mixed, so that any few will do."""
+    """The sources to measure: a pure choice by the hash of their keys, from all splits in turn."""
     mixed = sorted(sources, key=lambda s: xxhash.xxh3_64_intdigest(s.key.encode()))
     by_split: dict[str, list[Source]] = {}
     for source in mixed:
@@ -140,13 +128,6 @@ def choose(sources: Sequence[Source]) -> list[Source]:
     turns = max(len(group) for group in by_split.values())
     dealt = (group[n] for n in range(min(turns, _SAMPLES)) for group in by_split.values() if n < len(group))
     return [source for source, _ in zip(dealt, range(_SAMPLES), strict=False)]
-
-
-def _existing(out: Path) -> Path:
-    folder = out.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
 
 
 def _scale(
@@ -170,10 +151,8 @@ def _scale(
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    root: Path, encoding: Encoding, chosen: Sequence[Source], scratch: _Scratch, failed: dict[str, str]
-) -> Measured:
-    """One tier: pack and decode videos until all are done, or the time is up and there are enough."""
+def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: dict[str, str]) -> Measured:
+    """Pack and decode videos in one tier, until all are done, or the time is up and there are enough."""
     one = Measured()
     began = time.monotonic()
     for source in chosen:
@@ -190,13 +169,12 @@ def _measure(
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             failed.setdefault(source.path, one_line(reason))
             continue
-        decoded = time.thread_time()
-        members = ((f"{info.key}.json", info.to_json()), (f"{info.key}.{payload.ext}", payload.data))
+        head = len(info.to_json())
         one.clips += 1
         one.source_bytes += len(data)
         one.payload_bytes += len(payload.data)
-        one.other_bytes += scratch.write(members) - len(payload.data)
-        one.pack_seconds += packed - start + time.thread_time() - decoded
+        one.other_bytes += 2 * BLOCK + head + len(padding(head)) + len(padding(len(payload.data)))
+        one.pack_seconds += packed - start
         one.decode_seconds += decode_seconds
         one.resize_seconds += resize_seconds
     return one
@@ -224,52 +202,21 @@ def clip_frames(num_frames: int) -> list[int]:
     return sorted({min(start + STRIDE * n, last) for n in range(CLIP_FRAMES)})
 
 
-class _Scratch:
-    """Context manager: a nameless file in the output's file system, to see how long members take to be written."""
+def _measure_writing(folder: Path, free: int) -> float:
+    """Bytes a second that a file without a name takes in this folder, the sync included.
 
-    def __init__(self, written: Written, free: int) -> None:
-        self._written = written
-        self._room = min(_MOST_WRITTEN, free // 2)
-        self._hasher = xxhash.xxh3_64()
-
-    def __enter__(self) -> _Scratch:
-        try:
-            self._file = tempfile.TemporaryFile(dir=self._written.folder)
-        except OSError as error:
-            self._written.problem = error.strerror or str(error)
-        return self
-
-    def write(self, members: Sequence[tuple[str, bytes]]) -> int:
-        """Write members as ShardWriter does, while there is room; bytes they take in a tar."""
-        parts = [part for name, data in members for part in (tar_header(name, len(data)), data, padding(len(data)))]
-        size = sum(map(len, parts))
-        if self._written.problem is None and self._written.bytes + size <= self._room:
-            self._timed(lambda: self._append(parts))
-            self._written.bytes += size
-        return size
-
-    def _append(self, parts: Sequence[bytes]) -> None:
-        for part in parts:
-            self._hasher.update(part)
-            self._file.write(part)
-
-    def _flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _timed(self, action: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        try:
-            action()
-        except OSError as error:  # a full disk, a quota: an estimate without it says so
-            self._written.problem = error.strerror or str(error)
-        self._written.seconds += time.perf_counter() - start
-
-    def __exit__(self, kind: object, error: object, tb: object) -> None:
-        if self._written.problem is None and kind is None:
-            self._timed(self._flush)
-        if hasattr(self, "_file"):
-            self._file.close()
+    Raises:
+        OSError: the folder cannot be written to, the disk is full, or the like.
+    """
+    blocks = max(min(_MOST_WRITTEN, free // 2) // MIB, 1)
+    block = os.urandom(MIB)
+    started = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(blocks):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return blocks * MIB / (time.perf_counter() - started)
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------
@@ -297,12 +244,11 @@ def estimate_lines(result: Estimate, videos: int, workers: int, cores: int, want
 def _assumptions(result: Estimate, workers: int) -> Iterator[str]:
     growth = ", ".join(f"{tier} {growth}" for tier, growth in EXPECTED_GROWTH.items())
     yield f"  shards: as planned, from fixed growths of the bytes ({growth}); bytes: from the measured growth"
-    yield f"  fits: {size_text(result.free)} are free in {result.written.folder}"
-    written = result.written
-    if written.problem is None:
-        speed = f"writing at {written.bytes_per_second / 1e6:,.0f} MB/s, measured with a small file"
+    yield f"  fits: {size_text(result.free)} are free in {result.folder}"
+    if result.write_problem is None:
+        speed = f"writing at {result.write_speed / 1e6:,.0f} MB/s, measured with a small file"
     else:
-        speed = f"writing is not included ({written.folder}: {one_line(written.problem)})"
+        speed = f"writing is not included ({result.folder}: {one_line(result.write_problem)})"
     here = _cores(available_cores())
     yield f"  packing: {workers} workers on the {here} of this machine; {speed}; without reads from a cold drive"
     yield f"  decodes: {CLIP_FRAMES} frames at stride {STRIDE} from the middle of a video, CPU time of one thread"
@@ -325,7 +271,7 @@ def verdict(result: Estimate, cores: int, want: int) -> str:
         return f"{feeds}; the smallest that fits is {smallest.tier} ({size}): --frames {smallest.tier}"
     return (
         f"{feeds}, but not even {smallest.tier} ({size_text(smallest.bytes)}) fits into the {size_text(result.free)} "
-        f"that are free in {result.written.folder}; choose another --out, or more --cores"
+        f"that are free in {result.folder}; choose another --out, or more --cores"
     )
 
 

@@ -15,7 +15,7 @@ from conftest import contents, pack_here
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
 from shard_tools.pack import estimate
-from shard_tools.pack.estimate import Estimate, TierEstimate, Written, choose, clip_frames, verdict
+from shard_tools.pack.estimate import Estimate, TierEstimate, choose, clip_frames, verdict
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source, find_sources
@@ -177,7 +177,7 @@ GIVEN = Estimate(
         TierEstimate("y4m", 6100, 1_500_000_000_000, 900.0, decoded=2000.0, fed=700.0),
     ],
     clips=24,
-    written=Written(Path("/mnt/ssv2")),
+    folder=Path("/mnt/ssv2"),
     free=200_000_000_000,
 )
 

@@ -7,8 +7,8 @@ group, to the command alone, or to a single worker; besides, SIGTERM and SIGINT)
 files move into place, and the same command is run again, until it ends by itself; then the result is compared with that
 of an undisturbed pack, to the byte, and the next job begins in another folder, until there were enough kills.
 
-All the while another process looks at every output folder: a `.tar` or `.parquet` under its final name must have all the
-bytes of the undisturbed one, and with dataset.json there, `verify` must find nothing and a reader every sample.
+All the while another process looks at every output folder: a `.tar` or `.parquet` under its final name must have all
+the bytes of the undisturbed one, and with dataset.json there, `verify` must find nothing and a reader every sample.
 
 Exit code 1 if a result differs, anything partial was seen, an exit code is wrong, or a process outlived its job.
 """

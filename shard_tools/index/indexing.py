@@ -12,10 +12,8 @@ import functools
 import os
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,6 +37,7 @@ from shard_tools.format.dataset import (
     read_dataset,
 )
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes
+from shard_tools.format.ledger import Failure
 from shard_tools.index.scan import (
     Scan,
     ScanJob,
@@ -75,10 +74,12 @@ def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names:
         _refuse_to_overwrite(source, out, tars, old)
         job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), ext)
         scans = scan_tars(job, tars, workers)
-        result = _assemble(out, job, scans, names, split)
-        if not _is_there(out, result):
-            _commit(out, result, old)
-        return _report(out, result.dataset, scans)
+        dataset, indexes = _assemble(job, scans, names, split)
+        failures = [failure for scan in scans for failure in scan.failures]
+        _commit(out, dataset, indexes, failures, _links(source, out, indexes), old)
+    for note, count in sum((scan.notes for scan in scans), Counter[str]()).items():
+        print(one_line(f"{count:,} {note}"))
+    return _report(out, dataset, failures)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
@@ -173,20 +174,12 @@ def scan_tars(job: ScanJob, tars: list[str], workers: int) -> list[Scan]:
     """What each tar holds, in the order of `tars`."""
     sizes = {tar: (job.folder / tar).stat().st_size if (job.folder / tar).is_file() else 0 for tar in tars}
     scans: dict[str, Scan] = {}
-    shown = started = time.monotonic()
-    with tqdm(
-        total=sum(sizes.values()), unit="B", unit_scale=True, desc="index", disable=not sys.stderr.isatty()
-    ) as bar:
+    every = {"mininterval": 0.1} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="index", **every) as bar:
         for tar, outcome in run_local(functools.partial(scan_tar, job), tars, workers):
             scans[tar] = _scan_crashing(job, tar) if isinstance(outcome, WorkerDiedError) else outcome
-            clips = sum(scan.rows.num_rows for scan in scans.values() if scan.rows is not None)
-            rate = clips / max(time.monotonic() - started, 1e-9)
-            failed = sum(len(scan.failures) for scan in scans.values())
-            bar.set_postfix_str(f"{rate:.0f} clips/s, {failed} failed")
+            bar.set_postfix_str(f"{sum(len(scan.failures) for scan in scans.values())} failed", refresh=False)
             bar.update(sizes[tar])
-            if bar.disable and time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                print(f"{len(scans)} of {len(tars)} tars, {rate:.0f} clips/s, {failed} failed", flush=True)
     return [scans[tar] for tar in tars]
 
 
@@ -208,40 +201,26 @@ def split_of(tar: str, default: str) -> str:
     return _SPLIT_OF[match[1].lower()] if match else default
 
 
-@dataclass(frozen=True)
-class _Result:
-    """The content of the folder: dataset.json, an index for each tar, failures.jsonl (empty: none), links."""
-
-    dataset: Dataset
-    scans: dict[str, Scan]
-    failures: bytes
-    links: dict[Path, Path]
-
-
-def _assemble(out: Path, job: ScanJob, scans: list[Scan], names: list[str] | None, default: str) -> _Result:
-    """Number the labels and describe the data set."""
-    failures = [failure for scan in scans for failure in scan.failures]
+def _assemble(
+    job: ScanJob, scans: list[Scan], names: list[str] | None, default: str
+) -> tuple[Dataset, dict[str, bytes]]:
+    """Number the labels; returns dataset.json, and the index of each tar that can be used."""
     used = [scan for scan in scans if scan.rows]
     if not used:
-        first = f" (first: {failures[0].shard}: {failures[0].key or ''} {failures[0].message})" if failures else ""
-        raise CommandError(f"{job.folder}: no sample of its {len(scans)} tars can be used{first}")
+        first = next((failure for scan in scans for failure in scan.failures), None)
+        hint = f" (first: {first.shard}: {first.key or ''} {first.message})" if first else ""
+        raise CommandError(f"{job.folder}: no sample of its {len(scans)} tars can be used{hint}")
     classes = number_labels(used, names)
+    indexes: dict[str, bytes] = {}
     shards: dict[str, list[ShardInfo]] = {}
     for scan in used:
         assert scan.rows is not None
-        index_hash = xxhash.xxh3_64_hexdigest(_index(scan, classes))
-        info = ShardInfo(scan.file, scan.bytes, len(scan.rows), scan.xxh3, index_hash)
+        index = indexes[scan.file] = index_bytes(numbered_rows(scan.rows, classes))
+        info = ShardInfo(scan.file, scan.bytes, len(scan.rows), scan.xxh3, xxhash.xxh3_64_hexdigest(index))
         shards.setdefault(split_of(scan.file, default), []).append(info)
     ordered = {split: shards[split] for split in SPLITS if split in shards}
     dataset = make_dataset(job.dataset, "source", _plan_hash(ordered, classes, job.ext), 0, ordered, classes)
-    lines = "".join(failure.to_line() for failure in failures).encode()
-    indexes = {scan.file: scan for scan in used}
-    return _Result(dataclasses.replace(dataset, foreign=True), indexes, lines, _links(job.folder, out, indexes))
-
-
-def _index(scan: Scan, classes: Sequence[str]) -> bytes:
-    assert scan.rows is not None
-    return index_bytes(numbered_rows(scan.rows, classes))
+    return dataclasses.replace(dataset, foreign=True), indexes
 
 
 def _plan_hash(shards: dict[str, list[ShardInfo]], classes: Sequence[str], ext: str | None) -> str:
@@ -250,59 +229,46 @@ def _plan_hash(shards: dict[str, list[ShardInfo]], classes: Sequence[str], ext: 
     return xxhash.xxh3_128_hexdigest(repr((lines, list(classes), ext)).encode())
 
 
-def _is_there(out: Path, result: _Result) -> bool:
-    """Whether an earlier run has written exactly this."""
-    infos = [info for split in result.dataset.splits.values() for info in split.shards]
-    expected = {index_name(info.file): info.index_xxh3 for info in infos}
-    expected[DATASET_FILE] = xxhash.xxh3_64_hexdigest(result.dataset.to_json())
-    if result.failures:
-        expected[FAILURES_FILE] = xxhash.xxh3_64_hexdigest(result.failures)
-    elif (out / FAILURES_FILE).exists():
-        return False
-    if any(not link.is_symlink() or link.readlink() != target for link, target in result.links.items()):
-        return False
-    found = {name: out / name for name in expected}
-    return all(p.is_file() and xxhash.xxh3_64_hexdigest(p.read_bytes()) == expected[name] for name, p in found.items())
-
-
-def _commit(out: Path, result: _Result, old: Dataset | None) -> None:
+def _commit(
+    out: Path,
+    dataset: Dataset,
+    indexes: dict[str, bytes],
+    failures: Sequence[Failure],
+    links: dict[Path, Path],
+    old: Dataset | None,
+) -> None:
     """Write everything: an old dataset.json is removed first, the new one comes last."""
     (out / DATASET_FILE).unlink(missing_ok=True)
     sync_folder(out)
     before = {info.file for split in old.splits.values() for info in split.shards} if old else set()
-    for file in before - result.scans.keys():
+    for file in before - indexes.keys():
         if _is_our_index(out / index_name(file), True):
             (out / index_name(file)).unlink()
-        if result.links and (out / file).is_symlink():
+        if links and (out / file).is_symlink():
             (out / file).unlink()
-    for link, target in result.links.items():
+    for link, target in links.items():
         link.unlink(missing_ok=True)
         link.symlink_to(target)
-    for file, scan in result.scans.items():
-        write_atomic(out / index_name(file), _index(scan, result.dataset.classes))
-    if result.failures:
-        write_atomic(out / FAILURES_FILE, result.failures)
+    for file, index in indexes.items():
+        write_atomic(out / index_name(file), index)
+    if failures:
+        write_atomic(out / FAILURES_FILE, "".join(failure.to_line() for failure in failures).encode())
     else:
         (out / FAILURES_FILE).unlink(missing_ok=True)
-    write_atomic(out / DATASET_FILE, result.dataset.to_json())
+    write_atomic(out / DATASET_FILE, dataset.to_json())
 
 
-def _report(out: Path, dataset: Dataset, scans: list[Scan]) -> int:
-    for note, count in sum((scan.notes for scan in scans), Counter[str]()).items():
-        print(one_line(f"{count:,} {note}"))
-    samples = sum(split.samples for split in dataset.splits.values())
-    size = sum(split.bytes for split in dataset.splits.values())
-    splits = ", ".join(f"{split.samples:,} {name}" for name, split in dataset.splits.items())
-    tars = sum(len(split.shards) for split in dataset.splits.values())
-    print(f"{out}: {samples:,} samples ({splits}) in {tars} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes; "
+def _report(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> int:
+    splits = dataset.splits.items()
+    samples, size, tars = (sum(values) for values in zip(*((s.samples, s.bytes, len(s.shards)) for _, s in splits)))
+    named = ", ".join(f"{split.samples:,} {name}" for name, split in splits)
+    print(f"{out}: {samples:,} samples ({named}) in {tars} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes; "
           f"check: python -m shard_tools.verify {out}")  # fmt: skip
-    failures = [failure for scan in scans for failure in scan.failures]
+    if not failures:
+        return OK
     for failure in failures[:_SHOWN]:
         key = f", key {failure.key}" if failure.key else ""
         print(one_line(f"not indexed: {failure.shard}{key}: {failure.message}"), file=sys.stderr)
-    if failures:
-        print(
-            f"{len(failures)} samples or tars could not be indexed; all are named in {out / FAILURES_FILE}",
-            file=sys.stderr,
-        )
-    return PROBLEMS if failures else OK
+    message = f"{len(failures)} samples or tars could not be indexed; all are named in {out / FAILURES_FILE}"
+    print(message, file=sys.stderr)
+    return PROBLEMS

@@ -61,6 +61,22 @@ class Scan:
     notes: Counter[str] = field(default_factory=Counter)
     exts: Counter[str] = field(default_factory=Counter)
 
+    def fail(self, job: ScanJob, message: str, error: Exception, sample: Sample | None = None) -> None:
+        """Record that a sample, or the whole tar, is left out. No time or process: the same tars give the same file."""
+        self.failures.append(
+            Failure(
+                stage="pack",
+                dataset=job.dataset,
+                shard=self.file,
+                key=sample.key if sample else None,
+                offset=sample.offset if sample else getattr(error, "offset", None),
+                error=type(error).__name__.lstrip("_"),
+                message=message,
+                traceback=ledger.compact_traceback(error) if isinstance(error, BadVideoError) else None,
+                action="skipped",
+            )
+        )
+
 
 class _Unusable(Exception):
     """A sample that cannot be part of a data set; the message says why."""
@@ -84,14 +100,17 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
                 try:
                     rows.append(_row(job, scan, sample, crashing))
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
-                    scan.failures.append(_failure(job, file, sample, error))
+                    scan.fail(job, str(error), error, sample)
     except (ShardDamage, OSError) as error:
-        scan.failures = [_left_out(job, file, error)]
+        place = f"{error.kind} at byte {error.offset}: " if isinstance(error, ShardDamage) and error.offset else ""
+        reason = error.detail if isinstance(error, ShardDamage) else error.strerror or str(error)
+        scan.failures.clear()
+        scan.fail(job, f"the whole tar is left out: {place}{reason}", error)
         return scan
     scan.xxh3 = hasher.hexdigest()
     scan.rows = pa.Table.from_pylist(rows, schema=_ROWS)
     if not rows and not scan.failures:
-        scan.failures = [_left_out(job, file, ShardDamage("unreadable", 0, "no sample in it"))]
+        scan.fail(job, "the whole tar is left out: no sample in it", _Unusable())
     return scan
 
 
@@ -197,32 +216,6 @@ def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | 
     if said is not None:
         scan.notes["samples whose label in the .json is neither a whole number nor text: used without it"] += 1
     return None, None
-
-
-def _failure(job: ScanJob, file: str, sample: Sample, error: Exception) -> Failure:
-    """The record of a sample that is left out. It has no time or process, so that the same tars give the same file."""
-    return Failure(
-        stage="pack",
-        dataset=job.dataset,
-        shard=file,
-        key=sample.key,
-        offset=sample.offset,
-        error=type(error).__name__.lstrip("_"),
-        message=str(error),
-        traceback=ledger.compact_traceback(error) if isinstance(error, BadVideoError) else None,
-        action="skipped",
-    )
-
-
-def _left_out(job: ScanJob, file: str, error: ShardDamage | OSError) -> Failure:
-    """The record of a tar that is left out whole."""
-    offset = error.offset if isinstance(error, ShardDamage) and error.kind != "unreadable" else None
-    where = f"{error.kind} at byte {offset}: " if isinstance(error, ShardDamage) and offset else ""
-    reason = error.detail if isinstance(error, ShardDamage) else error.strerror or str(error)
-    return Failure(
-        stage="pack", dataset=job.dataset, shard=file, offset=offset,
-        error=type(error).__name__, message=f"the whole tar is left out: {where}{reason}", action="skipped",
-    )  # fmt: skip
 
 
 # --- labels -------------------------------------------------------------------------------------------------------

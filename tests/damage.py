@@ -60,7 +60,7 @@ class Copy:
             dataset = read_dataset(self.folder)
             intact = check_hashes(self.folder, dataset, 1)
             assert not intact & {problem.shard for problem in found}
-            damaged = {info.file for split in dataset.splits.values() for info in split.shards} - intact
+            damaged = {info.file for info in dataset.shards} - intact
             assert damaged <= {problem.shard for problem in found}
         return found
 

@@ -226,6 +226,11 @@ class Dataset:
     foreign: bool = False
     settings: Settings | None = None
 
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """The shards of all splits, in order."""
+        return tuple(info for split in self.splits.values() for info in split.shards)
+
     def self_hash(self) -> str:
         """XXH3-64 over the canonical JSON of all fields but `xxh3`."""
         return own_hash(self._record())

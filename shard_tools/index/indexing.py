@@ -136,7 +136,7 @@ def _clean_up(out: Path) -> Dataset | None:
 
 def _refuse_to_overwrite(source: Path, out: Path, tars: Sequence[str], old: Dataset | None) -> None:
     """Raise CommandError if a file of another tool has a name that is needed."""
-    listed = {info.file for split in old.splits.values() for info in split.shards} if old else set()
+    listed = {info.file for info in old.shards} if old else set()
     for tar in tars:
         path = out / index_name(tar)
         if os.path.lexists(path) and not _is_our_index(path, tar in listed):
@@ -240,7 +240,7 @@ def _commit(
     """Write everything: an old dataset.json is removed first, the new one comes last."""
     (out / DATASET_FILE).unlink(missing_ok=True)
     sync_folder(out)
-    before = {info.file for split in old.splits.values() for info in split.shards} if old else set()
+    before = {info.file for info in old.shards} if old else set()
     for file in before - indexes.keys():
         if _is_our_index(out / index_name(file), True):
             (out / index_name(file)).unlink()
@@ -259,10 +259,9 @@ def _commit(
 
 
 def _report(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> int:
-    splits = dataset.splits.items()
-    samples, size, tars = (sum(values) for values in zip(*((s.samples, s.bytes, len(s.shards)) for _, s in splits)))
-    named = ", ".join(f"{split.samples:,} {name}" for name, split in splits)
-    print(f"{out}: {samples:,} samples ({named}) in {tars} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes; "
+    samples, size = (sum(getattr(info, name) for info in dataset.shards) for name in ("samples", "bytes"))
+    splits = ", ".join(f"{split.samples:,} {name}" for name, split in dataset.splits.items())
+    print(f"{out}: {samples:,} samples ({splits}) in {len(dataset.shards)} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes; "
           f"check: python -m shard_tools.verify {out}")  # fmt: skip
     if not failures:
         return OK

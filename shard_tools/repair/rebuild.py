@@ -160,7 +160,7 @@ class DamagedShard:
 
     def _keys_of(self, shard: str) -> list[str]:
         """The keys of another shard; none where its index is damaged."""
-        infos = {info.file: info for split in self.dataset.splits.values() for info in split.shards}
+        infos = {info.file: info for info in self.dataset.shards}
         path = self.folder / index_name(shard)
         if file_hash(path) != infos[shard].index_xxh3:
             return []
@@ -203,7 +203,7 @@ class DamagedShard:
         if settings is not None:
             return sources_by_key(self.root, settings.layout, self.folder)
         # packed by version 0.1, which did not record the layout: the one that has the keys of this data set
-        files = [self.info.file, *(i.file for split in self.dataset.splits.values() for i in split.shards)]
+        files = [self.info.file, *(info.file for info in self.dataset.shards)]
         known = next((keys for file in files if (keys := self._keys_of(file))), [])
         layouts = [sources_by_key(self.root, layout, self.folder) for layout in ("auto", "folders")]
         return next((sources for sources in layouts if any(key in sources for key in known)), layouts[0])

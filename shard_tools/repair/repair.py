@@ -119,7 +119,7 @@ def _repair_shards(job: RepairJob, workers: int) -> int:
     strays = [problem for problem in check_dataset(job.folder, job.dataset) if problem.kind == "extra_shard"]
     for stray in strays:
         print(stray)
-    total = sum(len(split.shards) for split in job.dataset.splits.values())
+    total = len(job.dataset.shards)
     if not damaged:
         made = "indexed" if job.dataset.foreign else "packed"
         verdict = "nothing to repair" if strays else f"every byte is as it was {made}, nothing to repair"

@@ -99,7 +99,7 @@ def _applies(folder: Path, decision: dict[str, Any], old: Dataset, new: Dataset)
         return False
 
     def hashes(dataset: Dataset) -> dict[str, str]:
-        infos = [i for split in dataset.splits.values() for i in split.shards if i.file in decision["shards"]]
+        infos = [info for info in dataset.shards if info.file in decision["shards"]]
         return {name: h for i in infos for name, h in ((i.file, i.xxh3), (index_name(i.file), i.index_xxh3))}
 
     found = {name: file_hash(folder / name) for name in hashes(old)}
@@ -110,7 +110,7 @@ def _applies(folder: Path, decision: dict[str, Any], old: Dataset, new: Dataset)
 
 def _move(folder: Path, decision: dict[str, Any], new: Dataset) -> None:
     """Carry out a salvage. Any step may have been done before a stop."""
-    listed = {info.file for split in new.splits.values() for info in split.shards}
+    listed = {info.file for info in new.shards}
     for shard in decision["shards"]:
         for name in (index_name(shard), shard):
             if (folder / STAGING / name).exists():

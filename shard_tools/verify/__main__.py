@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset = read_dataset(args.dir)
     out = sys.stderr if args.json else sys.stdout
     only = _shards_in_failures(args.from_failures, dataset, args.json) if args.from_failures else None
-    shards = [i for split in dataset.splits.values() for i in split.shards if only is None or i.file in only]
+    shards = [info for info in dataset.shards if only is None or info.file in only]
     intact: set[str] = set()
     problems = list(check_dataset(args.dir, dataset))
     if depth == "whole" and only is None and not any(problem.kind == "dataset_mismatch" for problem in problems):
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(dataclasses.asdict(problem)) if args.json else problem, flush=True)
     whole = _VERDICTS[depth].format("indexed" if dataset.foreign else "packed")
     verdict = f"{count} problem{'s' * (count > 1)}" if count else whole
-    print(f"{args.dir}: {sum(i.samples for i in shards):,} samples in {len(shards)} shards: {verdict}", file=out)
+    print(f"{args.dir}: {sum(info.samples for info in shards):,} samples in {len(shards)} shards: {verdict}", file=out)
     return PROBLEMS if count else OK
 
 
@@ -63,7 +63,7 @@ def _shards_in_failures(run_folder: Path, dataset: Dataset, quiet: bool) -> set[
         named |= {Path(record.shard).name for record in records if record.shard}
         if damaged:
             print(f"{ledger_file}: {damaged} lines are not failure records (cut short by a crash, or edited)", file=out)
-    known = {info.file for split in dataset.splits.values() for info in split.shards}
+    known = {info.file for info in dataset.shards}
     for name in sorted(named - known):
         print(one_line(f"{name}: named by {run_folder}, not part of this data set"), file=out)
     if not named & known:

@@ -27,8 +27,7 @@ def check_hashes(
         workers: shards read at once.
         progress: receives the bytes of each shard that was read.
     """
-    shards = [info for split in dataset.splits.values() for info in split.shards]
-    shards.sort(key=lambda info: -info.bytes)  # the small ones fill the gaps at the end
+    shards = sorted(dataset.shards, key=lambda info: -info.bytes)  # the small ones fill the gaps at the end
     matching: set[str] = set()
     stop = Event()
     with ThreadPoolExecutor(workers) as pool:  # reading and hashing release the interpreter's lock

@@ -52,7 +52,7 @@ def check_dataset(folder: Path, dataset: Dataset) -> Iterator[Problem]:
     for detail in _contradictions(folder, dataset):
         remedy = f"restore it, or index again: python -m shard_tools.index {folder}" if dataset.foreign else PACK_AGAIN
         yield Problem(None, None, "dataset_mismatch", None, detail, remedy)
-    listed = {info.file for split in dataset.splits.values() for info in split.shards}
+    listed = {info.file for info in dataset.shards}
     for name in sorted(listed):
         if not (folder / name).is_file():
             remedy = restore_tar(folder) if dataset.foreign else repair_command(folder)
@@ -74,7 +74,7 @@ def _contradictions(folder: Path, dataset: Dataset) -> Iterator[str]:
         yield "a class name occurs twice"
     if (folder / DATASET_FILE).read_bytes() != dataset.to_json():
         yield "dataset.json was edited: it does not match its own hash, or is formatted differently"
-    files = [info.file for split in dataset.splits.values() for info in split.shards]
+    files = [info.file for info in dataset.shards]
     if not files:
         yield "it lists no shards"
     for name, split in dataset.splits.items():

@@ -59,8 +59,8 @@ def failures_of(folder: Path) -> list[Failure]:
 
 def rows_of(folder: Path) -> dict[str, list[dict]]:
     """The index rows of every tar of a data set."""
-    infos = [info for split in read_dataset(folder).splits.values() for info in split.shards]
-    return {info.file: read_index(folder / index_name(info.file)).to_pylist() for info in infos}
+    shards = read_dataset(folder).shards
+    return {info.file: read_index(folder / index_name(info.file)).to_pylist() for info in shards}
 
 
 # --- what other tools write -----------------------------------------------------------------------------------------

@@ -22,10 +22,6 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
     return shutil.copytree(dataset, tmp_path / "copy")
 
 
-def shards_of(folder: Path) -> list[ShardInfo]:
-    return [info for split in read_dataset(folder).splits.values() for info in split.shards]
-
-
 def check(folder: Path, workers: int = 2) -> set[str]:
     return check_hashes(folder, read_dataset(folder), workers)
 
@@ -34,15 +30,15 @@ def check(folder: Path, workers: int = 2) -> set[str]:
 def test_what_was_packed_matches(dataset: Path, workers: int) -> None:
     read: list[int] = []
     found = check_hashes(dataset, read_dataset(dataset), workers, read.append)
-    assert found == {info.file for info in shards_of(dataset)}
-    assert sum(read) == sum(info.bytes for info in shards_of(dataset))
+    assert found == {info.file for info in read_dataset(dataset).shards}
+    assert sum(read) == sum(info.bytes for info in read_dataset(dataset).shards)
 
 
 def test_every_byte_of_a_shard_counts(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit at places all over the tar and the index, and the last byte."""
     monkeypatch.setattr(hashes, "_CHUNK", 10_000)
-    info = shards_of(copy)[2]
-    others = {other.file for other in shards_of(copy)} - {info.file}
+    info = read_dataset(copy).shards[2]
+    others = {other.file for other in read_dataset(copy).shards} - {info.file}
     for path in (copy / info.file, copy / index_name(info.file)):
         size = path.stat().st_size
         for offset in (*range(0, size, size // 13), size - 1):
@@ -60,13 +56,13 @@ Change = Callable[[bytes], bytes] | None
 )
 @pytest.mark.parametrize("name", ["tar", "index"])
 def test_a_file_of_another_size_or_none_does_not_match(copy: Path, name: str, change: Change) -> None:
-    info = shards_of(copy)[0]
+    info = read_dataset(copy).shards[0]
     path = copy / (info.file if name == "tar" else index_name(info.file))
     data = path.read_bytes()
     path.unlink()
     if change is not None:
         path.write_bytes(change(data))
-    assert check(copy) == {other.file for other in shards_of(copy)} - {info.file}
+    assert check(copy) == {other.file for other in read_dataset(copy).shards} - {info.file}
 
 
 def test_an_exception_ends_the_threads_amid_a_file(
@@ -86,7 +82,7 @@ def test_an_exception_ends_the_threads_amid_a_file(
     monkeypatch.setattr(hashes, "_matches", endless)
     with pytest.raises(KeyboardInterrupt):
         check_hashes(dataset, read_dataset(dataset), 2, interrupted)
-    assert len(begun) <= 4 < len(shards_of(dataset))
+    assert len(begun) <= 4 < len(read_dataset(dataset).shards)
 
 
 def test_a_stop_ends_the_reading_of_a_file(tmp_path: Path) -> None:

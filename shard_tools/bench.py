@@ -304,27 +304,21 @@ def tier_rates(tier: str, samples: Reads, measured: list[Measurement]) -> dict[s
 
 
 def _remarks(tier: str, size: int, measured: list[Measurement], seconds: float) -> list[str]:
-    remarks = []
+    remarks = ["these are whole samples; of mjpeg and y4m, training reads only the wanted frames"]
     larger = [name for name in EXPECTED_GROWTH if EXPECTED_GROWTH[name] > EXPECTED_GROWTH[tier]]
     smaller = [name for name in EXPECTED_GROWTH if EXPECTED_GROWTH[name] < EXPECTED_GROWTH[tier]]
     if larger:
         remarks.append(f"{', '.join(larger)}: rather more than estimated, since larger reads give more bytes a second")
     if smaller:
         remarks.append(f"{', '.join(smaller)}: less than estimated, since smaller reads give fewer bytes a second")
-    remarks.append(
-        "these are whole samples; of mjpeg and y4m training reads only the wanted frames, and it reads batches ahead"
-    )
-    cold = {(m.pattern, m.readers): m for m in measured if m.cache == "cold"}
-    warm = {(m.pattern, m.readers): m for m in measured if m.cache == "warm"}
-    ratios = [cold[at].bytes_per_second / warm[at].bytes_per_second for at in cold if at in warm]
+    cold, warm = ([m for m in measured if m.cache == cache] for cache in ("cold", "warm"))
+    ratios = [one.bytes_per_second / again.bytes_per_second for one, again in zip(cold, warm, strict=True)]
     if math.prod(ratios) ** (1 / len(ratios)) > 0.8:
         remarks.append(
             "cold is about as fast as warm: the cache was not dropped (pages not yet written back, a file system in "
             "memory), or a cache below it answered, so this may not be the drive"
         )
-    else:
-        remarks.append("cold: the page cache was dropped first; caches of a hypervisor, file server or drive were not")
-    if max(m.seconds for m in cold.values()) < min(seconds, 1.0):
+    if max(m.seconds for m in cold) < min(seconds, 1.0):
         remarks.append(f"{size / 1e9:.3f} GB are read in less than a second, which is too short for a steady number")
     return remarks
 

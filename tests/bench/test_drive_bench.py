@@ -19,10 +19,10 @@ from tests.conftest import contents
 
 @pytest.fixture(scope="module")
 def measured(dataset):
-    """The JSON of one run of 1 and 2 readers for 0.2 s each."""
+    """The JSON of one run of 1 and 2 readers for 0.3 s each."""
     before, output = contents(dataset), io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert bench.main([str(dataset), "--seconds", "0.2", "--readers", "1,2", "--json"]) == 0
+        assert bench.main([str(dataset), "--seconds", "0.3", "--readers", "1,2", "--json"]) == 0
     assert contents(dataset) == before
     return json.loads(output.getvalue())
 
@@ -32,7 +32,7 @@ def test_every_byte_is_read_once_when_cold(dataset, measured):
     _, samples = bench.plan_reads(dataset, read_dataset(dataset), 0)
     sample_bytes = int(samples.table[:, 2].sum())
     assert (measured["samples"], measured["bytes"]) == (40, shard_bytes)
-    cold = [m for m in measured["measurements"] if m["cache"] == "cold" and m["seconds"] < 0.2]
+    cold = [m for m in measured["measurements"] if m["cache"] == "cold" and m["seconds"] < 0.3]
     assert cold, "nothing was read to its end"
     for m in cold:
         assert m["bytes"] == {"shards": shard_bytes, "samples": sample_bytes}[m["pattern"]]
@@ -47,16 +47,11 @@ def test_numbers_are_consistent(measured):
         assert m["bytes_per_second"] == pytest.approx(m["bytes"] / m["seconds"])
         assert m["samples_per_second"] == pytest.approx(m["samples"] / m["seconds"])
     warm = [m for m in measured["measurements"] if m["cache"] == "warm"]
-    assert all(m["seconds"] >= 0.2 for m in warm)  # over and over, until the time is up
+    assert all(m["seconds"] >= 0.3 for m in warm)  # over and over, until the time is up
 
-
-def test_what_tiers_could_feed(measured):
+    best = max(m["samples_per_second"] for m in measured["measurements"][::2] if m["pattern"] == "samples")  # cold
     feeds = measured["feeds"]
-    best = max(
-        m["samples_per_second"] for m in measured["measurements"] if (m["pattern"], m["cache"]) == ("samples", "cold")
-    )
     assert [tier for tier in feeds if feeds[tier]["measured"]] == ["source"]
-    assert feeds["source"]["clips_per_second"] == pytest.approx(best)
     for tier, growth in EXPECTED_GROWTH.items():
         assert feeds[tier]["bytes_a_clip"] == pytest.approx(feeds["source"]["bytes_a_clip"] * growth)
         assert feeds[tier]["clips_per_second"] * growth == pytest.approx(best, rel=0.01)
@@ -106,17 +101,6 @@ def test_an_interrupt_stops_the_readers(dataset, monkeypatch):
     assert time.monotonic() - started < 10
 
 
-def test_table(run_module, dataset):
-    done = run_module("shard_tools.bench", dataset, "--seconds", 0.05, "--readers", 2)
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert "40 samples" in lines[0]
-    assert [line.split()[:3] for line in lines[2:6]] == [
-        ["shards", "cold", "2"], ["shards", "warm", "2"], ["samples", "cold", "2"], ["samples", "warm", "2"]
-    ]  # fmt: skip
-    assert any(line.startswith("  source") and "measured" in line for line in lines)
-
-
 def test_shards_of_another_data_set_are_refused(dataset, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(dataset, folder)
@@ -132,7 +116,13 @@ def test_shards_of_another_data_set_are_refused(dataset, tmp_path):
             bench.main([str(folder), "--seconds", "0.1"])
 
 
-def test_no_data_set_is_one_line_and_exit_2(run_module, tmp_path):
+def test_as_a_user_runs_it(run_module, dataset, tmp_path):
+    done = run_module("shard_tools.bench", dataset, "--seconds", 0.05, "--readers", 2)
+    lines = done.stdout.splitlines()
+    assert (done.stderr, "40 samples" in lines[0]) == ("", True)
+    rows = [["shards", "cold", "2"], ["shards", "warm", "2"], ["samples", "cold", "2"], ["samples", "warm", "2"]]
+    assert [line.split()[:3] for line in lines[2:6]] == rows
+    assert any(line.startswith("  source") and "measured" in line for line in lines)
     done = run_module("shard_tools.bench", tmp_path / "nothing", check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "no such folder" in done.stderr

@@ -59,14 +59,6 @@ def test_every_layout_of_something_something_is_found(tmp_path: Path, labels: st
     }
 
 
-def test_real_clips_are_found_with_all_their_labels(real_clips: Path) -> None:
-    sources = found(real_clips)
-    splits = [source.split for source in sources.sources]
-    assert [splits.count(split) for split in ("train", "validation", "test")] == [24, 8, 4]
-    assert all(source.label is not None and (real_clips / source.path).is_file() for source in sources.sources)
-    assert sources.skipped == {}
-
-
 def test_generated_clips_get_the_class_their_template_names(videos: Path) -> None:
     sources = found(videos)
     assert len(sources.sources) == 40

@@ -1,7 +1,12 @@
 """A folder of loose video files as a catalog, so that the loader reads them as it reads shards.
 
+<<<<<<< HEAD
 Every file is probed once, in processes that may die. Files that are not whole videos are reported with packing's message.
 The rest is decoded by the loader's workers, with all that protects a run from its samples.
+=======
+Every file is probed once, in processes that may die; a file that is no whole video is named here, as packing would name
+it. The others are decoded by the loader's workers.
+>>>>>>> d7bb663 (Read embed as a command: the command line, the vectors, the file)
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ import functools
 import os
 import stat
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +32,22 @@ from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import NOT_TEXT, Source, find_sources
 
 
-@dataclass(frozen=True)
-class VideoFiles:
-    """The videos of a folder, sorted by path; `catalog` is None where none is whole."""
+def catalog_of_folder(folder: Path, layout: str, output: Path, workers: int) -> tuple[Catalog | None, list[Failure]]:
+    """All videos below a folder, sorted by path, with their labels where the layout has them; and files that are none.
 
+<<<<<<< HEAD
     catalog: Catalog | None
     failures: tuple[Failure, ...]
 
 
 def probe_files(folder: Path, layout: str, output: Path, workers: int) -> VideoFiles:
     """All videos below a folder, with their labels where the layout tells them (see shard_tools.video.sources).
+=======
+    The catalog is None if no video is whole.
+>>>>>>> d7bb663 (Read embed as a command: the command line, the vectors, the file)
 
     Args:
-        layout: "auto", "ssv2" or "folders".
+        layout: "auto", "ssv2" or "folders", see shard_tools.video.sources.
         output: never taken for input.
 
     Raises:
@@ -70,9 +77,9 @@ def probe_files(folder: Path, layout: str, output: Path, workers: int) -> VideoF
             else:
                 rows.append(found)
     if not rows:
-        return VideoFiles(None, tuple(failures))
+        return None, failures
     index = pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=INDEX_SCHEMA)
-    return VideoFiles(catalog_of_files(folder, index, labelled.classes), tuple(failures))
+    return catalog_of_files(folder, index, labelled.classes), failures
 
 
 def _probe_file(folder: Path, source: Source) -> dict[str, Any] | Failure:

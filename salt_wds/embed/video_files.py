@@ -1,12 +1,7 @@
 """A folder of loose video files as a catalog, so that the loader reads them as it reads shards.
 
-<<<<<<< HEAD
-Every file is probed once, in processes that may die. Files that are not whole videos are reported with packing's message.
-The rest is decoded by the loader's workers, with all that protects a run from its samples.
-=======
 Every file is probed once, in processes that may die; a file that is no whole video is named here, as packing would name
 it. The others are decoded by the loader's workers.
->>>>>>> d7bb663 (Read embed as a command: the command line, the vectors, the file)
 """
 
 from __future__ import annotations
@@ -35,16 +30,7 @@ from shard_tools.video.sources import NOT_TEXT, Source, find_sources
 def catalog_of_folder(folder: Path, layout: str, output: Path, workers: int) -> tuple[Catalog | None, list[Failure]]:
     """All videos below a folder, sorted by path, with their labels where the layout has them; and files that are none.
 
-<<<<<<< HEAD
-    catalog: Catalog | None
-    failures: tuple[Failure, ...]
-
-
-def probe_files(folder: Path, layout: str, output: Path, workers: int) -> VideoFiles:
-    """All videos below a folder, with their labels where the layout tells them (see shard_tools.video.sources).
-=======
     The catalog is None if no video is whole.
->>>>>>> d7bb663 (Read embed as a command: the command line, the vectors, the file)
 
     Args:
         layout: "auto", "ssv2" or "folders", see shard_tools.video.sources.

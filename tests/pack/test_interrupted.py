@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import REPOSITORY, RunModule, alive, contents, one_a_shard, pack_here, wait_until
+from conftest import REPOSITORY, RunModule, contents, one_a_shard, pack_here
+from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import SampleInfo, SourceFile, Video
@@ -27,6 +27,7 @@ from shard_tools.pack import staging
 from shard_tools.pack.pack_shard import pack_shard
 
 FOLDER = "20bn-something-something-v2"
+OPTIONS = ["--shard-size", "64KiB", "--workers", 2]
 
 
 def final_names(out: Path) -> set[str]:
@@ -245,23 +246,6 @@ def test_what_another_plan_left_unfinished_is_refused_with_the_difference_and_dr
         shutil.rmtree(out)
 
 
-def test_a_finished_shard_that_was_removed_is_written_again(
-    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
-    with monkeypatch.context() as patch:
-        cut = PowerCut(patch)
-        for step in itertools.count():
-            cut.pack(arguments, step)
-            if done := list((out / staging.STAGING).glob("*.done")):
-                break
-            shutil.rmtree(out, ignore_errors=True)
-    done[0].with_suffix(".tar").unlink()
-    pack_here(*arguments)
-    assert contents(out) == reference
-
-
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
@@ -283,31 +267,6 @@ def undisturbed(many_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return contents(out)
 
 
-class Packing:
-    """A pack command under way, in a process group of its own."""
-
-    def __init__(self, root: Path, out: Path) -> None:
-        options = ["--out", out, "--shard-size", "64KiB", "--workers", 2]
-        self.out = out
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "shard_tools.pack", *map(str, [root, *options])],
-            cwd=REPOSITORY, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        assert "layout folders" in self.process.stdout.readline()  # the command's own code has begun
-
-    def wait_for(self, shards: int) -> None:
-        """Until so many shards are done, by this or an earlier try."""
-        wait_until(lambda: len(list((self.out / staging.STAGING).glob("*.done"))) >= shards)
-
-    def stop(self, number: int, group: bool = False) -> tuple[int, str]:
-        """Send a signal; exit code and stderr. Fails if any process of the family outlives it."""
-        family = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
-        os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=30)
-        wait_until(lambda: not alive(family))
-        return self.process.returncode, stderr
-
-
 @pytest.mark.slow
 def test_kills_at_any_moment_lose_nothing_and_leave_no_process(
     many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule
@@ -317,10 +276,10 @@ def test_kills_at_any_moment_lose_nothing_and_leave_no_process(
     total = len([name for name in undisturbed if name.endswith(".tar")])
     assert total > 50
     for turn in range(4):
-        packing = Packing(many_videos, out)
+        packing = PackProcess(many_videos, out, *OPTIONS)
         packing.wait_for(turn * total // 5 + 1)
         time.sleep(rng.random() / 50)
-        assert packing.stop(signal.SIGKILL)[0] == -signal.SIGKILL
+        assert packing.stop(signal.SIGKILL) == -signal.SIGKILL
         assert not final_names(out)
     done = run_module("shard_tools.pack", many_videos, "--out", out, "--shard-size", "64KiB")
     assert "continuing: " in done.stdout
@@ -335,13 +294,13 @@ def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
 ) -> None:
     rng = random.Random(number)
     for turn in range(2):  # while the workers start, then while they work
-        packing = Packing(many_videos, tmp_path / "out")
+        packing = PackProcess(many_videos, tmp_path / "out", *OPTIONS)
         if turn == 1:
             packing.wait_for(9)
         else:
+            assert "layout folders" in packing.process.stdout.readline()  # the command's own code has begun
             time.sleep(rng.random() / 4)
-        code, stderr = packing.stop(number, group)
-        assert (code, stderr) == (130, "interrupted; everything committed so far is kept\n")
+        assert packing.stop(number, group) == 130
         assert not final_names(tmp_path / "out")
     run_module("shard_tools.pack", many_videos, "--out", tmp_path / "out", "--shard-size", "64KiB")
     assert contents(tmp_path / "out") == undisturbed

@@ -8,15 +8,14 @@ import importlib.util
 import os
 import signal
 import socket
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import REPOSITORY, RunModule, alive, contents, pack_job, wait_until
+from conftest import REPOSITORY, RunModule, contents, pack_job, wait_until
+from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import WorkerDiedError, run_local
@@ -32,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is optional, and not installed here"),
 ]
 SHARDS = ["--shard-size", "64KiB"]  # ten videos in the smallest shards
+ON_RAY = [*SHARDS, "--executor", "ray", "--workers", "1"]
 
 
 # --- the contract of run_local --------------------------------------------------------------------------------------
@@ -60,15 +60,6 @@ def die_at_three(folder: Path, number: int) -> int:
     return number
 
 
-def die_once(folder: Path, number: int) -> int:
-    """The first task to run kills its process, as the kernel does when memory is short."""
-    try:
-        (folder / "died").touch(exist_ok=False)
-    except FileExistsError:
-        return number
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def full_disk(number: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/where")
 
@@ -89,11 +80,6 @@ def test_a_task_that_kills_its_process_is_tried_twice_and_the_others_finish(clus
 
 
 @pytest.mark.slow
-def test_a_process_killed_from_outside_costs_no_task(cluster: int, tmp_path: Path) -> None:
-    assert dict(run_ray(functools.partial(die_once, tmp_path), range(6), cluster)) == {n: n for n in range(6)}
-
-
-@pytest.mark.slow
 def test_an_exception_of_a_task_is_raised_here_as_it_was(cluster: int) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         list(run_ray(full_disk, range(3), cluster))
@@ -108,18 +94,6 @@ def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "here_only", here_only)
     with pytest.raises(CommandError, match="a node cannot import this program; install the same version on all"):
         list(run_ray(here_only.square, range(3), cluster))
-
-
-@pytest.mark.slow
-def test_few_tasks_are_in_flight(cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of a long list is not handed to Ray: its memory does not grow with the data set."""
-    import ray
-
-    sizes = []
-    wait = ray.wait
-    monkeypatch.setattr(ray, "wait", lambda refs, **options: sizes.append(len(refs)) or wait(refs, **options))
-    assert len(list(run_ray(square, range(20), cluster))) == 20
-    assert max(sizes) == 2 * cluster
 
 
 def crashing_probe(payload: bytes) -> Video:
@@ -160,39 +134,14 @@ def packed_locally(videos: Path, tmp_path_factory: pytest.TempPathFactory, run_m
     return contents(out)
 
 
-class RayPacking:
-    """A pack on Ray in a process group of its own, with all processes that belong to it."""
-
-    def __init__(self, videos: Path, out: Path) -> None:
-        self.out = out
-        command = [sys.executable, "-m", "shard_tools.pack", videos, "--out", out, *SHARDS]
-        self.process = subprocess.Popen(
-            [*map(str, command), "--executor", "ray", "--workers", "1"],
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-        self.family: set[int] = set()
-
-    def look(self) -> set[int]:
-        self.family |= {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
-        return self.family
-
-    def stop(self, number: int, group: bool) -> tuple[int, str]:
-        """Send a signal; exit code and stderr. Fails if any process of the family outlives it."""
-        self.look()
-        os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=60)
-        wait_until(lambda: not alive(self.family), timeout=60)  # Ray's agents notice after a while
-        return self.process.returncode, stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_pack_interrupted_on_ray_goes_on_locally(
     videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int
 ) -> None:
-    packing = RayPacking(videos, tmp_path / "out")
-    wait_until(lambda: packing.look() and list((tmp_path / "out").glob(".packing/*.done")), timeout=60)
-    assert packing.stop(number, group=True) == (130, "interrupted; everything committed so far is kept\n")
+    packing = PackProcess(videos, tmp_path / "out", *ON_RAY)
+    packing.wait_for(1)
+    assert packing.stop(number, group=True) == 130
     assert not (tmp_path / "out/dataset.json").exists()
     done = run_module("shard_tools.pack", videos, "--out", tmp_path / "out", *SHARDS)
     assert "continuing: " in done.stdout
@@ -201,9 +150,9 @@ def test_a_pack_interrupted_on_ray_goes_on_locally(
 
 @pytest.mark.slow
 def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Path) -> None:
-    packing = RayPacking(videos, tmp_path / "out")
+    packing = PackProcess(videos, tmp_path / "out", *ON_RAY)
     wait_until(lambda: len(packing.look()) >= 3, timeout=60)
-    assert packing.stop(signal.SIGTERM, group=True) == (130, "interrupted; everything committed so far is kept\n")
+    assert packing.stop(signal.SIGTERM, group=True) == 130
     assert not list((tmp_path / "out").glob(".packing/*.done"))
 
 

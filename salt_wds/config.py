@@ -30,6 +30,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+CompileMode = Literal["max-autotune", "max-autotune-no-cudagraphs", "default", "off"]
 
 
 class OnResume(Enum):
@@ -256,9 +257,7 @@ class TrainConfig(Section):
     """Seed of initial weights, sample order, crops and masks."""
     device: Annotated[Literal["auto", "cuda", "cpu"], OnResume.MAY_CHANGE] = "auto"
     """auto: CUDA where there is a GPU, else the CPU."""
-    compile: Annotated[Literal["max-autotune", "max-autotune-no-cudagraphs", "default", "off"], OnResume.MAY_CHANGE] = (
-        "max-autotune"
-    )
+    compile: Annotated[CompileMode, OnResume.MAY_CHANGE] = "max-autotune"
     """torch.compile mode. One that fails is followed by the next in this order; the run says which and why."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: every matrix product in bfloat16, with master weights and AdamW state in fp32 (parameters in bf16 would

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,7 +128,7 @@ class Loader:
             else "memory    no workers: batches are made in this process",
         ]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
         try:
             while not self._at_end():

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from salt_wds.config import Config
-from salt_wds.models.from_run import load_run_teacher
+from salt_wds.models.from_run import RunTeacher, load_run_teacher
 from salt_wds.models.patches import PixelTargets
-from salt_wds.models.student import build_student
-from salt_wds.models.teacher import load_teacher
+from salt_wds.models.student import Student, build_student
+from salt_wds.models.teacher import Teacher, load_teacher
 from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)
@@ -37,13 +36,16 @@ def multiplies_bf16_slowly(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
+FrozenTeacher = Teacher | RunTeacher | PixelTargets
+"""Of published weights, of an earlier run, or none (objective = "pixels"): all with the same interface."""
+
+
 @dataclass(frozen=True)
 class Models:
     """The two networks, on the device."""
 
-    teacher: nn.Module
-    """Of one interface, a `Teacher` (published weights), a `RunTeacher` (an earlier run's) or `PixelTargets` (none)."""
-    student: nn.Module
+    teacher: FrozenTeacher
+    student: Student
 
 
 def build_models(config: Config, device: torch.device) -> Models:
@@ -52,19 +54,20 @@ def build_models(config: Config, device: torch.device) -> Models:
     Raises:
         CommandError: weights missing or of another layout, or sizes that do not fit each other.
     """
-    teacher = PixelTargets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
+    teacher: FrozenTeacher = PixelTargets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
     # Checkpointing is set with the step, which may have to measure it first (tuning).
     student = build_student(config.student, grid=config.grid, target_width=teacher.width, checkpointing="off")
     return Models(teacher.to(device), student.to(device).train())
 
 
-def build_teacher(config: Config) -> nn.Module:
+def build_teacher(config: Config) -> Teacher | RunTeacher:
     """The frozen teacher of a run on latents, on the CPU, in the precision it trains with.
 
     Raises:
         CommandError: weights missing or of another layout, or sizes that do not fit each other.
     """
     found = load_run_teacher(Path(config.teacher.weights).expanduser(), config)
+    teacher: Teacher | RunTeacher
     if found is not None:
         teacher, origin = found
         log.info("teacher: %s", origin)

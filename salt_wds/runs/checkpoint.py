@@ -1,12 +1,12 @@
-"""Checkpoints: a folder that is either whole or not there, and says so itself.
+"""Checkpoints: folders that are either whole or absent, and that record their own hashes.
 
     step-00001000/model.safetensors     the student
-                  trainer.safetensors   AdamW state by parameter name, RNG states, running means of readouts
-                  ema.safetensors       the running mean of the student's parameters, where there is one (optim.ema)
+                  trainer.safetensors   AdamW state by parameter name, RNG states, running means of diagnostics
+                  ema.safetensors       the running mean of the student's parameters, with optim.ema
                   state.json            step, next batch, configuration, counters; size and hash of the other files
 
-Written beside and renamed. safetensors and JSON only: loading one never runs code. The files are the same whatever the
-number of ranks and however they share the parameters.
+Written beside and renamed. safetensors and JSON only: loading a checkpoint never runs code. The files do not depend on
+the number of ranks or on how they share the parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shard_tools.common.cli import CommandError, describe_os_error
-from shard_tools.common.files import sync_folder
+from shard_tools.common.files import file_hash, replace_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _MODEL, _TRAINER, _EMA, _STATE = "model.safetensors", "trainer.safetensors", "em
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies of all tensors of a run, on the CPU: what happens to the run later does not reach them."""
+    """Copies of all tensors of a run on the CPU, which later steps do not change."""
 
     model: dict[str, Tensor]
     trainer: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Snapshot:
 
     @property
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """What goes into which file."""
+        """The tensors of each file."""
         return {_MODEL: self.model, _TRAINER: self.trainer} | ({_EMA: self.ema} if self.ema is not None else {})
 
 
@@ -56,25 +56,18 @@ def snapshot(
     model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True, extra: Mapping[str, Tensor] | None = None,
     ema: Mapping[str, Tensor] | None = None,
 ) -> Snapshot | None:  # fmt: skip
-    """The run's tensors at this moment; None without `keep`.
+    """Copies of the run's tensors as they are now; None without `keep`.
 
-    Where ranks share the parameters (FSDP2) all of them must call it, since each has a part; one of them keeps the whole.
+    With FSDP2 all ranks must call it, since each has a part; one of them keeps the whole.
 
     Args:
-        extra: more tensors for the trainer's file, which `load` gives back.
-        ema: tensors for a file of their own, which `load_ema` gives back.
+        extra: more tensors for the trainer's file, which `load` returns.
+        ema: tensors for a file of their own, which `load_ema` returns.
     """
     tensors = _copies(model.state_dict(), keep)
     trainer = _copies({**_optimizer_tensors(model, optimizer), **(extra or {})}, keep)
     mean = None if ema is None else _copies(dict(ema), keep)
     return Snapshot(tensors, trainer | _rng_tensors(), mean) if keep else None
-
-
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write `folder/step-NNNNNNNN` with model, optimizer, RNG and `state` at once; see `write`."""
-    tensors = snapshot(model, optimizer)
-    assert tensors is not None
-    return write(folder, step, tensors, state)
 
 
 def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any]) -> Path:
@@ -83,26 +76,13 @@ def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any]) -> 
     Raises:
         OSError: the disk is full or the folder not writable; nothing is left under the final name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-    try:
-        temporary.mkdir()
+    with replace_folder(final) as temporary:
         for name, content in tensors.files.items():
             save_tensors(content, temporary / name)
         files = {name: _fingerprint(temporary / name) for name in tensors.files}
         record = {"step": step, **state, "files": files}
         (temporary / _STATE).write_text(json.dumps({**record, "xxh3": _state_hash(record)}, indent=1))
-        for name in (*tensors.files, _STATE):
-            _sync_file(temporary / name)
-        sync_folder(temporary)
-        if final.exists():  # an earlier try at this step; the new one is equal or better
-            shutil.rmtree(final)
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder)
     return final
 
 
@@ -114,7 +94,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     try:
         save_file(dict(tensors), path, {"format": "pt"})
-    except SafetensorError as error:  # errors of the operating system arrive in this disguise
+    except SafetensorError as error:  # wraps errors of the operating system
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -122,52 +102,53 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def quarantine_newer(folder: Path, step: int) -> None:
-    """Rename checkpoints beyond `step` (they are damaged, or the run would go on from them) to `damaged-step-N`."""
+    """Rename checkpoints after `step`, all of them damaged or of another attempt, to `damaged-step-N`."""
     for path in _all(folder):
         if _step(path) > step:
-            aside = folder / f"damaged-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            log.warning("%s: set aside as %s", path, aside.name)
+            renamed = folder / f"damaged-{path.name}"
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
+            log.warning("%s: renamed to %s", path, renamed.name)
 
 
 def remove_old(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and those of every `keep_every`th step, and what interrupted writes
-    left. Not while one is being written."""
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every`th step, and leftovers of interrupted
+    writes. Not to be called while a checkpoint is being written."""
     for path in _all(folder)[keep:]:
         if keep_every is None or _step(path) % keep_every:
             shutil.rmtree(path)
-    for leftover in folder.glob(".step-*.tmp"):
+    for leftover in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")):
         shutil.rmtree(leftover)
 
 
 class Writer:
     """Writes a run's checkpoints one after the other, and removes old ones; `in_background` while training goes on.
 
-    A checkpoint that cannot be written is no reason to end a run that has an older one: it is reported by the next call
-    of `report`, and the run goes on. Only `finish` raises.
+    A checkpoint that cannot be written does not end the run: the next call of `report` logs it. Only `finish` raises.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int | None, in_background: bool) -> None:
         self._folder, self._keep, self._keep_every, self._in_background = folder, keep, keep_every, in_background
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
-        self.written: int | None = None  # step of the newest one known to be whole
+        self.written: int | None = None  # step of the newest whole checkpoint
 
     def start(self, step: int, tensors: Snapshot, state: dict[str, Any]) -> None:
-        """Begin a checkpoint, once the one before is done."""
+        """Begin a checkpoint, after the previous one is done."""
         self.report(wait=True)
         self._pending = step, self._thread.submit(self._write, step, tensors, state)
         if not self._in_background:
-            self._pending[1].exception()  # waits; how it went is told as of one in the background
+            self._pending[1].exception()  # wait; `report` logs a failure, as in the background
 
     def report(self, *, wait: bool = False) -> None:
-        """If a write has ended since (or, to `wait`, when it has): log its failure, if it failed."""
+        """Log the failure of a write that has ended; with `wait`, wait for its end first."""
         try:
             self.finish(wait=wait)
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else error
-            log.error("no checkpoint: %s; going on with the one before: make room there", what)
+            log.error(
+                "no checkpoint: %s; make room there. The run goes on, and the checkpoint before this one stays", what
+            )
 
     def finish(self, *, wait: bool = True) -> None:
         """Wait for the write under way.
@@ -182,7 +163,7 @@ class Writer:
         self.written = step
 
     def close(self) -> None:
-        """Let a write under way end; nothing is begun any more."""
+        """Wait for a write under way, and begin no more."""
         self.report(wait=True)
         self._thread.shutdown()
 
@@ -195,7 +176,7 @@ class Writer:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; damaged ones are named and passed over. None if there are none.
+    """The newest whole checkpoint and its state, after logging newer damaged ones; None if there are none.
 
     Raises:
         CommandError: there are checkpoints, and all are damaged.
@@ -204,22 +185,22 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         state, damage = _checked(path, _step(path))
         if state is not None:
             return path, state
-        log.warning("%s: damaged (%s), taking the one before", path, damage)
+        log.warning("%s: damaged (%s); trying the one before it", path, damage)
     if _all(folder):
         raise CommandError(
-            f"{folder}: all {len(_all(folder))} checkpoints are damaged, see above; restore one, move them away to start "
-            "at step 1, or choose another train.run_dir"
+            f"{folder}: all {len(_all(folder))} checkpoints are damaged, see above; restore one, move them away to "
+            "start at step 1, or choose another train.run_dir"
         )
     return None
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the folder is that of one checkpoint, whole or not, whatever its name."""
+    """Whether the folder is a checkpoint, whole or not, whatever its name."""
     return (path / _STATE).is_file() and (path / _MODEL).is_file()
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of one checkpoint, whatever its name.
+    """The state of a checkpoint, whatever the folder's name.
 
     Raises:
         CommandError: it is damaged.
@@ -231,7 +212,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path, step: int | None) -> tuple[dict[str, Any] | None, str]:
-    """The state of a checkpoint (of this `step`) if every file is as it was written; otherwise None, and what is wrong."""
+    """The state of a checkpoint (of this `step`) if every file is as written; otherwise None, and the damage."""
     try:
         state = json.loads((path / _STATE).read_bytes())
         claimed = state.pop("xxh3")
@@ -244,14 +225,14 @@ def _checked(path: Path, step: int | None) -> tuple[dict[str, Any] | None, str]:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Put a checkpoint's tensors into model, optimizer and random number generators; gives back the `extra` ones.
+    """Load a checkpoint into model, optimizer and random number generators; returns the `extra` tensors.
 
     Raises:
         CommandError: the checkpoint is of another model.
     """
     try:
         own = model.state_dict()
-        model.load_state_dict({name: _shared_as(own.get(name), t) for name, t in load_file(path / _MODEL).items()})
+        model.load_state_dict({name: _sharded_as(own.get(name), t) for name, t in load_file(path / _MODEL).items()})
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise CommandError(f"{path}: not a checkpoint of this model ({detail}); start another train.run_dir") from None
@@ -264,7 +245,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_student(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The state dict of the student in a checkpoint; with `ema` the running mean of its parameters.
+    """The state dict of the student in a checkpoint, or with `ema` the running mean of its parameters.
 
     Raises:
         CommandError: the checkpoint has no such mean.
@@ -275,7 +256,7 @@ def load_student(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
 
 
 def load_ema(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's ema.safetensors, shared over ranks as `own`.
+    """The tensors of a checkpoint's ema.safetensors, sharded like `own`.
 
     Raises:
         CommandError: it has none, or of another model.
@@ -285,7 +266,7 @@ def load_ema(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = load_file(path / _EMA)
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in own.items()}:
         raise CommandError(f"{path / _EMA}: not of this model; start another train.run_dir")
-    return {name: _shared_as(own[name], tensor) for name, tensor in tensors.items()}
+    return {name: _sharded_as(own[name], tensor) for name, tensor in tensors.items()}
 
 
 def _all(folder: Path) -> list[Path]:
@@ -303,20 +284,11 @@ def _state_hash(record: dict[str, Any]) -> str:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    hasher = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            hasher.update(chunk)
-        return {"bytes": file.tell(), "xxh3": hasher.hexdigest()}
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
 
 
 def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU, of the whole of a tensor that ranks share; none without `keep`, for the sake of the others."""
+    """Copies on the CPU, of sharded tensors the whole; without `keep`, only take part in gathering them."""
     copies = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -325,10 +297,10 @@ def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return copies
 
 
-def _shared_as(own: Tensor | None, whole: Tensor) -> Tensor:
-    """The whole tensor as the run has its `own`: shared over the ranks in the same way, if it is."""
+def _sharded_as(own: Tensor | None, whole: Tensor) -> Tensor:
+    """The whole tensor, sharded over the ranks in the same way as `own`."""
     if not isinstance(own, DTensor) or own.shape != whole.shape:
-        return whole  # of another shape, it is refused by name where it is loaded
+        return whole  # another shape is refused by name where it is loaded
     return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
 
 
@@ -340,7 +312,7 @@ def _rng_tensors() -> dict[str, Tensor]:
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names in the order in which the optimizer's state dict numbers the parameters."""
+    """Parameter names in the order in which the optimizer's state dict numbers them."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
@@ -358,6 +330,6 @@ def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: tor
     for full_name, tensor in tensors.items():
         if full_name.startswith("optimizer."):
             name, part = full_name.removeprefix("optimizer.").rsplit("/", 1)
-            own = parameters[name] if part != "step" else None  # the count of updates is not shared
-            state.setdefault(numbers[name], {})[part] = _shared_as(own, tensor)
+            own = parameters[name] if part != "step" else None  # the count of updates is not sharded
+            state.setdefault(numbers[name], {})[part] = _sharded_as(own, tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,20 +1,16 @@
-"""The folder of a run: its configuration, and the lock that keeps a second training out."""
+"""The folder of a run: its configuration, the lock that keeps a second training out, and its crash log."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import logging
+import faulthandler
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from salt_wds.config import Config, load_config
 from shard_tools.common.cli import CommandError
-
-log = logging.getLogger(__name__)
-
-_LOCK = ".lock"  # in the run's folder, while a process trains there
+from shard_tools.common.files import lock
 
 
 def read_run(run_dir: Path) -> Config:
@@ -31,24 +27,37 @@ def read_run(run_dir: Path) -> Config:
 
 @contextlib.contextmanager
 def lock_run_folder(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of the folder. The kernel releases the lock however this process ends.
+    """Keep other trainings out of the folder, which is made if there is none.
 
     Raises:
         CommandError: another process trains there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / _LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise CommandError(
-                f"{run_dir}: process {file.read().strip() or '(unknown)'} trains in this folder; wait for its end, stop "
-                "it, or choose another train.run_dir"
-            ) from None
-        except OSError as error:  # a file system without locks is no reason not to train
-            log.warning("%s: cannot be locked (%s); make sure that no other run uses it", run_dir, error.strerror)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    path = run_dir / ".lock"
+    path.touch()
+    owner = path.read_text().strip() or "(unknown)"
+    busy = (
+        f"{run_dir}: process {owner} trains in this folder; wait for its end, stop it, or choose another train.run_dir"
+    )
+    with lock(path, busy):
+        path.write_text(f"{os.getpid()}\n")
         yield
+
+
+@contextlib.contextmanager
+def log_crashes(path: Path) -> Iterator[None]:
+    """Have a crash of this process (SIGSEGV, SIGABRT, SIGBUS, ...) write the stack of every thread to this file.
+
+    Without a crash no file stays behind. If faulthandler is on already (`python -X faulthandler`), it stays as it is.
+    """
+    if faulthandler.is_enabled():
+        yield
+        return
+    with path.open("a") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            if not path.stat().st_size:
+                path.unlink()

@@ -1,21 +1,23 @@
-"""A file that a run goes on writing to, whatever becomes of the disk: metrics, samples, TensorBoard's events."""
+"""A file that a run appends to for as long as it lives, even while the disk is full: metrics, samples, events."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 
 class GrowingFile:
-    """Appends bytes. What a full disk (or a file server that is away) refuses waits in memory, in order, for better times.
+    """Appends bytes. What a full disk (or an absent file server) refuses waits in memory until there is room.
 
-    A run of a week must not end because a line of metrics could not be written; nor may a line be lost, or half of one.
+    So a line of metrics that cannot be written neither ends the run nor is lost or cut in half.
 
     Raises:
-        OSError: the file cannot be opened. Later errors are logged, the first of each time.
+        OSError: the file cannot be opened. Later errors are logged, once for each time the disk fills up.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,16 +25,20 @@ class GrowingFile:
         self._file = path.open("ab", buffering=0)
 
     def write(self, data: bytes) -> None:
-        """Append; the operating system has it afterwards, so it outlives this process."""
+        """Append; what the operating system has accepted outlives this process."""
         self._waiting += data
         self._catch_up(sync=False)
 
+    def write_json(self, record: dict[str, Any]) -> None:
+        """Append one JSON line."""
+        self.write(json.dumps(record).encode() + b"\n")
+
     def sync(self) -> None:
-        """Bring everything to the disk: it outlives the machine."""
+        """Bring everything to the disk."""
         self._catch_up(sync=True)
 
     def close(self) -> None:
-        """Bring everything to the disk, and tell what is lost, if anything."""
+        """Bring everything to the disk, and log what is lost, if anything."""
         self.sync()
         if self._waiting:
             log.error("%s: its last %d bytes could not be written", self._path, len(self._waiting))
@@ -47,5 +53,5 @@ class GrowingFile:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                log.error("%s: %s; what belongs there waits in memory until there is room", self._path, error.strerror)
+                log.error("%s: %s; its new lines wait in memory until there is room", self._path, error.strerror)
             self._failing = True

@@ -1,7 +1,7 @@
-"""The numbers of metrics.jsonl as TensorBoard's event files.
+"""The numbers of metrics.jsonl as TensorBoard event files.
 
-Written here instead of with torch's SummaryWriter, which opens the file anew for every number, in a thread whose errors
-on a full disk cannot be caught. The format is TensorBoard's own: records of protocol buffers.
+Not by torch's SummaryWriter, which writes in a thread whose errors on a full disk cannot be caught. The format is
+TensorBoard's own: records of protocol buffers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Board:
     """A new event file in a folder.
 
     Args:
-        purge_step: what other event files of the folder have from this step on is not to be shown any more.
+        purge_step: TensorBoard hides what older event files in the folder have from this step on.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
-        # Read in the order of names. Nanoseconds, so that two in one second have names of their own.
+        # TensorBoard reads in the order of names; nanoseconds tell apart two files of one second.
         self._file = GrowingFile(
             folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         )
@@ -59,7 +59,7 @@ class Board:
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a line of metrics but its step, by name; those of a table within it as table/name."""
+    """Name and value of every number in a line of metrics except its step; a nested one is named table/name."""
     for name, value in line.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))

@@ -1,10 +1,9 @@
-"""Which kernel computes attention: timed at the start of a run on its own shapes, then pinned.
+"""The attention kernel: timed at the start of a run on the run's shapes, then pinned.
 
-torch picks one of several kernels of F.scaled_dot_product_attention by rules of thumb. On Hopper cuDNN's can be about
-twice as fast as flash for training shapes, elsewhere slower, so both are tried. timm's blocks and transformers' encoder
-call that function, so a context around the step is enough, compiled or not: torch chooses while it traces. One kernel
-for a network, not one for each of its stacks: a graph that switches kernels inside is never cached by torch
-(pytorch#194007).
+torch picks one of several kernels of F.scaled_dot_product_attention by rules of thumb. On Hopper, cuDNN's can be about
+twice as fast as flash for training shapes; elsewhere it is slower. So all are timed. timm's blocks and transformers'
+encoder call that function, and torch chooses while it traces, so a context around the step pins the kernel, compiled or
+not. One kernel for each network: torch never caches a graph that switches kernels inside (pytorch#194007).
 
 Shapes: B clips, h heads, N tokens, d width of a head.
 """
@@ -54,14 +53,13 @@ def pinned(name: str | None) -> contextlib.AbstractContextManager[object]:
 def choose_attention(
     setting: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
-    """What `train.attention` means on this device. "auto" times on a GPU, and leaves the choice to torch on a CPU.
+    """The kernels for `train.attention` on this device: "auto" times on a GPU, and leaves it to torch on a CPU.
 
-    torch's cache of compiled graphs does not look at the pinned kernel (pytorch#186458), so the choice becomes a part
-    of its key here.
+    torch's cache of compiled graphs ignores the pinned kernel (pytorch#186458), so this adds the choice to its key.
 
     Args:
-        teacher: blocks that run forward only, if there are any.
-        student: blocks that run forward and backward: the encoder's, and the predictor's if there is one.
+        teacher: runs forward only; None if there is none.
+        student: run forward and backward: the encoder's blocks, and the predictor's if there is one.
         clips: B of one forward pass.
 
     Raises:
@@ -80,36 +78,34 @@ def choose_attention(
             f'train.attention = "{setting}": it cannot compute {dtype} heads of {widest.width // widest.heads} on this '
             f'{device.type} ({times[setting]}); use "auto"'
         )
-    best = [min(able, key=lambda name: able[name][part]) for part in (0, 1)]
-    torch.compiler.config.cache_key_tag = f"attention teacher={best[0]} student={best[1]}"
+    for_teacher, for_student = (min(able, key=lambda name: able[name][part]) for part in (0, 1))
+    torch.compiler.config.cache_key_tag = f"attention teacher={for_teacher} student={for_student}"
     words = [
         f"{name} {found[0]:.1f} + {found[1]:.1f} ms" if isinstance(found, tuple) else f"{name} cannot ({found})"
         for name, found in times.items()
     ]
-    return Attention(
-        *best,
-        f"attention {f'{best[0]} in the teacher, ' if teacher else ''}{best[1]} in the student; a step's blocks of "
-        "teacher + student take " + ", ".join(words),
-    )
+    in_teacher = f"{for_teacher} in the teacher, " if teacher else ""
+    line = f"attention {in_teacher}{for_student} in the student; attention in a step's teacher + student takes "
+    return Attention(for_teacher, for_student, line + ", ".join(words))
 
 
 def _times(
     name: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float] | str:
-    """Milliseconds a step of teacher (forward) and student (forward and backward); or why it cannot."""
+    """Milliseconds a step of teacher (forward) and student (forward and backward); or why the kernel cannot."""
     try:
         return (
             _milliseconds(name, teacher, clips, dtype, device, backward=False) if teacher else 0.0,
             sum(_milliseconds(name, stack, clips, dtype, device, backward=True) for stack in student),
         )
-    except RuntimeError as error:  # torch raises nothing more special where a kernel does not take these inputs
+    except RuntimeError as error:  # torch's only error for a kernel that does not take these inputs
         return " ".join(str(error).split()).rstrip(".")[:60]
 
 
 def _milliseconds(
     name: str, stack: Stack, clips: int, dtype: torch.dtype, device: torch.device, *, backward: bool
 ) -> float:
-    """Of attention in all blocks of a stack."""
+    """Time of attention in all blocks of a stack."""
     shape = (clips, stack.tokens, 3, stack.heads, stack.width // stack.heads)
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(shape, generator=generator, device=device, dtype=dtype, requires_grad=backward)

@@ -1,8 +1,8 @@
-"""Numbers that make the loss readable, beyond those of a single batch: R2 per position, and the rank of features.
+"""Diagnostics beside the loss: R2 per position, and the effective rank of features.
 
-R2 against the overall mean is soon high for a model that has learned no more than what stands where: the mean of a
-target differs from place to place. `PositionMean` knows those means, so R2 against them is 0 for such a model. The
-effective rank shows features that collapse into few directions while the loss still falls.
+Targets have another mean at every position, so a model that has learned only these means soon reaches a high R2.
+`PositionMean` tracks them, and R2 against them is 0 for such a model. The effective rank shows features that collapse
+into few directions while the loss still falls.
 
 Shapes: B clips, N tokens, K masked tokens, D width, M tokens of several clips.
 """
@@ -20,19 +20,23 @@ from torch import Tensor, nn
 from salt_wds.config import Config
 from salt_wds.data.masks import num_masked
 from salt_wds.data.pixels import to_normalised_rgb
+from salt_wds.models.student import Student
 
-_DECAY = 0.99  # of a step's weight in the means, a step: they are of the last hundred steps or so
+_DECAY = 0.99  # of the weight of a past step, each step: the means are over about the last hundred steps
 _SMALLEST = torch.finfo(torch.float32).tiny  # keeps ratios finite where nothing was seen, or nothing varies
-_TOKENS_A_CHANNEL = 8  # with as few tokens as channels the rank would read far too low
+_TOKENS_A_CHANNEL = 8  # with as few tokens as channels the rank would be far too low
 
 
 class PositionMean(nn.Module):
     """The running mean of the targets at each token position, and R2 against it.
 
-    The mean of a position is that of all masked targets seen there, each weighing 0.99^(steps since). The forward pass
-    only reads it, and returns what the batch adds; `advance` takes that in once the step is through. Not part of any
-    model; its state belongs in the checkpoint (`tensors`, `load`).
+    The mean of a position is over all masked targets seen there, each with the weight 0.99^(steps since). The forward
+    pass only reads it and returns what the batch adds; `advance` takes that in after the step. Its state
+    belongs in the checkpoint (`tensors`, `load`).
     """
+
+    sums: Tensor
+    weights: Tensor
 
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__()
@@ -40,10 +44,10 @@ class PositionMean(nn.Module):
         self.register_buffer("weights", torch.zeros(num_tokens, 1))
 
     def forward(self, predictions_BKD: Tensor, targets_BKD: Tensor, masked_BK: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
-        """R2 of a batch against the means of the positions before it, a detached scalar; and what `advance` takes.
+        """R2 of a batch against the position means before it, a detached scalar; and the argument of `advance`.
 
-        R2 is 1 - MSE / mean over masked tokens and channels of (target - mean of its position)^2. A position never seen
-        before has the mean 0, the mean over channels of a normalised target: in the first steps R2 reads too high.
+        R2 is 1 - MSE / mean over masked tokens and channels of (target - mean of its position)^2. A position not seen
+        yet has the mean 0, which is the mean over channels of a normalised target: R2 is too high in the first steps.
         """
         with torch.no_grad():
             predictions, targets = predictions_BKD.detach().float(), targets_BKD.detach().float()
@@ -54,7 +58,7 @@ class PositionMean(nn.Module):
 
     @torch.no_grad()
     def advance(self, new_sums: Tensor) -> None:
-        """Take a step's targets, of all ranks, into the means; waits for nothing. Not if one of them is not finite.
+        """Take the targets of a step, of all ranks, into the means, unless one is not finite; no host sync.
 
         Args:
             new_sums: of `forward`, their mean over micro-batches.
@@ -82,15 +86,15 @@ class PositionMean(nn.Module):
 
 
 def effective_rank(features_MD: Tensor) -> Tensor:  # noqa: N803
-    """In how many directions features spread: 1 if all are equal or on a line, D if they fill all channels evenly.
+    """The number of directions that features spread over: 1 if all lie on a line, D if they fill all channels evenly.
 
     exp of the entropy of the normalised singular values of the centred features (Roy & Vetterli, EUSIPCO 2007; RankMe,
-    arXiv 2210.02885, which does not subtract the mean: what all tokens share would then count as a direction and hide
-    the others). With M < D tokens it cannot exceed M - 1.
+    arXiv 2210.02885, does not subtract the mean, which then counts as a direction and hides the others). With M < D
+    tokens it cannot exceed M - 1.
 
     Returns:
         A fp64 scalar on the features' device. fp64, because a singular value is the root of an eigenvalue of the
-        covariance: fp32 would give each of the D channels up to 3e-4 of the largest, out of nothing.
+        covariance: rounding in fp32 would give each of the D channels up to 3e-4 of the largest.
     """
     features = features_MD.detach().double()
     centred = features - features.mean(dim=0)
@@ -101,11 +105,11 @@ def effective_rank(features_MD: Tensor) -> Tensor:  # noqa: N803
     return torch.special.entr(shares).sum().exp()
 
 
-def rank_of_features(config: Config, student: nn.Module, batch: Mapping[str, Any], device: torch.device) -> float:
+def rank_of_features(config: Config, student: Student, batch: Mapping[str, Any], device: torch.device) -> float:
     """Effective rank of the encoder's visible tokens in the first clips of a batch; waits for the device.
 
-    A forward pass of its own, not compiled, over as many clips as give 8 tokens a channel (16 of base.toml's): once an
-    interval that is cheaper than to have every compiled step return features that are hardly ever looked at.
+    A separate forward pass, not compiled, over enough clips for 8 tokens a channel: once an interval, that is cheaper
+    than returning features from every step.
     """
     num_visible = config.num_tokens - num_masked(config.grid, config.mask)
     clips = math.ceil(_TOKENS_A_CHANNEL * student.width / num_visible)
@@ -122,8 +126,8 @@ def rank_of_features(config: Config, student: nn.Module, batch: Mapping[str, Any
 def _sums_by_position(values_BKD: Tensor, index_BK: Tensor, num_tokens: int) -> Tensor:  # noqa: N803
     """Sum of the values at each position and, as the last column, their number, both divided by B: (N, D + 1).
 
-    Every position looks up its value in each clip, instead of every value being added to its position: the order of the
-    sum is then fixed, on a GPU, too, and a compiler makes one kernel of it.
+    Every position looks up its value in each clip, instead of every value being added to its position. So the order of
+    the sum is fixed on a GPU, too, and the compiler fuses it into one kernel.
     """
     b, k, _ = values_BKD.shape
     places = torch.arange(k, device=index_BK.device).expand(b, k)

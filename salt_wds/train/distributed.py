@@ -1,23 +1,25 @@
-"""Many processes as one run: who they are, the student over them, and what they must decide together.
+"""Many processes as one run: which rank this is, the student over all ranks, and what they decide together.
 
     torchrun --nproc-per-node 8 -m salt_wds.train --config FILE
 
-A rank is a process with a GPU of its own and its own slice of every global batch. Gradients are averaged by DDP or
-FSDP2. Everything that ends or changes the run (a signal, a loader that gave up, a loss that is not finite) is decided by
-all ranks at the same step, so that none waits for a collective that the others never call. One process is a world of
-one: everything here then does nothing.
+A rank is a process with a GPU of its own and its own slice of every global batch; DDP or FSDP2 average the gradients.
+Whatever ends or changes the run (a signal, a loader that gives up, a loss that is not finite) is decided by all ranks
+at the same step, so that none waits in a collective that the others never call. A single process is a world of one,
+where all of this does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,12 +29,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from salt_wds.train.torchrun import world_size
+from salt_wds.train.signals import StopSignals
 from shard_tools.common.cli import CommandError, one_line
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
-_SLACK_S = 60.0  # beyond what a rank may wait for data; compiling does not take the same time everywhere
-_SAME_S = 2.0  # within which several signals are one
+_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+_SLACK_S = 60.0  # beyond the longest wait for data: ranks compile at different speeds
+_PATIENCE_S = 10.0  # of waiting for other ranks without a word
 _LOST = ("connection", "closed by peer", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
 
 
@@ -50,12 +55,12 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that prints and writes."""
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around everything that the other ranks take part in.
+        """Put this around everything that the other ranks take part in.
 
         Raises:
             RankLost: one of them died, or did not come within the time-out.
@@ -69,7 +74,7 @@ class World:
             raise RankLost(one_line(error)[:200]) from error
 
     def largest(self, *numbers: int) -> list[int]:
-        """Each number's largest over all ranks; waits for them, not for the device."""
+        """The largest of each number over all ranks; waits for them, not for the device."""
         if self.size == 1:
             return list(numbers)
         with self.together():
@@ -77,7 +82,7 @@ class World:
         return tensor.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, by rank; waits for them. Plain Python values only."""
+        """The values of all ranks, by rank; waits for them. Plain Python values only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -86,18 +91,16 @@ class World:
         return values
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What the function returns on the first rank, where alone it runs.
+        """Call the function on the first rank alone, and return its result on all.
 
         Raises:
-            CommandError, OSError: it did there.
+            CommandError, OSError: the function raised it.
         """
         answer: list[Any] = [None, None]
         if self.first:
             try:
                 answer[0] = function()
             except (CommandError, OSError) as error:
-                if self.size == 1:
-                    raise
                 answer[1] = error
         if self.size > 1:
             with self.together():
@@ -114,17 +117,18 @@ class World:
         return flag
 
 
-def join(device: torch.device, data_timeout_s: float) -> World:
-    """Take the place among the ranks that torchrun's environment names; without one, a world of one process.
+def join(device: torch.device, data_timeout_s: float, stop: StopSignals) -> World:
+    """Join the ranks that torchrun's environment variables name; without them, a world of one process.
 
-    A collective waits for the slowest rank. One that looks into a hung sample takes `data_timeout_s` to notice and as
-    much to try it alone, so that is what the time-out allows. (A rank that died is noticed at once: its connections
-    close, and torchrun ends the others.)
+    Collectives time out after twice `data_timeout_s` and a minute: a rank with a hung sample takes `data_timeout_s` to
+    notice it, and as long again to try the sample alone.
 
     Raises:
-        CommandError: more ranks than GPUs on this machine.
+        CommandError: this machine has fewer GPUs than ranks.
+        RankLost: not all ranks came within the time-out.
+        KeyboardInterrupt: a stop was requested while waiting for the other ranks.
     """
-    size = world_size()
+    size = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _ENVIRONMENT) else 1
     if size == 1:
         return World(device)
     if device.type == "cuda":
@@ -135,36 +139,60 @@ def join(device: torch.device, data_timeout_s: float) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # Decisions travel as CPU tensors over gloo, so that they do not wait for the GPU; gradients over NCCL.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=2 * data_timeout_s + _SLACK_S))
-    return World(device, dist.get_rank(), size)
+    world = World(device, int(os.environ["RANK"]), size)
+    with world.together():
+        _connect(world, timedelta(seconds=2 * data_timeout_s + _SLACK_S), stop)
+    return world
+
+
+def _connect(world: World, timeout: timedelta, stop: StopSignals) -> None:
+    """Wait for the other ranks in a thread, so that this one answers signals meanwhile; log what it waits for."""
+    # Decisions travel as CPU tensors over gloo and do not wait for the GPU; gradients travel over NCCL.
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    connected: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            connected.set_result(dist.init_process_group(backend, timeout=timeout))
+        except BaseException as error:
+            connected.set_exception(error)
+
+    threading.Thread(target=connect, name="connect", daemon=True).start()
+    started, told = time.monotonic(), False
+    while not connected.done():
+        wait([connected], timeout=0.2)
+        if stop.requested:
+            raise KeyboardInterrupt
+        if not told and not connected.done() and time.monotonic() - started > _PATIENCE_S:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            log.warning("rank %d of %d waits at %s for the other ranks", world.rank, world.size, where)
+            told = True
+    connected.result()
 
 
 def leave(world: World) -> None:
-    """Give the connections back. Not after `RankLost`: closing them would wait for the rank that is gone."""
-    if world.size == 1:
-        return
-    # torchrun sends SIGTERM to all as soon as one rank has left; each of them tells itself how it ended.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    dist.destroy_process_group()
+    """Close the connections. Not after `RankLost`: closing would wait for the rank that is gone."""
+    if world.size > 1:
+        # torchrun sends SIGTERM to all ranks as soon as one has left; each must still return its own exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dist.destroy_process_group()
 
 
 # --- the student over the ranks -----------------------------------------------------------------------------------
 
 
 def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World) -> nn.Module:
-    """What to call in the student's place. Build the optimiser after this: FSDP2 replaces the parameters.
+    """What to call in place of the student. Build the optimizer after this: FSDP2 replaces the parameters.
 
-    ddp: every rank has all parameters. fsdp2: parameters, gradients and AdamW state are spread over the ranks, in fp32,
-    block by block. Without a MixedPrecisionPolicy: blocks are gathered in fp32 and autocast makes bf16 of the same
-    operands as in one process, so norms and positions are not rounded; gathering them in bf16 would halve the traffic.
+    ddp: every rank has all parameters. fsdp2: parameters, gradients and AdamW state are sharded over the ranks, in
+    fp32, block by block. Without a MixedPrecisionPolicy: blocks are gathered in fp32, and autocast rounds the same
+    operands to bf16 as in one process, so norms and positions are not rounded.
     """
     if world.size == 1:
         return student
     if mode == "ddp":
         devices = [world.device.index] if world.device.type == "cuda" else None
-        # The only buffers are tables of positions, the same everywhere: not to be sent around before every step.
+        # The only buffers are position tables, equal everywhere: no need to broadcast them before every step.
         return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
     for module in list(student.modules()):
         if isinstance(module, nn.ModuleList | nn.Sequential):
@@ -178,50 +206,25 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
 
 
 @contextlib.contextmanager
-def gradients_shared(network: nn.Module, shared: bool) -> Iterator[None]:
-    """Around one forward and backward pass: whether the ranks average their gradients after it.
+def gradient_sync(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether the ranks average their gradients after the forward and backward pass inside.
 
-    Not shared, they pile up on each rank; with FSDP2 whole ones, in fp32: gradients are not spread then.
+    If not, gradients accumulate on each rank; with FSDP2 unsharded, in fp32.
     """
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(shared)
-    with network.no_sync() if isinstance(network, DistributedDataParallel) and not shared else contextlib.nullcontext():
+        network.set_requires_gradient_sync(enabled)
+    with contextlib.ExitStack() as stack:
+        if isinstance(network, DistributedDataParallel) and not enabled:
+            stack.enter_context(network.no_sync())
         yield
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor: all of it, unless FSDP2 spreads it."""
+    """This rank's shard of a tensor; all of it, unless FSDP2 shards it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradients(student: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients down to the norm `limit` (0: not at all); their norm before, over all ranks, on the device."""
+    """Scale the gradients down to the norm `limit` (0: not at all); returns their norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(student.parameters(), limit or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-# --- signals ------------------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT does not wait.
-
-    One soon after the first is not a second: of a Ctrl-C, the terminal tells every process, and torchrun passes it on.
-    """
-
-    def __init__(self) -> None:
-        self.requested = 0  # the signal's number
-        self._asked_at = 0.0
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if number == signal.SIGINT and time.monotonic() - self._asked_at > _SAME_S:
-                raise KeyboardInterrupt
-            return
-        self.requested, self._asked_at = number, time.monotonic()
-        os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

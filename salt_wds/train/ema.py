@@ -1,10 +1,8 @@
 """A running mean of the student's parameters (optim.ema), which often evaluates better than the parameters themselves.
 
-Weights of earlier steps fall by `decay` a step and add up to one, from the first step on: after step t it is the sum of
-decay^(t-s) * parameters(s) over s = 1..t, divided by the sum of decay^(t-s), as Adam corrects its moments (arXiv
-1412.6980). So the initial weights have no part in it, no warm-up of the decay is needed, and the weight of a step is a
-pure function of its number. A step whose update was skipped counts the parameters as they are, hence those of the step
-before once more.
+After step t it is the sum of decay^(t-s) * parameters(s) over s = 1..t, divided by the sum of decay^(t-s), as Adam
+corrects its moments (arXiv 1412.6980). So the initial weights have no part in it, the decay needs no warm-up, and the
+weight of a step is a pure function of its number. A skipped update counts the unchanged parameters once more.
 """
 
 from __future__ import annotations
@@ -13,13 +11,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from salt_wds.train.distributed import local_part
 
 
 class Ema:
-    """The running mean of a model's trainable parameters, in their own precision, on their device.
+    """The running mean of a model's trainable parameters, in their precision, on their device.
 
-    Of sharded parameters (FSDP2) each rank holds and updates its own shard; nothing is communicated.
+    With sharded parameters (FSDP2) each rank holds and updates its own shard; nothing is communicated.
 
     Args:
         model: not wrapped; parameters are named as in its state dict.
@@ -32,26 +31,20 @@ class Ema:
         self._mean = {name: p.detach().clone() for name, p in self._live.items()}
 
     def update(self, step: int) -> None:
-        """Take in the parameters after step `step`, counted from 1; waits for nothing."""
+        """Take in the parameters after step `step`, counted from 1, without a host sync."""
         weight = (1 - self._decay) / (1 - self._decay**step)
-        means, live = [_local(mean) for mean in self._mean.values()], [_local(p) for p in self._live.values()]
+        means, live = ([local_part(t.detach()) for t in group.values()] for group in (self._mean, self._live))
         torch._foreach_lerp_(means, live, weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The mean by parameter name: the state dict of a model, to be loaded in place of its own."""
+        """The mean by parameter name: a state dict of the model."""
         return dict(self._mean)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the mean of a checkpoint in place; of sharded parameters, `tensors` are sharded alike.
+        """Take over the mean of a checkpoint, sharded like the parameters.
 
         Raises:
             KeyError: a parameter is missing.
         """
         for name, mean in self._mean.items():
             mean.copy_(tensors[name])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard; of a tensor that is not sharded, all of it."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

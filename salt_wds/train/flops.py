@@ -1,13 +1,13 @@
-"""What a step computes, counted and set against what the device could: FLOPs a clip, peak, MFU.
+"""FLOPs of a step, the peak of the device, and their ratio: model FLOPs utilisation (MFU, arXiv 2204.02311).
 
-Counted is what the model needs, 2 FLOPs for a multiplication and an addition, matrix products only. A stack of L blocks
-over N tokens of width W whose linear layers have P weights (4 W^2 + 2 W H with an MLP of width H) takes, forward,
+Matrix products only, 2 FLOPs for a multiplication and an addition. The forward pass of L blocks over N tokens of width
+W whose linear layers have P weights (4 W^2 + 2 W H with an MLP of width H) takes
 
     L * (2 N P + 4 N^2 W)
 
-for the linear layers, and attention's scores and mixing. The teacher runs forward only; the student's
-backward pass counts twice its forward pass, but for the patch embedding, whose input needs no gradient. What
-checkpointing computes again is not counted: model FLOPs utilisation (MFU, arXiv 2204.02311), not hardware utilisation.
+for the linear layers, and for attention's scores and mixing. The teacher runs forward only; the student's backward pass
+counts twice its forward pass, except for the patch embedding, whose input needs no gradient. What checkpointing
+computes again is not counted.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
 from salt_wds.config import PATCH, TUBELET, Config
 from salt_wds.data.masks import num_masked
+from salt_wds.models.build import FrozenTeacher
+from salt_wds.models.patches import PixelTargets
+from salt_wds.models.student import Student
 
 _PATCH_VALUES = 3 * TUBELET * PATCH * PATCH
 
-# Dense bf16 tensor rate with fp32 accumulation, FLOPs a second, by the makers' tables, without sparsity:
-# H100 and H200 data sheets (SXM: 1,979e12 with sparsity, half of that dense), A100 data sheet, Ada architecture
-# white paper (RTX 4090). The RTX 5090's is said to be in the RTX Blackwell white paper, which was not at hand: it fits
-# the published 838e12 of fp16 with sparsity, a quarter of which is dense with fp32 accumulation.
-# GPUs of the same chip with other clocks (PCIe, NVL) are left out: theirs is measured.
+# Dense bf16 rate with fp32 accumulation, FLOPs a second, without sparsity. Sources: data sheets of H100, H200 and A100;
+# Ada white paper (RTX 4090); a quarter of the 838e12 published for fp16 with sparsity (RTX 5090). GPUs that share
+# a name with another clock (PCIe, NVL) are left out: their peak is measured.
 _PEAKS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -85,17 +87,19 @@ class Workload:
         return 2 * embedding + 3 * rest
 
     def flops(self, *, teacher: bool = True) -> int:
-        """Of a clip: teacher forward, student forward and backward. Without `teacher`: its targets are given."""
+        """Of a clip: teacher forward (unless targets are given), student forward and backward."""
         return self.student_flops() + (self.teacher_flops() if teacher else 0)
 
 
-def workload(config: Config, teacher: nn.Module, student: nn.Module) -> Workload:
-    """Sizes read off the networks themselves."""
+def workload(config: Config, teacher: FrozenTeacher, student: Student) -> Workload:
+    """The sizes of the networks."""
     masked = num_masked(config.grid, config.mask)
     visible = config.student.mode == "visible"
     encoder, predictor = student.encoder, student.predictor
     return Workload(
-        _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens) if len(teacher.blocks) else None,
+        None
+        if isinstance(teacher, PixelTargets)
+        else _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens),
         _stack(encoder.blocks, encoder.width, None, config.num_tokens - masked if visible else config.num_tokens),
         _stack(predictor.blocks, config.student.predictor_width, None, config.num_tokens) if predictor else None,
         masked,
@@ -104,10 +108,11 @@ def workload(config: Config, teacher: nn.Module, student: nn.Module) -> Workload
 
 
 def _stack(blocks: nn.Module, width: int, heads: int | None, tokens: int) -> Stack:
-    if heads is None:  # timm's attention knows
-        heads = next(m.num_heads for m in blocks.modules() if hasattr(m, "num_heads"))
-    linear = [m for m in blocks[0].modules() if isinstance(m, nn.Linear)]
-    return Stack(tokens, width, len(blocks), heads, sum(m.in_features * m.out_features for m in linear))
+    """Of transformer blocks; where `heads` is not given, timm's attention knows it."""
+    layers = list(blocks.children())
+    linear = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
+    heads = heads or next(m.num_heads for m in blocks.modules() if isinstance(m, timm_vit.Attention))
+    return Stack(tokens, width, len(layers), heads, sum(m.in_features * m.out_features for m in linear))
 
 
 # --- what the device could do -------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def _stack(blocks: nn.Module, width: int, heads: int | None, tokens: int) -> Sta
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOPs a second that count as 100 %, and where the figure is from."""
+    """FLOPs a second that count as 100 %, and the source of the figure."""
 
     flops_per_sec: float
     source: str
@@ -130,7 +135,7 @@ class Utilisation:
     """Of one device; None where MFU means nothing: on a CPU."""
 
     def mfu(self, clips_per_sec: float, devices: int = 1) -> float | None:
-        """Share of the peak of all devices that the model's own FLOPs are, at so many clips a second in all."""
+        """MFU at so many clips a second over all devices."""
         if self.peak is None:
             return None
         return clips_per_sec * self.workload.flops() / (self.peak.flops_per_sec * devices)
@@ -145,13 +150,13 @@ class Utilisation:
         )
         parts = f"teacher {teacher / 1e9:.1f} forward, student" if self.workload.teacher else "no teacher, student"
         return (
-            f"flops     {(teacher + student) / 1e9:.1f} GFLOP a clip: {parts} {student / 1e9:.1f} forward and backward; "
-            f"{peak}"
+            f"flops     {(teacher + student) / 1e9:.1f} GFLOP a clip: {parts} {student / 1e9:.1f} forward and backward"
+            f"; {peak}"
         )
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
-    """From the table for bf16 on a GPU that is in it; otherwise the rate of a large matrix product, measured now."""
+    """The tabled peak for bf16 on a known GPU; otherwise the measured rate of a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         if name in _PEAKS:
@@ -161,7 +166,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> float:
-    """FLOPs a second of torch's own product of two square matrices: 8192 wide on a GPU, 1024 on a CPU; the best of 5."""
+    """FLOPs a second of the product of two square matrices, 8192 wide on a GPU and 1024 on a CPU; the best of 5."""
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))

@@ -1,16 +1,15 @@
 """The held-out loss: the training loss on the first batches of another split, the same clips and masks every time.
 
-Clips are the centre of each video in time and space; masks come from (seed, position), as in training. Nothing of the
-run is touched: the student is not updated, random numbers of the run are not drawn from, the training loader goes on.
+Clips are the centre of each video in time and space; masks come from (seed, position), as in training. Measuring
+changes nothing of the run: not the student, not its random numbers, not the training loader.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -26,41 +25,38 @@ from salt_wds.train.step import Forward
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
 
-log = logging.getLogger(__name__)
-
-_WORKERS = 4  # at most: a few batches are soon decoded, and the workers of the training are there, too
+_WORKERS = 4  # at most: a few batches are decoded quickly, and the training's workers are still there
 
 
-class Validation:
-    """Measures the held-out loss, again and again.
+class HeldOutLoss:
+    """Evaluator of the held-out loss, every train.validate_every steps.
 
-    Its slots for batches are allocated here and kept, so that memory that is missing is told before the first step; its
-    worker processes, which take more, run only while it measures.
+    Its batch slots are allocated once, so missing memory is noticed before the first step; its workers run only while
+    it measures. Failed samples are recorded in the run's `failures/validation/`.
 
     Args:
-        config: of the run.
-        run_dir: of the run; samples that fail are recorded in its `failures/validation/`.
         forward: not compiled: for a few batches a second compilation costs more than it gains.
-        student: of `forward`.
+        student: the one that `forward` calls.
 
     Raises:
         CommandError: a data set lacks the split, or there is no room for batches.
     """
 
-    def __init__(
-        self, config: Config, run_dir: Path, forward: Forward, student: nn.Module, world: World
-    ) -> None:  # fmt: skip
-        data = _held_out(config.data)
+    name = "held-out loss"
+
+    def __init__(self, config: Config, run_dir: Path, forward: Forward, student: nn.Module, world: World) -> None:
+        self.every = config.train.validate_every
+        data = _held_out_split(config.data)
         ledger = run_dir / "failures" / "validation" / f"rank{world.rank}.jsonl"
         self._loader = Loader(
             config.model_copy(update={"data": data}), ledger, rank=world.rank, world_size=world.size, views=Views()
         )
-        self._batches = config.train.validate_batches
+        self._batches = min(config.train.validate_batches, num_batches(self._loader))
         self._forward, self._student, self._world = forward, student, world
 
     def describe(self) -> str:
         """A line for the start of a run."""
-        data, samples = self._loader.spec.data, self._loader.num_positions
+        data, samples = self._loader.spec.data, self._loader.catalog.num_samples
         clips = min(self._batches * data.batch_size, samples)
         return (
             f"held out  split {data.split}: {clips:,} of {samples:,} samples, {data.num_workers} workers while it is "
@@ -70,62 +66,74 @@ class Validation:
     def measure(self) -> dict[str, float]:
         """`val_loss` and `val_r2`, means over clips as in training over batches; `val_clips` and `val_seconds`.
 
-        Where a sample failed, its substitute does not count. Of several ranks each measures its slice, and all get the
-        same numbers. Nothing where too many samples failed: that is logged, and no reason to end the training.
+        Substitutes of failed samples do not count. Each rank measures its slice, and all return the same numbers.
+
+        Raises:
+            LoaderStopped: too many samples failed, on any rank.
         """
-        started, training = time.perf_counter(), self._student.training
-        sums = [0.0, 0.0, 0]  # loss and R2, times clips; clips
-        self._student.eval()
-        try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._world.together():
-                for batch in in_step(self._loader, self._world, "held-out loss", self._batches):
-                    if batch is None:
-                        return {}
-                    sums = [total + more for total, more in zip(sums, self._of_batch(batch), strict=True)]
-        finally:
-            self._student.train(training)
-        loss, r2, clips = (sum(parts) for parts in zip(*self._world.gather(sums), strict=True))
+        started = time.perf_counter()
+        loss, r2, count = 0.0, 0.0, 0
+        with torch.no_grad(), evaluation_mode(self._student, self._world):
+            for batch in synchronised_batches(self._loader, self._world, self._batches):
+                kept = (~batch["substituted"]).nonzero().flatten()
+                rows = kept if len(kept) else torch.tensor([0])  # ranks that share parameters must run equally often
+                clips, colour, mask = (batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask"))
+                targets = self._forward.targets(clips, colour, mask)
+                batch_loss, stats = self._forward.loss(clips, colour, mask, targets)
+                loss += batch_loss.item() * len(kept)
+                r2 += stats["r2"].item() * len(kept)
+                count += len(kept)
+        loss, r2, count = (sum(parts) for parts in zip(*self._world.gather((loss, r2, count)), strict=True))
+        if not count:
+            return {}
         seconds = time.perf_counter() - started
-        return (
-            {"val_loss": loss / clips, "val_r2": r2 / clips, "val_clips": clips, "val_seconds": seconds}
-            if clips
-            else {}
-        )
-
-    def _of_batch(self, batch: Batch) -> list[float]:
-        """The batch's loss and R2 times its clips that count; those clips."""
-        kept = (~batch["substituted"]).nonzero().flatten()
-        rows = kept if len(kept) else torch.tensor([0])  # ranks that share parameters must run it equally often
-        clips, colour, mask = (batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask"))
-        loss, stats = self._forward.loss(clips, colour, mask, self._forward.targets(clips, colour, mask))
-        return [loss.item() * len(kept), stats["r2"].item() * len(kept), len(kept)]
+        return {"val_loss": loss / count, "val_r2": r2 / count, "val_clips": count, "val_seconds": seconds}
 
 
-def in_step(loader: Loader, world: World, what: str, most: int | None = None) -> Iterator[Batch | None]:
-    """This rank's part of the first `most` batches (all, if unset) of an evaluation, from the first one on.
+@contextlib.contextmanager
+def evaluation_mode(student: nn.Module, world: World) -> Iterator[None]:
+    """The student in evaluation mode and not compiled, afterwards as it was; all ranks take part."""
+    training = student.training
+    student.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"), world.together():
+            yield
+    finally:
+        student.train(training)
 
-    None, on all ranks, where the loader of one has given up; that is logged, with `what` there will not be.
+
+def synchronised_batches(loader: Loader, world: World, count: int) -> Iterator[Batch]:
+    """This rank's part of the first `count` batches of an evaluation.
+
+    Raises:
+        LoaderStopped: the loader of any rank gave up; on all ranks at the same batch.
     """
     loader.next_batch = 0
-    batches_there = math.ceil(loader.num_positions / loader.spec.data.batch_size)  # with the last one filled up
-    with closing(iter(loader)) as batches:
-        for _ in range(batches_there if most is None else min(most, batches_there)):
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in range(count):
             batch, problem = None, None
             try:
                 batch = next(batches)
             except LoaderStopped as stopped:
                 problem = stopped
-                log.error("no %s: %s", what, problem)
             (stopped_somewhere,) = world.largest(problem is not None)
-            yield None if stopped_somewhere else batch
+            if stopped_somewhere:
+                raise problem or LoaderStopped("the loader of another rank gave up")
+            assert batch is not None
+            yield batch
 
 
-def held_out_loader(data: DataConfig) -> DataConfig:
-    """The loader's settings for a few batches now and then, beside the loader of the training."""
+def num_batches(loader: Loader) -> int:
+    """Batches of an evaluation with one view a sample, the last one filled up."""
+    return math.ceil(loader.catalog.num_samples / loader.spec.data.batch_size)
+
+
+def evaluation_loader(data: DataConfig) -> DataConfig:
+    """Loader settings for a few batches now and then, beside the loader of the training."""
     return data.model_copy(update={"weights": (), "num_workers": min(_WORKERS, data.num_workers), "prefetch_factor": 1})
 
 
-def _held_out(data: DataConfig) -> DataConfig:
+def _held_out_split(data: DataConfig) -> DataConfig:
     """The loader's settings for the held-out split."""
     for folder in data.folders:
         splits = read_dataset(folder).splits
@@ -134,4 +142,4 @@ def _held_out(data: DataConfig) -> DataConfig:
                 f"{folder}: no split {data.validation_split!r} for the held-out loss, it has {', '.join(splits)}; set "
                 "data.validation_split, or train.validate_every = 0"
             )
-    return held_out_loader(data).model_copy(update={"split": data.validation_split})
+    return evaluation_loader(data).model_copy(update={"split": data.validation_split})

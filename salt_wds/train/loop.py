@@ -1,23 +1,22 @@
-"""The loop of a training: batch, update, metrics, checkpoint, step by step, and how it ends.
+"""The training loop: batch, update, metrics, evaluation, checkpoint, and how it ends.
 
-It reads straight down in `Loop.run`. Between two lines of metrics nothing waits for the device. What is built for it,
-and in which order, is in train.py.
+`Loop.run` reads from top to bottom. Between two lines of metrics nothing waits for the device. What the loop needs is
+built in trainer.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from salt_wds.config import Config
 from salt_wds.data.batches import Batch
@@ -25,153 +24,158 @@ from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
 from salt_wds.data.pictures import write_first_batch
 from salt_wds.models.optim import learning_rate, set_learning_rate
+from salt_wds.models.student import Student
 from salt_wds.runs import checkpoint
-from salt_wds.runs.metrics import Clock, Meter, RunLog, peak_memory_gb, read_metrics, summary
-from salt_wds.train.accumulation import Accumulation
+from salt_wds.runs.metrics import RunLog, read_metrics
 from salt_wds.train.diagnostics import PositionMean, rank_of_features
-from salt_wds.train.distributed import StopSignals, World, clip_gradients
+from salt_wds.train.distributed import World, clip_gradients
 from salt_wds.train.ema import Ema
-from salt_wds.train.held_out_loss import Validation
-from salt_wds.train.knn_probe import NeighbourProbe
+from salt_wds.train.flops import Utilisation
+from salt_wds.train.meters import Clock, Meter, peak_memory_gb
 from salt_wds.train.profiling import StepProfiler
-from salt_wds.train.progress import InputBound, Progress
+from salt_wds.train.progress import InputBound, Progress, local_cores, summary
 from salt_wds.train.safety import FiniteGuard, LossWatch, record_nonfinite
-from salt_wds.train.tuning import TunedStep
+from salt_wds.train.signals import STOPPING, StopSignals
+from salt_wds.train.step import Step
 from shard_tools.common.cli import INTERRUPTED, OK, PROBLEMS
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Readings:
-    """What is kept and measured beside the training, and has no part in it."""
+class Evaluator(Protocol):
+    """A measurement on held-out clips every few steps; it changes nothing of the run."""
 
+    name: str
+    every: int
+
+    def describe(self) -> str:
+        """A line for the start of a run."""
+
+    def measure(self) -> dict[str, float]:
+        """Numbers for the line of metrics, the same on all ranks; LoaderStopped on all ranks if there are none."""
+
+
+class NonFiniteLoss(Exception):
+    """A loss or gradient was not finite, and no more such steps may be skipped."""
+
+
+@dataclass
+class Loop:
+    """A training run: what it consists of, and what changes from step to step."""
+
+    config: Config
+    world: World
+    loader: Loader
+    student: Student
+    optimizer: torch.optim.Optimizer
+    forward_backward: Step
+    utilisation: Utilisation
     position_mean: PositionMean
     ema: Ema | None
-    validation: Validation | None
-    neighbours: NeighbourProbe | None
+    evaluators: list[Evaluator]
+    stop: StopSignals
+    state: dict[str, Any] | None
+    """Of the checkpoint to continue from, see `save`; None for a new run."""
 
-
-class Loop:
-    """The loop and what it carries from step to step."""
-
-    def __init__(
-        self, config: Config, world: World, loader: Loader, student: nn.Module, optimizer: torch.optim.Optimizer,
-        forward_backward: Accumulation, tuned: TunedStep, readings: Readings, state: dict[str, Any] | None,
-    ) -> None:  # fmt: skip
-        train, self.run_dir = config.train, Path(config.train.run_dir)
-        self.config, self.world, self.device = config, world, world.device
-        self.loader, self.student, self.optimizer, self.forward_backward = loader, student, optimizer, forward_backward
-        self.utilisation, self.readings = tuned.utilisation, readings
-        self.profiler = StepProfiler(self.run_dir / "profile", train.profile_steps if world.first else None)
+    def __post_init__(self) -> None:
+        train, state, world = self.config.train, self.state, self.world
+        self.run_dir, self.device = Path(train.run_dir), world.device
         self.step = state["step"] if state else 0
         self.meter = Meter.from_state(state["meter"], self.device) if state else Meter()
-        if state and world.first:  # the counts are of all ranks; the first carries on those of the past
-            loader.policy.total = state["failures"]["total"]
-            loader.policy.by_kind = Counter(state["failures"]["by_kind"])
-        self.log = RunLog(self.run_dir, self.step, train.trace_samples) if world.first else None
-        self.watch = (
-            LossWatch(line["loss"] for line in read_metrics(self.run_dir / "metrics.jsonl")) if self.log else None
-        )
-        self.progress = Progress(self.step, train.steps) if world.first else None
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        catalog = loader.catalog
-        self.input_bound = InputBound(config.data.num_workers, cores, catalog.extensions, catalog.folders)
         self.clock = Clock()
+        if state and world.first:  # counts are summed over ranks; the first rank continues those of the past
+            self.loader.policy.total = state["failures"]["total"]
+            self.loader.policy.by_kind = Counter(state["failures"]["by_kind"])
+        self.log = RunLog(self.run_dir, self.step, train.trace_samples) if world.first else None
+        losses = (line["loss"] for line in read_metrics(self.run_dir / "metrics.jsonl")) if world.first else ()
+        self.loss_watch = LossWatch(losses)
+        self.progress = Progress(self.step, train.steps) if world.first else None
+        catalog = self.loader.catalog
+        self.input_bound = InputBound(self.config.data.num_workers, local_cores(), catalog.extensions, catalog.folders)
+        self.profiler = StepProfiler(self.run_dir / "profile", train.profile_steps if world.first else None)
         self.writer = checkpoint.Writer(
             self.run_dir / "checkpoints", train.keep_checkpoints, train.keep_every, train.async_checkpoints
         )
         self.writer.written = state["step"] if state else None
-        # Of the batches since the last wait for the device: a loss that is not finite is noticed only then.
-        self.recent: deque[tuple[int, Batch]] = deque(maxlen=train.log_every + 1)
+        # The batches since the last host sync: only then is a loss that is not finite noticed.
+        self.recent: deque[tuple[int, dict[str, list[str]]]] = deque(maxlen=train.log_every + 1)
         allowed = train.max_skipped if train.on_nonfinite == "skip" else 0
         self.guard = FiniteGuard(allowed, state.get("skipped", 0) if state else 0, world)
-        optimizer.found_inf = self.guard.found_inf
+        self.optimizer.found_inf = self.guard.found_inf  # type: ignore[attr-defined]  # AdamW's fused kernel reads it
+        self.stopped_by = 0
+        self.loader_stopped: LoaderStopped | None = None
+        self.any_loader_stopped = False
 
     def run(self) -> int:
+        """Train until all steps are done or something ends the run; returns the exit code."""
         train = self.config.train
-        stop, batches = StopSignals(), iter(self.loader)
-        stopped_by, problem, problems = 0, None, 0
-        try:
-            while self.step < train.steps:
-                self.profiler.before(self.step + 1)
-                waited = time.perf_counter()
-                batch, problem = self.take(batches, stop)
-                stopped_by, problems = self.world.largest(stop.requested, problem is not None)
-                if stopped_by or problems or batch is None:
-                    break
-                self.clock.add(len(batch["keys"]), time.perf_counter() - waited, batch["ms"])
-                self.step += 1
-                lr = learning_rate(self.step - 1, self.config.optim, train.steps)
-                self.update(batch, lr)
-                self.trace(batch)
-                self.profiler.after(self.step)
-                self.writer.report()
-                due = self.step % train.log_every == 0
-                held_out = self.validate()
-                if (due or held_out or self.step in (1, train.steps)) and not self.write_metrics(
-                    lr, batch, held_out, reset=due or self.step == 1
-                ):
-                    return PROBLEMS
-                if self.step % train.checkpoint_every == 0 and self.step < train.steps:
-                    if not self.check_finite():
-                        return PROBLEMS
-                    self.save()
-            if not self.check_finite():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.stop.listen(*STOPPING))
+            batches = iter(self.loader)
+            for part in (self.progress, self.log, self.writer, batches, self.profiler):  # closed in reverse order
+                if part is not None:
+                    stack.callback(part.close)
+            try:
+                while self.step < train.steps:
+                    self.profiler.before(self.step + 1)
+                    batch = self.next_batch(batches)
+                    if batch is None:
+                        break
+                    self.step += 1
+                    lr = learning_rate(self.step - 1, self.config.optim, train.steps)
+                    self.update(batch, lr)
+                    self.trace(batch)
+                    self.profiler.after(self.step)
+                    self.writer.report()
+                    measured = self.evaluate()
+                    due = self.step % train.log_every == 0
+                    if due or measured or self.step in (1, train.steps):
+                        self.write_metrics(lr, batch, measured, reset=due or self.step == 1)
+                    if self.step % train.checkpoint_every == 0 and self.step < train.steps:
+                        self.check_finite()
+                        self.save()
+                self.check_finite()
+                self.save_last()
+            except NonFiniteLoss:
                 return PROBLEMS
-            self.save_last()
-        finally:
-            self.profiler.close()
-            batches.close()
-            self.writer.close()
-            if self.log is not None:
-                self.log.close()
-            if self.progress is not None:
-                self.progress.close()
-            stop.restore()
-        return self.how_it_ended(signal.Signals(stopped_by) if stopped_by else None, problem, bool(problems))
+        return self.how_it_ended()
 
-    def take(self, batches: Iterator[Batch], stop: StopSignals) -> tuple[Batch | None, LoaderStopped | None]:
-        """This rank's part of the next batch; none where it shall stop or, with the reason, the loader gave up."""
-        if stop.requested:
-            return None, None
-        try:
-            return next(batches), None
-        except LoaderStopped as stopped:
-            return None, stopped
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """This rank's slice of the next batch; None, on all ranks, if a signal or a stopped loader ends the run."""
+        started, batch = time.perf_counter(), None
+        if not self.stop.requested:
+            try:
+                batch = next(batches)
+            except LoaderStopped as stopped:
+                self.loader_stopped = stopped
+        self.stopped_by, any_stopped = self.world.largest(self.stop.requested, self.loader_stopped is not None)
+        self.any_loader_stopped = bool(any_stopped)
+        if batch is None or self.stopped_by or any_stopped:
+            return None
+        self.clock.add(len(batch["keys"]), time.perf_counter() - started, batch["ms"])
+        return batch
 
     def update(self, batch: Batch, lr: float) -> None:
-        """One optimiser step; nothing is waited for."""
+        """One optimizer step, without a host sync."""
         clips, colour, mask = (batch[name].to(self.device, non_blocking=True) for name in ("clips", "colour", "mask"))
-        names = {name: batch[name] for name in ("keys", "shards")}
-        self.recent.append((self.step, names))
+        self.recent.append((self.step, {name: batch[name] for name in ("keys", "shards")}))
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         with self.world.together():
             loss, stats = self.forward_backward(clips, colour, mask)
             grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
-            self.readings.position_mean.advance(stats.pop("position_sums"))
+            self.position_mean.advance(stats.pop("position_sums"))
         counts = self.guard.observe(self.step, loss, grad_norm)
         self.optimizer.step()
-        if self.readings.ema is not None:
-            self.readings.ema.update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.step)
         if self.progress is not None:
             self.progress.advance()
         values = {"loss": loss, **stats, "grad_norm": grad_norm}
         self.meter.add({"counted": counts, **{name: torch.where(counts > 0, v, 0) for name, v in values.items()}})
 
-    def validate(self) -> dict[str, float]:
-        """What is measured on held-out clips at this step; its time does not count as training."""
-        train, readings, held_out, started = self.config.train, self.readings, {}, time.perf_counter()
-        if readings.validation is not None and self.step % train.validate_every == 0:
-            held_out |= readings.validation.measure()
-        if readings.neighbours is not None and self.step % train.probe_every == 0:
-            held_out |= readings.neighbours.measure()
-        self.clock.exclude(time.perf_counter() - started)
-        return held_out
-
     def trace(self, batch: Batch) -> None:
-        """The first batch as a picture, while the device is at work on it; the keys of each, if they are asked for."""
+        """Write the first batch as a picture, and with train.trace_samples the keys of every batch."""
         if self.step == 1 and self.world.first:
             write_first_batch(self.run_dir, self.config, batch, self.loader.catalog.classes)
         if self.config.train.trace_samples:
@@ -179,34 +183,50 @@ class Loop:
             if self.log is not None:
                 self.log.samples(self.step, keys)
 
-    def check_finite(self) -> bool:
-        """Wait for the device and see whether a loss or gradient was not finite; if so, keep the keys. False to stop."""
+    def evaluate(self) -> dict[str, float]:
+        """What the evaluators that are due measure; their time does not count as training."""
+        measured: dict[str, float] = {}
+        started = time.perf_counter()
+        for evaluator in self.evaluators:
+            if self.step % evaluator.every == 0:
+                try:
+                    measured |= evaluator.measure()
+                except LoaderStopped as stopped:
+                    log.error("no %s at step %d: %s", evaluator.name, self.step, stopped)
+        self.clock.exclude(time.perf_counter() - started)
+        return measured
+
+    def check_finite(self) -> None:
+        """Wait for the device, and record the steps whose loss or gradient was not finite.
+
+        Raises:
+            NonFiniteLoss: there were more of them than may be skipped.
+        """
         steps = self.guard.new_steps()
         for number, step in enumerate(steps, start=self.guard.count - len(steps) + 1):
             names = self.world.gather(dict(self.recent).get(step, {"keys": [], "shards": []}))
             batch = {name: [one for part in names for one in part[name]] for name in ("keys", "shards")}
             if self.world.first:
                 record_nonfinite(self.run_dir / "nonfinite.jsonl", step, batch, number, self.guard.allowed)
-        return not self.guard.exceeded
+        if self.guard.exceeded:
+            raise NonFiniteLoss
 
-    def write_metrics(self, lr: float, batch: Batch, held_out: dict[str, float], *, reset: bool) -> bool:
-        """One line of metrics: means over interval and ranks, rates, failures. False if the run must stop."""
-        if not self.check_finite():
-            return False
+    def write_metrics(self, lr: float, batch: Batch, measured: dict[str, float], *, reset: bool) -> None:
+        """Write one line of metrics: means over interval and ranks, rates, failures, and what evaluators measured."""
+        self.check_finite()
         policy, means = self.loader.policy, self.meter.means()
-        counted = means.pop("counted")
+        counted = means.pop("counted")  # the share of steps that were not skipped
         here = {**{name: value / counted for name, value in means.items()}, **self.clock.rates()} if counted else {}
         worker_ms = self.clock.worker_ms
         with self.world.together():
             rank = rank_of_features(self.config, self.student, batch, self.device)
         here |= {"effective_rank": rank} if here else {}
-        memory = peak_memory_gb(self.device)
-        ranks = self.world.gather((here, memory, policy.total, policy.by_kind))
+        ranks = self.world.gather((here, peak_memory_gb(self.device), policy.total, policy.by_kind))
         self.clock = Clock()
         if reset:
             self.meter = Meter()
-        if self.log is None or self.watch is None or not counted:  # nothing to say of an interval that was skipped
-            return True
+        if self.log is None or not counted:
+            return
         line = {
             "step": self.step,
             "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.num_samples,
@@ -214,33 +234,33 @@ class Loop:
             "lr": lr,
         }
         line |= {
-            **held_out,
+            **measured,
             "mfu": self.utilisation.mfu(line["clips_per_sec"]),  # the mean over ranks, each with one GPU
             "clips_per_sec": line["clips_per_sec"] * len(ranks),
-            "gpu_memory_gb": max(rank[1] for rank in ranks) if memory is not None else None,
+            "gpu_memory_gb": max((rank[1] for rank in ranks if rank[1] is not None), default=None),
             "failures": sum(rank[2] for rank in ranks),
             "failures_by_kind": dict(sum((rank[3] for rank in ranks), Counter())),
             "skipped": self.guard.count,
             "time": time.time(),
         }
         self.log.metrics(line)
-        self.watch.observe(self.step, line["loss"])
+        self.loss_watch.observe(self.step, line["loss"])
         if (warning := self.input_bound.observe(line["data_wait_share"], worker_ms)) is not None:
             log.warning(warning)
         if self.progress is not None:
             self.progress.show(line, summary(line, self.config.train.steps))
-        return True
 
     def save(self) -> None:
-        """Begin a checkpoint; the writer reports one that fails, and the run goes on with the one before."""
+        """Begin a checkpoint. If it fails, the writer logs that and the run goes on."""
         policy = self.loader.policy
-        here = policy.total, policy.by_kind, self.loader.spec.quarantine, self.meter.state()
-        ranks = self.world.gather(here)
-        ema = self.readings.ema
+        ranks = self.world.gather((policy.total, policy.by_kind, self.loader.spec.quarantine, self.meter.state()))
         tensors = checkpoint.snapshot(
-            self.student, self.optimizer, self.world.first,
-            extra=self.readings.position_mean.tensors(), ema=None if ema is None else ema.tensors(),
-        )  # fmt: skip
+            self.student,
+            self.optimizer,
+            self.world.first,
+            extra=self.position_mean.tensors(),
+            ema=None if self.ema is None else self.ema.tensors(),
+        )
         if self.log is None or tensors is None:
             return
         self.log.sync()
@@ -256,7 +276,7 @@ class Loop:
         self.writer.start(self.step, tensors, state)
 
     def save_last(self) -> None:
-        """Write the run's last checkpoint, and wait for it: torchrun ends the ranks soon after the first has left.
+        """Write the run's last checkpoint and wait for it: torchrun ends all ranks soon after the first has left.
 
         Raises:
             OSError: the disk is full or the folder not writable.
@@ -267,21 +287,19 @@ class Loop:
             self.save()
         self.world.from_first(self.writer.finish)
 
-    def how_it_ended(self, stopped_by: signal.Signals | None, problem: LoaderStopped | None, problems: bool) -> int:
-        """Say it, on the first rank; the exit code."""
-        policy = self.loader.policy
-        ranks = self.world.gather((str(problem) if problem else None, policy.total))
-        if problems:
+    def how_it_ended(self) -> int:
+        """Print it on the first rank; returns the exit code."""
+        reason = str(self.loader_stopped) if self.loader_stopped else None
+        ranks = self.world.gather((reason, self.loader.policy.total))
+        if self.any_loader_stopped:
             for rank, (reason, _) in enumerate(ranks):
                 if reason is not None and self.world.first:
-                    log.error(
-                        "stopped at step %d%s: %s", self.step, f" by rank {rank}" if len(ranks) > 1 else "", reason
-                    )
+                    by = f" by rank {rank}" if len(ranks) > 1 else ""
+                    log.error("stopped at step %d%s: %s", self.step, by, reason)
             return PROBLEMS
-        if stopped_by is not None:
-            if self.world.first:
-                print(f"{stopped_by.name}: stopped after step {self.step}, checkpoint written; go on with --resume")
-            return INTERRUPTED
-        if self.world.first:
+        if self.world.first and self.stopped_by:
+            name = signal.Signals(self.stopped_by).name
+            print(f"{name}: stopped after step {self.step}, checkpoint written; continue with --resume")
+        elif self.world.first:
             print(f"done: {self.step} steps, {sum(total for _, total in ranks)} failures; {self.run_dir}")
-        return OK
+        return INTERRUPTED if self.stopped_by else OK

@@ -1,7 +1,7 @@
 """The loss between predicted and target tokens, and the numbers that make it readable.
 
-A loss alone says little: its scale is the teacher's. R2 says which share of the targets' variance is explained
-(0: no better than predicting the mean), and the two standard deviations show a collapse before the loss does.
+A loss alone says little: its scale is the teacher's. R2 is the share of the targets' variance that is explained (0: no
+better than predicting the mean), and the two standard deviations show a collapse before the loss does.
 
 Shapes: B clips, N tokens, K masked tokens, D width.
 """
@@ -15,12 +15,11 @@ from torch import Tensor
 from salt_wds.config import LossConfig
 
 _DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
-_SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite where targets do not vary at all
+_SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite if all targets are equal
 
 
 def gather_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:  # noqa: N803
     """The tokens at `index_BK` (int64), each clip its own: (B, K, D)."""
-    # Not take_along_dim: it first wraps every index for every channel, as if one could be negative.
     return tokens_BND.gather(1, index_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
 
 
@@ -61,5 +60,5 @@ def masked_loss(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig
 
 
 def _variance(tokens_MD: Tensor) -> Tensor:  # noqa: N803
-    """Of each channel over the tokens, (D,). In two passes: Tensor.var down the columns is 20 times slower on a CPU."""
+    """Variance of each channel over the tokens, (D,). In two passes: Tensor.var over rows is far slower on a CPU."""
     return (tokens_MD - tokens_MD.mean(dim=0)).square().mean(dim=0)

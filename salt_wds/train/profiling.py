@@ -12,10 +12,9 @@ log = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Records the steps first to last of a run, waits for data included, into FOLDER/steps-FIRST-LAST.json.gz.
+    """Records the steps first to last of a run, with their waits for data, into FOLDER/steps-FIRST-LAST.json.gz.
 
-    It only watches: a profiled run computes what another does. A run that ends or resumes in between leaves the trace
-    of the steps there were.
+    Profiling changes no result. A run that ends or resumes in between leaves a trace of the steps it did.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
@@ -24,7 +23,7 @@ class StepProfiler:
         self._first = self._last = 0
 
     def before(self, step: int) -> None:
-        """`step` begins, before its batch is waited for."""
+        """Call before the batch of `step` is waited for."""
         if self._steps is None or self._profile is not None or not self._steps[0] <= step <= self._steps[1]:
             return
         activities = [ProfilerActivity.CPU]
@@ -35,13 +34,13 @@ class StepProfiler:
         self._profile.start()
 
     def after(self, step: int) -> None:
-        """`step` has ended; after the last one the trace is written."""
+        """Call after `step`; after the last one the trace is written."""
         self._last = step
         if self._profile is not None and self._steps is not None and step >= self._steps[1]:
             self.close()
 
     def close(self) -> None:
-        """Write the trace of what has been recorded, if anything."""
+        """Write the trace of what was recorded, if anything."""
         if self._profile is None:
             return
         running, self._profile = self._profile, None

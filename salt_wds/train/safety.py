@@ -1,11 +1,10 @@
-"""What keeps one bad step from spoiling a week: no update from a loss that is not finite, a word about one that jumps."""
+"""No update from a loss that is not finite, and a warning about a loss that jumps."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -16,25 +15,26 @@ import torch
 from torch import Tensor
 
 from salt_wds.train.distributed import World
+from shard_tools.common.files import append_lines
 
 log = logging.getLogger(__name__)
 
-_LINES = 20  # of metrics that say what is usual
-_FEWEST = 8  # fewer lines say nothing
+_LINES = 20  # the usual level is that of the last lines of metrics
+_FEWEST = 8  # lines needed to know it
 _SPREADS = 6.0  # standard deviations above the usual level
 _MAD_TO_STD = 1.4826  # of a normal distribution
-_LEAST_SPREAD = 0.01  # of the level: where losses hardly differ, not every tremor is a spike
+_LEAST_SPREAD = 0.01  # of the level: where losses hardly differ, small changes are no spikes
 
 
 class FiniteGuard:
-    """Keeps the update from happening after a loss or gradient that is not finite, without waiting for the device.
+    """Prevents the update after a loss or gradient that is not finite, without a host sync.
 
-    AdamW's fused kernel leaves parameters and state alone while `found_inf` is 1. `allowed` such steps are skipped; with
-    the next one `found_inf` stays 1, so nothing moves any more until the host has looked and ended the run.
+    AdamW's fused kernel leaves parameters and state alone while `found_inf` is 1. `allowed` such steps are skipped; at
+    the next one `found_inf` stays 1, so nothing changes any more until the host notices and ends the run.
 
     Args:
         allowed: steps that may be skipped in all; 0 stops the run at the first.
-        skipped: of them, those before this start.
+        skipped: how many of them were skipped before this start.
     """
 
     def __init__(self, allowed: int, skipped: int, world: World) -> None:
@@ -43,20 +43,20 @@ class FiniteGuard:
         device = world.device
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._count = torch.full((), skipped, dtype=torch.int64, device=device)
-        self._steps = torch.zeros(self.allowed + 1, dtype=torch.int64, device=device)  # those not finite, in order
+        self._steps = torch.zeros(self.allowed + 1, dtype=torch.int64, device=device)  # the skipped ones, in order
         self._places = torch.arange(self.allowed + 1, device=device)
 
     def observe(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Before the update of a step: set `found_inf`, the same on all ranks. Returns 1.0 if the step counts, else 0."""
+        """Set `found_inf` before a step's update, the same on all ranks; returns 1.0 if the step counts, else 0."""
         bad = self._world.any_on_device(1 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float())
-        new = (bad > 0) & (self._count <= self.allowed)  # after the last one allowed nothing is recorded any more
+        new = (bad > 0) & (self._count <= self.allowed)  # nothing more is recorded once the run must end
         self._steps.copy_(torch.where(new & (self._places == self._count), step, self._steps))
         self._count += new
         self.found_inf.copy_((bad > 0) | (self._count > self.allowed))
         return 1 - self.found_inf
 
     def new_steps(self) -> list[int]:
-        """Wait for the device; the steps since the last call whose update was not made."""
+        """Steps since the last call whose update was not made; waits for the device."""
         before, self.count = self.count, int(self._count.item())
         return self._steps[before : self.count].tolist()
 
@@ -67,33 +67,31 @@ class FiniteGuard:
 
 
 def record_nonfinite(path: Path, step: int, batch: Mapping[str, list[str]], number: int, allowed: int) -> None:
-    """Append what a step not finite was made of to nonfinite.jsonl (append-only: a line is a witness), and say so.
+    """Append the clips of a step that was not finite to nonfinite.jsonl, and log them.
 
     Args:
-        batch: `keys` and `shards` of its clips, over all ranks.
-        number: how many such steps there were in the run, with this one.
+        batch: `keys` and `shards` of the step's clips, over all ranks.
+        number: how many such steps the run has had, with this one.
         allowed: how many may be skipped.
     """
     stops = number > allowed
     line = {"step": step, **batch, "action": "stopped" if stops else "skipped", "time": time.time()}
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk must not decide how the run goes on
+        append_lines(path, [json.dumps(line)])
+    except OSError as error:  # a full disk must not change how the run goes on
         log.error("%s: %s; its line would have been %s", path, error.strerror, json.dumps(line))
     keys = ", ".join(batch["keys"])
     if stops:
         log.error(
-            "loss or gradient of step %d is not finite; its update and all later ones were not made%s. Keys: %s (with their "
-            "shards in %s). Look at these clips, lower optim.lr, or go on from the last checkpoint with --resume",
+            "loss or gradient of step %d is not finite; its update and all later ones were not made%s. Keys: %s "
+            "(with their shards in %s). Look at these clips, lower optim.lr, or continue from the last checkpoint with "
+            "--resume",
             step, f", after {number - 1} that were skipped" if number > 1 else "", keys, path,
         )  # fmt: skip
     else:
         log.warning(
-            "loss or gradient of step %d is not finite; its update was skipped (%d of at most %d). Keys: %s (with their "
-            "shards in %s)",
+            "loss or gradient of step %d is not finite; its update was skipped (%d of at most %d). Keys: %s (with "
+            "their shards in %s)",
             step, number, allowed, keys, path,
         )  # fmt: skip
 
@@ -101,25 +99,25 @@ def record_nonfinite(path: Path, step: int, batch: Mapping[str, list[str]], numb
 class LossWatch:
     """Warns when the loss of a line of metrics is far above that of the lines before.
 
-    Far: the median of the last 20 lines plus 6 standard deviations, taken as 1.4826 x their median absolute deviation and
-    at least 1% of the median. Both are deaf to the spikes themselves.
+    Far means above the median of the last 20 lines plus 6 standard deviations, estimated as 1.4826 x their median
+    absolute deviation and at least 1% of the median. Earlier spikes hardly change either.
 
     Args:
-        losses: of the lines so far, so that a resumed run knows what is usual.
+        losses: of the lines so far, so that a resumed run knows the usual level.
     """
 
     def __init__(self, losses: Iterable[float]) -> None:
         self._losses = deque(losses, maxlen=_LINES)
 
     def observe(self, step: int, loss: float) -> bool:
-        """Take in one line's loss; True, after a warning, if it is a spike."""
+        """Take in the loss of a line; returns True, and logs a warning, if it is a spike."""
         level, limit = self._usual()
         self._losses.append(loss)
         if loss <= limit:
             return False
         log.warning(
-            "loss spike: %.4f at step %d, usual are %.4f (above %.4f is far, by the last %d lines of metrics); if it "
-            "stays, lower optim.lr or go back to a checkpoint before it",
+            "loss spike: %.4f at step %d; the usual level is %.4f, and above %.4f is far (last %d lines of metrics); "
+            "if it stays, lower optim.lr or go back to a checkpoint before it",
             loss, step, level, limit, _LINES,
         )  # fmt: skip
         return True

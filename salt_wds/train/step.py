@@ -1,11 +1,11 @@
-"""The forward and backward pass of one batch, compiled as far as the machine allows.
+"""The forward and backward pass of one rank's share of a batch: in micro-batches, compiled as far as it works.
 
     uint8 YUV clips -> RGB -> teacher (no gradient), or pixels -> targets at masked places
     uint8 YUV clips -> RGB -> student, masked loss -> gradients
 
-Two compiled parts, because one with both would hand the teacher to the partitioner of the backward pass, too. Each
-converts the clips for itself: that is cheaper than keeping the RGB video of a batch between them. Shapes never change
-within a run (fixed mask counts, whole batches), so each compiles once.
+Two compiled parts, because a single one would hand the teacher to the partitioner of the backward pass. Each converts
+the clips itself, which is cheaper than keeping their RGB video. Shapes never change within a run (fixed mask counts,
+full batches), so each part compiles once.
 """
 
 from __future__ import annotations
@@ -23,33 +23,43 @@ from salt_wds.data.masks import num_masked
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.train.attention import UNPINNED, Attention, pinned
 from salt_wds.train.diagnostics import PositionMean
+from salt_wds.train.distributed import gradient_sync
 from salt_wds.train.loss import gather_tokens, masked_loss, normalise_targets
+from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)
 
 COMPILE_MODES = ("max-autotune", "max-autotune-no-cudagraphs", "default", "off")  # the order of falling back
-_PROOF = 3  # batches until a mode counts as working: CUDA graphs are recorded in the second, replayed in the third
+_PROOF = 3  # passes until a mode counts as working: CUDA graphs are recorded in the second, replayed in the third
+
+Result = tuple[Tensor, dict[str, Tensor]]
+"""Loss and stats, scalars on the device."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """The step's two parts, not compiled.
+    """The two parts of the forward pass, not compiled.
 
     clips (B, T, P) uint8 and colour (B,) int64 as in pixels; mask (B, N) int16 as in masks; all on the device.
     """
 
     targets: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked places (B, K, D), as the teacher gives them."""
-    loss: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked places (B, K, D), before normalisation."""
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Result]
     """(clips, colour, mask, targets) -> loss and stats of the student."""
 
 
 def make_forward(
-    config: Config, teacher: nn.Module, student: nn.Module, device: torch.device,
+    config: Config,
+    teacher: nn.Module,
+    student: nn.Module,
+    device: torch.device,
     position_mean: PositionMean | None = None,
-) -> Forward:  # fmt: skip
-    """The step's forward pass as the configuration describes it; with `position_mean`, stats have
-    `r2_position`, and `position_sums` for its `advance`."""
+) -> Forward:
+    """The forward pass that the configuration describes.
+
+    With `position_mean`, the stats have `r2_position`, and `position_sums` for its `advance`.
+    """
     num_visible = config.num_tokens - num_masked(config.grid, config.mask)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     # bf16 would round pixels to about the steps of the 8-bit video, and normalising a plain patch would blow that up.
@@ -63,7 +73,7 @@ def make_forward(
         with autocast():
             return gather_tokens(teacher(video), mask[:, num_visible:].long())
 
-    def loss(clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor) -> Result:
         video = to_normalised_rgb(clips, colour, config.data.size, dtype)
         visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
         with autocast():
@@ -77,34 +87,81 @@ def make_forward(
     return Forward(targets, loss)
 
 
-class Step:
-    """Forward and backward of one batch; falls back to a simpler compile mode when one of the first batches fails."""
+def count_micro_batches(config: Config, world_size: int) -> int:
+    """Micro-batches in a step of one rank.
 
-    def __init__(self, forward: Forward, mode: str, attention: Attention = UNPINNED) -> None:
+    Raises:
+        CommandError: train.micro_batch does not divide the rank's share of data.batch_size.
+    """
+    share, micro_batch = config.data.batch_size // world_size, config.train.micro_batch
+    if micro_batch is None:
+        return 1
+    if share % micro_batch:
+        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise CommandError(
+            f"train.micro_batch = {micro_batch} does not divide the {share} clips that each of {world_size} ranks has "
+            f"of data.batch_size = {config.data.batch_size}; choose one of {divisors}"
+        )
+    return share // micro_batch
+
+
+class Step:
+    """Forward and backward pass over a batch, in `micro_batches` equal parts.
+
+    If one of the first passes fails, the next simpler compile mode takes over.
+
+    Args:
+        network: what the forward pass calls as the student; if it is shared by ranks, they average gradients after the
+            last part only.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        mode: str,
+        attention: Attention = UNPINNED,
+        *,
+        network: nn.Module | None = None,
+        micro_batches: int = 1,
+    ) -> None:
         self._forward, self._attention = forward, attention
+        self._network, self._micro_batches = network, micro_batches
         self.mode = mode
         self._passed = 0
         self._run = self._compiled()
 
-    def __call__(
-        self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and stats, detached; gradients are added to the parameters.
+    def __call__(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None) -> Result:
+        """Loss and stats, detached; gradients are added to the parameters. With `targets` the teacher does not run.
 
-        With `targets` (as of `Forward.targets`) the teacher does not run.
+        The parts have equally many tokens, so their mean loss is that of the whole batch. Stats are means over the
+        parts, too: R2 and standard deviations are then about each part's own mean.
 
         Raises:
-            torch.OutOfMemoryError: of the device; another mode would not help.
+            torch.OutOfMemoryError: another mode would not help.
             torch.distributed.DistError: another rank is gone.
         """
+        if self._micro_batches == 1:
+            return self._with_fallback(clips, colour, mask, targets)
+        count = self._micro_batches
+        batch = (clips, colour, mask) if targets is None else (clips, colour, mask, targets)
+        total, means = torch.zeros((), device=clips.device), dict[str, Tensor]()
+        for number, part in enumerate(zip(*(t.chunk(count) for t in batch), strict=True), start=1):
+            assert self._network is not None
+            with gradient_sync(self._network, number == count):
+                loss, stats = self._with_fallback(*part)
+            total = total + loss
+            means = {name: means.get(name, 0) + value / count for name, value in stats.items()}
+        return total / count, means
+
+    def _with_fallback(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None) -> Result:
         while self._passed < _PROOF and self.mode != "off":
             try:
-                result = self._once(clips, colour, mask, targets)
+                result = self._pass(clips, colour, mask, targets)
                 self._passed += 1
                 return result
             except (torch.OutOfMemoryError, DistError):
                 raise
-            except Exception as error:  # compilers fail in every way there is; without one the step still runs
+            except Exception as error:  # compilers fail in every possible way; the step still runs without one
                 failed, self.mode = self.mode, COMPILE_MODES[COMPILE_MODES.index(self.mode) + 1]
                 reason = " ".join(str(error).split())[:200]
                 log.warning(
@@ -113,22 +170,20 @@ class Step:
                 torch._dynamo.reset()
                 self._passed = 0
                 self._run = self._compiled()
-        return self._once(clips, colour, mask, targets)
+        return self._pass(clips, colour, mask, targets)
 
-    def _once(
-        self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pass(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None) -> Result:
         graphs = self.mode == "max-autotune"
-        if graphs:  # its CUDA graphs reuse the memory of the step before; both parts belong to one step
+        if graphs:  # CUDA graphs reuse the memory of the step before; both parts belong to one step
             torch.compiler.cudagraph_mark_step_begin()
         if targets is None:
             with torch.no_grad(), pinned(self._attention.teacher):
                 targets = self._run.targets(clips, colour, mask)
-        with pinned(self._attention.student):  # over the backward pass, too: checkpointed blocks run again there
+        with pinned(self._attention.student):  # the backward pass, too: checkpointed blocks run again there
             loss, stats = self._run.loss(clips, colour, mask, targets)
-            loss.backward()
+            (loss / self._micro_batches if self._micro_batches > 1 else loss).backward()
         loss = loss.detach()
-        if graphs:  # what is kept beyond this step must not lie in the graphs' memory
+        if graphs:  # what outlives this step must not lie in the graphs' memory
             loss, stats = loss.clone(), {name: value.clone() for name, value in stats.items()}
         return loss, stats
 

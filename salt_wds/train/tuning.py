@@ -1,11 +1,12 @@
-"""The step as this machine runs it best: attention timed and pinned, the least checkpointing that fits its memory.
+"""The fastest step that this machine can run: attention timed and pinned, as little checkpointing as memory allows.
 
-Both are found by running the run's own shapes on generated clips, before the first batch. Nothing of it stays:
-parameters, optimiser, random generators and gradients are afterwards as they were.
+Both are measured with the run's own shapes on generated clips, before the first batch. Parameters, optimizer, random
+generators and gradients are afterwards as they were.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from salt_wds.config import Config
 from salt_wds.data.masks import make_mask
 from salt_wds.models.build import Models
-from salt_wds.train.accumulation import compile_mode, one_of
+from salt_wds.models.student import Checkpointing
 from salt_wds.train.attention import choose_attention
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import World, local_part
@@ -24,7 +25,9 @@ from salt_wds.train.flops import Utilisation, peak_of, workload
 from salt_wds.train.step import Step, make_forward
 from shard_tools.common.cli import CommandError
 
-_CHEAPEST_FIRST = ("off", "selective", "full")
+log = logging.getLogger(__name__)
+
+_FASTEST_FIRST: tuple[Checkpointing, ...] = ("off", "selective", "full")
 _MARGIN = 0.05  # of the device's memory, for fragments and what others on the device take
 _WARM_UP = 3  # passes until CUDA graphs are recorded and replayed
 
@@ -48,17 +51,19 @@ def tuned_step(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     network: nn.Module | None = None,
-    parts: int = 1,
+    micro_batches: int = 1,
     world: World | None = None,
     position_mean: PositionMean | None = None,
 ) -> TunedStep:
     """The step that `config` describes, over `clips` clips at a time on this device.
 
-    `optimizer` says by its state whether its moments lie in memory already; without one they do not. `network` is what is
-    called in the student's place where ranks share it; a step has so many `parts` of `clips`, whose gradients pile up.
+    Args:
+        clips: of one micro-batch on one rank.
+        optimizer: if it has no state yet (or is None), room is left for AdamW's moments.
+        network: what is called in place of the student, if ranks share it.
 
     Raises:
-        CommandError: a kernel was asked for that cannot be had, or not even full checkpointing fits.
+        CommandError: the attention kernel asked for is not available, or not even full checkpointing fits.
     """
     train = config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -69,10 +74,11 @@ def tuned_step(
 
     world = world or World(device)
     called = models.student if network is None else network
-    mode = compile_mode(train.compile, parts, world.size)
+    mode = _compile_mode(train.compile, micro_batches, world.size)
 
     def fresh() -> Step:
-        return Step(one_of(parts, make_forward(config, models.teacher, called, device, position_mean)), mode, attention)
+        forward = make_forward(config, models.teacher, called, device, position_mean)
+        return Step(forward, mode, attention, network=called, micro_batches=micro_batches)
 
     if train.checkpointing != "auto":
         models.student.set_checkpointing(train.checkpointing)
@@ -81,15 +87,13 @@ def tuned_step(
         models.student.set_checkpointing("off")
         return TunedStep(fresh(), utilisation, "off", [*lines, "memory    checkpointing off: auto, on a CPU"])
 
-    batch = synthetic_batch(config, clips, device)
+    batch = synthetic_batch(config, clips * micro_batches, device)
     limit, tried = _usable_bytes(device), []
     trained = [p for p in models.student.parameters() if p.requires_grad]
     # A fresh AdamW allocates two moments for every parameter in its first step.
     own = sum(p.numel() * p.element_size() for p in map(local_part, trained))
     later = 0 if optimizer and optimizer.state else 2 * own
-    if parts > 1:  # gradients of the parts before lie there while a part is computed
-        later += own
-    for checkpointing in _CHEAPEST_FIRST:
+    for checkpointing in _FASTEST_FIRST:
         models.student.set_checkpointing(checkpointing)
         step = fresh()
         peak = peak_bytes(step, trained, batch, device)
@@ -104,12 +108,12 @@ def tuned_step(
         torch.cuda.empty_cache()
     raise CommandError(
         f"{clips} clips at a time do not fit {torch.cuda.get_device_name(device)}: {', '.join(tried)} of "
-        f"{limit / 1e9:.1f} GB usable; lower data.batch_size"
+        f"{limit / 1e9:.1f} GB usable; set train.micro_batch, or lower data.batch_size"
     )
 
 
 def synthetic_batch(config: Config, clips: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(clips, colour, mask) as the loader gives them, of random pixels, on the device."""
+    """(clips, colour, mask) like the loader's, with random pixels, on the device."""
     data, rng = config.data, np.random.default_rng(seed)
     shape = (clips, data.num_frames, data.size * data.size * 3 // 2)
     generator = torch.Generator(device).manual_seed(seed)
@@ -121,9 +125,9 @@ def synthetic_batch(config: Config, clips: int, device: torch.device, seed: int 
 def peak_bytes(
     step: Step, trained: Sequence[Tensor], batch: tuple[Tensor, Tensor, Tensor], device: torch.device
 ) -> int | None:
-    """Most memory allocated on the GPU in forward and backward passes over `batch`; None if it runs out.
+    """Peak memory allocated on the GPU by forward and backward passes over `batch`; None if it runs out.
 
-    Gradients of `trained` are left as they were.
+    The gradients of `trained` are afterwards as they were.
     """
     before = [p.grad for p in trained]
     torch.cuda.reset_peak_memory_stats(device)
@@ -141,7 +145,15 @@ def peak_bytes(
     return torch.cuda.max_memory_allocated(device)
 
 
+def _compile_mode(mode: str, micro_batches: int, world_size: int) -> str:
+    """train.compile, without CUDA graphs where gradients outlive a replay, which would overwrite them."""
+    if mode == "max-autotune" and (micro_batches > 1 or world_size > 1):
+        log.info("compile mode max-autotune-no-cudagraphs: CUDA graphs would overwrite gradients that are still in use")
+        return "max-autotune-no-cudagraphs"
+    return mode
+
+
 def _usable_bytes(device: torch.device) -> int:
-    """What this process may allocate: its own share and what is free, less a margin."""
+    """What this process may allocate: what it has reserved and what is free, less a margin."""
     free, total = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - _MARGIN * total)

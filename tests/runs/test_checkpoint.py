@@ -22,6 +22,10 @@ def make(seed=0):
     return model, torch.optim.AdamW(groups, lr=1e-2, fused=True)
 
 
+def save(folder, number, model, optimizer, state):
+    return checkpoint.write(folder, number, checkpoint.snapshot(model, optimizer), state)
+
+
 def step(model, optimizer):
     optimizer.zero_grad()
     model(torch.randn(16, 4)).square().mean().backward()
@@ -32,7 +36,7 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     model, optimizer = make()
     for _ in range(3):
         step(model, optimizer)
-    path = checkpoint.save(tmp_path, 3, model, optimizer, {"next_batch": 3, "value": 0.1 + 0.2})
+    path = save(tmp_path, 3, model, optimizer, {"next_batch": 3, "value": 0.1 + 0.2})
     step(model, optimizer)
 
     other, other_optimizer = make(seed=9)
@@ -50,8 +54,8 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage):
     model, optimizer = make()
     step(model, optimizer)
-    good = checkpoint.save(tmp_path, 1, model, optimizer, {})
-    bad = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    good = save(tmp_path, 1, model, optimizer, {})
+    bad = save(tmp_path, 2, model, optimizer, {})
     victim = bad / ("state.json" if damage == "state" else "trainer.safetensors")
     data = bytearray(victim.read_bytes())
     if damage == "missing":
@@ -76,7 +80,7 @@ def test_an_interrupted_write_is_not_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, 1, model, optimizer, {})
+        save(tmp_path, 1, model, optimizer, {})
     assert list(tmp_path.iterdir()) == []
     assert checkpoint.newest(tmp_path) is None
 
@@ -84,27 +88,27 @@ def test_an_interrupted_write_is_not_a_checkpoint(tmp_path, monkeypatch):
 def test_old_checkpoints_and_leftovers_are_removed(tmp_path):
     model, optimizer = make()
     for number in range(1, 6):
-        checkpoint.save(tmp_path, number, model, optimizer, {})
+        save(tmp_path, number, model, optimizer, {})
     (tmp_path / ".step-00000009.77.tmp").mkdir()
     checkpoint.remove_old(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
 
 
 def test_another_model_is_refused_by_name(tmp_path):
-    path = checkpoint.save(tmp_path, 1, *make(), {})
+    path = save(tmp_path, 1, *make(), {})
     other = nn.Linear(3, 3)
     with pytest.raises(CommandError, match="not a checkpoint of this model"):
         checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
-    path = checkpoint.save(tmp_path, 1, *make(), {})
+    path = save(tmp_path, 1, *make(), {})
     assert sorted(p.suffix for p in path.iterdir()) == [".json", ".safetensors", ".safetensors"]
     assert json.loads((path / "state.json").read_text())["step"] == 1
 
 
 def test_when_all_are_damaged_nothing_is_started_anew(tmp_path):
-    path = checkpoint.save(tmp_path, 1, *make(), {})
+    path = save(tmp_path, 1, *make(), {})
     (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CommandError, match="all 1 checkpoints are damaged"):
         checkpoint.newest(tmp_path)
@@ -112,8 +116,8 @@ def test_when_all_are_damaged_nothing_is_started_anew(tmp_path):
 
 @pytest.mark.parametrize("edit", [('"step": 2', '"step": 3'), ("0.25", "0.75"), ("{", "{}{")])
 def test_an_edited_state_is_damage(tmp_path, edit):
-    good = checkpoint.save(tmp_path, 1, *make(), {"value": 0.25})
-    bad = checkpoint.save(tmp_path, 2, *make(), {"value": 0.25})
+    good = save(tmp_path, 1, *make(), {"value": 0.25})
+    bad = save(tmp_path, 2, *make(), {"value": 0.25})
     text = (bad / "state.json").read_text()
     (bad / "state.json").write_text(text.replace(*edit, 1))
     assert text != (bad / "state.json").read_text()
@@ -124,9 +128,9 @@ def test_an_edited_state_is_damage(tmp_path, edit):
 
 def test_damaged_ones_do_not_push_out_new_ones(tmp_path):
     model, optimizer = make()
-    checkpoint.save(tmp_path, 9, model, optimizer, {})
+    save(tmp_path, 9, model, optimizer, {})
     checkpoint.quarantine_newer(tmp_path, 5)
-    checkpoint.save(tmp_path, 6, model, optimizer, {})
+    save(tmp_path, 6, model, optimizer, {})
     checkpoint.remove_old(tmp_path, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-step-00000009", "step-00000006"]
 
@@ -141,7 +145,7 @@ def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as raised:
-            checkpoint.save(tmp_path, 1, model, optimizer, {})
+            save(tmp_path, 1, model, optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert raised.value.errno == errno.EFBIG
@@ -213,7 +217,7 @@ def test_a_failed_write_is_told_and_only_the_last_one_raises(tmp_path, monkeypat
         writer.start(2, checkpoint.snapshot(model, optimizer), {})
         writer.report(wait=True)
         assert "no checkpoint: here: No space left on device" in caplog.text
-        assert "going on with the one before" in caplog.text
+        assert "the checkpoint before this one stays" in caplog.text
         assert writer.written == 1
         writer.start(3, checkpoint.snapshot(model, optimizer), {})
         with pytest.raises(OSError, match="No space"):
@@ -225,6 +229,6 @@ def test_a_failed_write_is_told_and_only_the_last_one_raises(tmp_path, monkeypat
 def test_every_kth_checkpoint_is_kept_for_good(tmp_path):
     model, optimizer = make()
     for number in range(1, 11):
-        checkpoint.save(tmp_path, number, model, optimizer, {})
+        save(tmp_path, number, model, optimizer, {})
         checkpoint.remove_old(tmp_path, keep=2, keep_every=4)
     assert sorted(int(p.name[-8:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]

@@ -48,7 +48,7 @@ def test_no_line_is_lost_and_each_is_whole(tmp_path, caplog):
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(told) == 3  # each file once, not at every line
     for name in ("metrics.jsonl", "samples.jsonl", "events.out.tfevents"):
-        assert sum(name in text and "File too large; what belongs there waits in memory" in text for text in told) == 1
+        assert sum(name in text and "File too large; its new lines wait in memory" in text for text in told) == 1
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import small
 
-from salt_wds.config import load_config
-from salt_wds.models.build import build_models
 from salt_wds.train import attention as attention_module
 from salt_wds.train.attention import UNPINNED, Attention, choose_attention, pinned
 from salt_wds.train.flops import Stack
@@ -17,6 +16,7 @@ from salt_wds.train.tuning import synthetic_batch, tuned_step
 from shard_tools.common.cli import CommandError
 
 CPU = torch.device("cpu")
+SMALL = ("student.depth=2", "teacher.random_depth=3", "student.predictor_depth=1")
 STACK = Stack(8, 32, 2, 2, 12 * 32 * 32)
 
 
@@ -41,19 +41,9 @@ def key_of_the_compile_cache():
     torch.compiler.config.cache_key_tag = before
 
 
-@pytest.fixture
-def small(repository):
-    def make(*settings):
-        shared = ["student.depth=2", "teacher.random_depth=3", "student.predictor_depth=1", *settings]
-        config = load_config(repository / "configs" / "tiny.toml", shared)
-        return config, build_models(config, CPU)
-
-    return make
-
-
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
-def test_the_pinned_kernel_runs_everywhere(small, checkpointing):
-    config, models = small()
+def test_the_pinned_kernel_runs_everywhere(checkpointing):
+    config, models = small(*SMALL)
     models.student.set_checkpointing(checkpointing)
     forward = make_forward(config, models.teacher, models.student, CPU)
     batch = synthetic_batch(config, 2, CPU)
@@ -91,11 +81,11 @@ def test_auto_on_a_cpu_times_nothing(monkeypatch):
     assert choose_attention("auto", STACK, [STACK], 2, torch.float32, CPU) is UNPINNED
 
 
-def test_a_named_kernel_is_tried_and_pinned(small):
+def test_a_named_kernel_is_tried_and_pinned():
     found = choose_attention("flash", STACK, [STACK, STACK], 2, torch.float32, CPU)
     assert (found.teacher, found.student) == ("flash", "flash")
     assert torch.compiler.config.cache_key_tag == "attention teacher=flash student=flash"
-    config, models = small("train.attention=math")
+    config, models = small(*SMALL, "train.attention=math")
     assert tuned_step(config, models, CPU, 2).lines[0].startswith("attention math in the teacher, math in the student")
 
 
@@ -103,7 +93,9 @@ def test_a_kernel_that_cannot_is_refused_in_a_line(monkeypatch):
     monkeypatch.setattr(
         attention_module, "_milliseconds", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("No kernel."))
     )
-    text = r'train\.attention = "cudnn": it cannot compute torch\.float32 heads of 16 on this cpu \(No kernel\); use "auto"'
+    text = (
+        r'train\.attention = "cudnn": it cannot compute torch\.float32 heads of 16 on this cpu \(No kernel\); use "au'
+    )
     with pytest.raises(CommandError, match=text):
         choose_attention("cudnn", STACK, [STACK], 2, torch.float32, CPU)
 
@@ -116,11 +108,11 @@ def test_the_fastest_of_each_network_wins(monkeypatch):
     assert found.line.endswith("flash 1.0 + 9.0 ms, cudnn 2.0 + 5.0 ms, efficient cannot (no kernel)")
 
 
-def test_without_a_teacher_only_the_student_is_timed_and_told(small):
+def test_without_a_teacher_only_the_student_is_timed_and_told():
     found = choose_attention("flash", None, [STACK], 2, torch.float32, CPU)
     assert found.student == "flash"
     assert found.line.startswith("attention flash in the student; ")
-    config, models = small("train.attention=math", "objective=pixels")
+    config, models = small(*SMALL, "train.attention=math", "objective=pixels")
     assert tuned_step(config, models, CPU, 2).lines[0].startswith("attention math in the student; ")
 
 

@@ -13,16 +13,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_runs import small
 
-from salt_wds.config import load_config
-from salt_wds.models.build import build_models
 from salt_wds.models.optim import build_optimizer
-from salt_wds.runs.metrics import Meter
-from salt_wds.train.accumulation import Accumulation
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import World
 from salt_wds.train.ema import Ema
-from salt_wds.train.loop import Loop, Readings
+from salt_wds.train.loop import Loop
+from salt_wds.train.meters import Meter
 from salt_wds.train.safety import FiniteGuard
 from salt_wds.train.step import Step, make_forward
 from salt_wds.train.tuning import synthetic_batch
@@ -80,9 +78,9 @@ def a_loop(config, models, monkeypatch) -> Loop:
     loop.guard = FiniteGuard(3, 0, loop.world)
     loop.optimizer.found_inf = loop.guard.found_inf
     loop.meter, loop.recent, loop.progress = Meter(), [], None
-    step = Step(make_forward(config, models.teacher, models.student, gpu, means), "off")
-    loop.forward_backward = Accumulation(step, models.student, 2)
-    loop.readings = Readings(means, Ema(models.student, 0.9), None, None)
+    forward = make_forward(config, models.teacher, models.student, gpu, means)
+    loop.forward_backward = Step(forward, "off", network=models.student, micro_batches=2)
+    loop.position_mean, loop.ema = means, Ema(models.student, 0.9)
     return loop
 
 
@@ -93,9 +91,9 @@ def a_loop(config, models, monkeypatch) -> Loop:
         ("student.mode=dense", "train.checkpointing=selective", "optim.clip_grad_norm=0", "loss.kind=l1"),
     ],
 )
-def test_an_update_fetches_nothing_and_copies_only_the_batch(repository, monkeypatch, played_gpu, settings):
-    config = load_config(repository / "configs" / "tiny.toml", ["train.precision=bf16", *settings])
-    models, tensors = build_models(config, CPU), synthetic_batch(config, 4, CPU)
+def test_an_update_fetches_nothing_and_copies_only_the_batch(monkeypatch, played_gpu, settings):
+    config, models = small("train.precision=bf16", *settings)
+    tensors = synthetic_batch(config, 4, CPU)
     with FakeTensorMode(), Copies() as copies:
         loop = a_loop(config, models, monkeypatch)
         batch = {"keys": [], "shards": []}

@@ -1,4 +1,4 @@
-"""FLOPs by formula against torch's own count of the operators that really run, and MFU against hand-computed figures."""
+"""FLOPs by formula against torch's own count of the operators that run, and MFU against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from train_runs import small
 
-from salt_wds.config import load_config
-from salt_wds.models.build import Models, build_models
+from salt_wds.models.build import Models
 from salt_wds.train import flops
 from salt_wds.train.flops import Peak, Stack, Utilisation, Workload, matmul_rate, peak_of, workload
 from salt_wds.train.step import Step, make_forward
@@ -16,18 +16,6 @@ from salt_wds.train.tuning import synthetic_batch
 
 CPU = torch.device("cpu")
 CLIPS = 2
-
-
-@pytest.fixture
-def small(repository):
-    def make(**settings):
-        config = load_config(
-            repository / "configs" / "tiny.toml",
-            [f"{key.replace('__', '.')}={value}" for key, value in settings.items()],
-        )
-        return config, build_models(config, CPU)
-
-    return make
 
 
 def counted(config, models: Models, targets: torch.Tensor | None = None) -> int:
@@ -50,13 +38,13 @@ def counted(config, models: Models, targets: torch.Tensor | None = None) -> int:
     ],
     ids=str,
 )
-def test_formula_equals_what_torch_counts(small, settings):
-    config, models = small(**settings)
+def test_formula_equals_what_torch_counts(settings):
+    config, models = small(*(f"{key.replace('__', '.')}={value}" for key, value in settings.items()))
     expected = counted(config, models) / CLIPS
     assert workload(config, models.teacher, models.student).flops() == pytest.approx(expected, rel=0.02)
 
 
-def test_without_the_teacher(small):
+def test_without_the_teacher():
     config, models = small()
     work = workload(config, models.teacher, models.student)
     targets = torch.randn(CLIPS, work.masked, models.teacher.width)

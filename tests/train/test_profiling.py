@@ -1,35 +1,24 @@
-"""A profile is a Chrome trace of the steps asked for, and changes nothing; a step waits for the device at no point."""
+"""A profile is a Chrome trace of the steps asked for, and changes nothing; on a GPU, no step waits for the device."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
-import traceback
-from collections.abc import Iterator
 
 import pytest
 import torch
+from train_runs import config_maker
 
-from salt_wds.config import load_config
 from salt_wds.train import loop
 from salt_wds.train.profiling import StepProfiler
 from salt_wds.train.trainer import train
 
-WAITS = ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__")
+SETTINGS = {"train__steps": 5, "train__log_every": 5, "train__checkpoint_every": 5}
 
 
 @pytest.fixture
-def make_config(dataset, repository, tmp_path):
-    def make(run, *settings):
-        shared = [
-            f"data.shards={dataset}", "data.num_workers=0", "data.batch_size=4", f"train.run_dir={tmp_path / run}",
-            "train.steps=5", "train.log_every=5", "train.checkpoint_every=5", "student.depth=1",
-            "student.predictor_depth=1", "teacher.random_depth=1", *settings,
-        ]  # fmt: skip
-        return load_config(repository / "configs" / "tiny.toml", shared)
-
-    return make
+def make_config(dataset, tmp_path):
+    return config_maker(dataset, tmp_path)
 
 
 def events(path) -> list[str]:
@@ -37,8 +26,8 @@ def events(path) -> list[str]:
 
 
 def test_a_profile_is_written_and_changes_nothing(make_config, tmp_path):
-    assert train(make_config("plain")) == 0
-    assert train(make_config("profiled", "train.profile_steps=[2, 3]")) == 0
+    assert train(make_config("plain", **SETTINGS)) == 0
+    assert train(make_config("profiled", train__profile_steps=[2, 3], **SETTINGS)) == 0
     assert not (tmp_path / "plain/profile").exists()
     (trace,) = (tmp_path / "profiled/profile").iterdir()
     assert trace.name == "steps-2-3.json.gz"
@@ -50,7 +39,7 @@ def test_a_profile_is_written_and_changes_nothing(make_config, tmp_path):
 
 
 def test_a_run_that_ends_early_leaves_the_trace_of_what_there_was(make_config, tmp_path):
-    assert train(make_config("short", "train.profile_steps=[4, 900]")) == 0
+    assert train(make_config("short", train__profile_steps=[4, 900], **SETTINGS)) == 0
     assert [path.name for path in (tmp_path / "short/profile").iterdir()] == ["steps-4-5.json.gz"]
 
 
@@ -74,49 +63,6 @@ def test_a_resumed_run_profiles_the_rest(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["steps-3-4.json.gz"]
 
 
-@contextlib.contextmanager
-def waits_noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Everything that would wait for a GPU, noted with where it was called, while inside."""
-    found: list[str] = []
-
-    def noting(name, real):
-        def method(self, *args, **kwargs):
-            found.append(f"{name}: {traceback.extract_stack()[-2]}")
-            return real(self, *args, **kwargs)
-
-        return method
-
-    with monkeypatch.context() as patch:
-        for name in WAITS:
-            patch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
-        yield found
-
-
-@pytest.mark.parametrize(
-    "settings", [(), ("train.precision=bf16", "train.checkpointing=selective", "student.mode=dense")]
-)
-def test_no_step_fetches_a_value_from_the_device(make_config, monkeypatch, settings):
-    real, noted = loop.Loop.update, []
-
-    def update(self, *args):
-        with waits_noted(monkeypatch) as found:
-            result = real(self, *args)
-        noted.append(found)
-        return result
-
-    monkeypatch.setattr(loop.Loop, "update", update)
-    assert train(make_config("run", *settings)) == 0
-    assert noted == [[]] * 5
-
-
-def test_such_a_fetch_would_be_noted(monkeypatch):
-    with waits_noted(monkeypatch) as found:
-        torch.ones(1).item()
-        if torch.ones(1) > 0:
-            torch.ones(1).cpu().tolist()
-    assert [line.partition(":")[0] for line in found] == ["item", "__bool__", "cpu", "tolist"]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("compiled", ["off", "default"])
 def test_no_step_waits_for_the_gpu(make_config, monkeypatch, compiled):
@@ -131,5 +77,5 @@ def test_no_step_waits_for_the_gpu(make_config, monkeypatch, compiled):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(loop.Loop, "update", update)
-    settings = ("train.device=cuda", "train.precision=bf16", "train.checkpointing=full", f"train.compile={compiled}")
-    assert train(make_config("run", *settings)) == 0
+    settings = {"train__device": "cuda", "train__precision": "bf16", "train__checkpointing": "full"}
+    assert train(make_config("run", train__compile=compiled, **settings, **SETTINGS)) == 0

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from salt_wds.runs.metrics import Clock
+from salt_wds.train.meters import Clock
 from salt_wds.train.progress import InputBound
 
 RUN = """
@@ -85,7 +85,7 @@ def test_three_intervals_in_a_row_after_the_first():
     *before, warning = warnings([0.9, 0.2, 0.2, 0.125])
     assert before == [None] * 3
     assert warning.startswith(
-        "input-bound: 12% of the time went into waiting for data, and over 10% in each of the last 3"
+        "input-bound: 12% of the time was spent waiting for data, and over 10% in each of the last 3"
     )
 
 
@@ -98,11 +98,16 @@ def test_not_at_every_interval_again():
     ("workers", "extensions", "ms", "remedy"),
     [
         (4, ["webm"], DECODING, "raise data.num_workers from 4, up to the 8 cores, or pack with --frames mjpeg or y4m"),
-        (8, ["webm"], DECODING, "limit: pack with --frames mjpeg or y4m"),
-        (8, ["mjpeg"], DECODING, "limit: pack with --frames y4m"),
-        (8, ["y4m"], DECODING, "limit: use more cores"),
-        (4, ["webm"], Counter(read=30.0, decode=20.0, crop=5.0), "check the drive, python -m shard_tools.bench shards"),
-        (4, ["webm"], Counter(read=1.0, decode=20.0, augment=40.0), "the run's own stages limit"),
+        (8, ["webm"], DECODING, "are the limit: pack with --frames mjpeg or y4m"),
+        (8, ["mjpeg"], DECODING, "are the limit: pack with --frames y4m"),
+        (8, ["y4m"], DECODING, "are the limit: use more cores"),
+        (
+            4,
+            ["webm"],
+            Counter(read=30.0, decode=20.0, crop=5.0),
+            "check the drive with python -m shard_tools.bench shards",
+        ),
+        (4, ["webm"], Counter(read=1.0, decode=20.0, augment=40.0), "the run's own stages are the limit"),
         (0, ["webm"], DECODING, "set data.num_workers"),
     ],
 )
@@ -113,7 +118,7 @@ def test_the_remedy_is_for_what_limits(workers, extensions, ms, remedy):
 
 def test_time_for_something_else_does_not_count(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("salt_wds.runs.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("salt_wds.train.meters.time.perf_counter", lambda: now[0])
     clock = Clock()
     clock.add(8, 1.0, {})
     now[0] = 10.0

@@ -1,4 +1,4 @@
-"""The main job on real video: 36 real clips are packed, verified and trained on; the full-size run takes its first steps."""
+"""The main job on real video: 36 clips are packed, verified and trained on; the full-size run takes two steps."""
 
 import gc
 import subprocess
@@ -10,6 +10,8 @@ import webdataset
 from salt_wds.models.build import multiplies_bf16_slowly
 from salt_wds.runs.metrics import read_metrics
 from shard_tools.format import ledger
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from train_runs import config_maker, lines, tensors
 
-from salt_wds.config import load_config
-from salt_wds.runs.metrics import read_metrics
 from salt_wds.train import loop
 from salt_wds.train import step as step_module
 from salt_wds.train.distributed import World
@@ -54,21 +52,11 @@ def test_the_cap_counts_what_was_skipped_before_the_start():
 
 
 @pytest.fixture
-def make_config(dataset, repository, tmp_path):
-    def make(run, **settings):
-        overrides = {
-            "data.shards": dataset,
-            "data.num_workers": 0,
-            "data.batch_size": 4,
-            "train.run_dir": tmp_path / run,
-            "train.log_every": 4,
-            "train.steps": 8,
-            "train.checkpoint_every": 4,
-            **{key.replace("__", "."): value for key, value in settings.items()},
-        }
-        return load_config(repository / "configs" / "tiny.toml", [f"{key}={value}" for key, value in overrides.items()])
-
-    return make
+def make_config(dataset, tmp_path):
+    """Runs of 8 steps that look at their losses every 4 steps."""
+    defaults = {"train__log_every": 4, "train__steps": 8, "train__checkpoint_every": 4, "optim__decay_steps": 8}
+    make = config_maker(dataset, tmp_path)
+    return lambda run, **settings: make(run, **defaults | settings)
 
 
 def poison(monkeypatch, *positions_of_calls):
@@ -80,11 +68,6 @@ def poison(monkeypatch, *positions_of_calls):
         return (loss * float("inf") if next(calls) in positions_of_calls else loss), stats
 
     monkeypatch.setattr(step_module, "masked_loss", masked_loss)
-
-
-def tensors(run_dir, step):
-    files = (run_dir / f"checkpoints/step-{step:08d}" / name for name in ("model.safetensors", "trainer.safetensors"))
-    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
@@ -148,7 +131,7 @@ def test_a_run_with_skips_resumes_bit_for_bit(make_config, tmp_path, monkeypatch
     whole, parts = tensors(tmp_path / "whole", 8), tensors(tmp_path / "parts", 8)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    a, b = ({m["step"]: m for m in read_metrics(tmp_path / run / "metrics.jsonl")} for run in ("whole", "parts"))
+    a, b = (lines(tmp_path / run) for run in ("whole", "parts"))
     assert [(m["step"], m["skipped"]) for m in a.values()] == [(1, 0), (4, 1), (8, 2)]
     assert all(a[step][name] == b[step][name] for step in a for name in ("loss", "r2", "grad_norm", "skipped"))
     assert all(0 < m["loss"] < 10 for m in a.values())
@@ -171,7 +154,7 @@ def test_a_loss_far_above_the_usual_is_told_once_with_numbers(caplog):
     assert watch.observe(22, 0.9)
     assert not watch.observe(23, 0.51)
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert "loss spike: 0.9000 at step 22, usual are 0.51" in record.getMessage()
+    assert "loss spike: 0.9000 at step 22; the usual level is 0.51" in record.getMessage()
 
 
 def test_no_spike_where_little_is_known_or_the_level_changes_slowly():

@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
+from train_runs import small
 
-from salt_wds.config import load_config
-from salt_wds.models.build import build_models
 from salt_wds.train import tuning
 from salt_wds.train.attention import UNPINNED
 from salt_wds.train.step import Step, make_forward
@@ -16,23 +15,13 @@ from salt_wds.train.tuning import peak_bytes, synthetic_batch, tuned_step
 from shard_tools.common.cli import CommandError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def small(repository):
-    def make(*settings):
-        shared = ["student.depth=2", "teacher.random_depth=2", *settings]
-        config = load_config(repository / "configs" / "tiny.toml", shared)
-        torch.manual_seed(0)
-        return config, build_models(config, CPU)
-
-    return make
+SMALL = ("student.depth=2", "teacher.random_depth=2")
 
 
 @pytest.mark.parametrize("mode", ["visible", "dense"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_loss_and_gradients_are_the_same_to_the_bit(small, mode, precision):
-    config, models = small(f"student.mode={mode}", f"train.precision={precision}")
+def test_loss_and_gradients_are_the_same_to_the_bit(mode, precision):
+    config, models = small(*SMALL, f"student.mode={mode}", f"train.precision={precision}")
     batch = synthetic_batch(config, 2, CPU)
     found = {}
     for checkpointing in ("off", "selective", "full"):
@@ -60,8 +49,8 @@ def saved_bytes(student: torch.nn.Module, call) -> int:
     return sum(size for size, _ in storages.values())
 
 
-def test_each_mode_keeps_less(small):
-    config, models = small("student.depth=6")
+def test_each_mode_keeps_less():
+    config, models = small("student.depth=6", "teacher.random_depth=2")
     clips, colour, mask = synthetic_batch(config, 4, CPU)
     forward = make_forward(config, models.teacher, models.student, CPU)
     targets = forward.targets(clips, colour, mask)
@@ -74,9 +63,9 @@ def test_each_mode_keeps_less(small):
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
-def test_compiled_in_one_graph_each(small, checkpointing):
+def test_compiled_in_one_graph_each(checkpointing):
     torch._dynamo.reset()
-    config, models = small()
+    config, models = small(*SMALL)
     batch = synthetic_batch(config, 2, CPU)
     models.student.set_checkpointing(checkpointing)
     forward = make_forward(config, models.teacher, models.student, CPU)
@@ -93,8 +82,8 @@ def test_compiled_in_one_graph_each(small, checkpointing):
     torch.testing.assert_close(loss, expected)
 
 
-def test_auto_on_a_cpu_is_off_and_says_so(small):
-    config, models = small("train.checkpointing=auto")
+def test_auto_on_a_cpu_is_off_and_says_so():
+    config, models = small(*SMALL, "train.checkpointing=auto")
     tuned = tuned_step(config, models, CPU, 2)
     assert (
         tuned.checkpointing == models.student.encoder.checkpointing == models.student.predictor.checkpointing == "off"
@@ -107,9 +96,9 @@ def test_auto_on_a_cpu_is_off_and_says_so(small):
     ("sizes", "chosen"),
     [([50, None, None], "off"), ([None, 80, None], "selective"), ([150, 120, 90], "full")],
 )
-def test_auto_takes_the_first_that_fits(small, monkeypatch, sizes, chosen):
+def test_auto_takes_the_first_that_fits(monkeypatch, sizes, chosen):
     """The GPU is played: `sizes` are what the modes take, None where they run out of memory, of 100 bytes."""
-    config, models = small("train.checkpointing=auto")
+    config, models = small(*SMALL, "train.checkpointing=auto")
     play_gpu(monkeypatch, iter(sizes))
     optimizer = torch.optim.AdamW(models.student.parameters())
     optimizer.state[next(models.student.parameters())] = {"step": torch.zeros(())}  # resumed: its moments are there
@@ -118,11 +107,12 @@ def test_auto_takes_the_first_that_fits(small, monkeypatch, sizes, chosen):
     assert tuned.lines[-1].startswith(f"memory    checkpointing {chosen}: auto, off ")
 
 
-def test_what_does_not_fit_is_told(small, monkeypatch):
-    config, models = small("train.checkpointing=auto")
+def test_what_does_not_fit_is_told(monkeypatch):
+    config, models = small(*SMALL, "train.checkpointing=auto")
     play_gpu(monkeypatch, iter([None, None, 10]))  # and the moments of AdamW, which are more than 100 bytes
     with pytest.raises(
-        CommandError, match=r"2 clips at a time do not fit Some GPU: off does not fit, .*lower data.batch_"
+        CommandError,
+        match=r"2 clips at a time do not fit Some GPU: off does not fit, .*set train.micro_batch, or lower data.batch_",
     ):
         tuned_step(config, models, torch.device("cuda"), 2)
 
@@ -138,8 +128,8 @@ def play_gpu(monkeypatch, sizes) -> None:
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_measuring_leaves_no_trace(small, monkeypatch, fits):
-    config, models = small()
+def test_measuring_leaves_no_trace(monkeypatch, fits):
+    config, models = small(*SMALL)
     step = Step(make_forward(config, models.teacher, models.student, CPU), "off")
     trained = list(models.student.parameters())
     trained[0].grad = torch.full_like(trained[0], 7)
@@ -160,16 +150,16 @@ def test_measuring_leaves_no_trace(small, monkeypatch, fits):
     assert torch.equal(generator, torch.random.get_rng_state())
 
 
-def test_other_blocks_cannot_be_cut(small):
-    _, models = small()
+def test_other_blocks_cannot_be_cut():
+    _, models = small(*SMALL)
     models.student.predictor.blocks[0] = torch.nn.Identity()
     with pytest.raises(CommandError, match=r'"selective": cannot cut blocks of kind Identity; use "full"'):
         models.student.set_checkpointing("selective")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_auto_on_a_gpu_measures_and_leaves_no_trace(small):
-    config, models = small("train.checkpointing=auto", "train.device=cuda", "train.precision=bf16")
+def test_auto_on_a_gpu_measures_and_leaves_no_trace():
+    config, models = small(*SMALL, "train.checkpointing=auto", "train.device=cuda", "train.precision=bf16")
     gpu = torch.device("cuda")
     models.teacher.to(gpu), models.student.to(gpu)
     before, generator = copy.deepcopy(models.student.state_dict()), torch.cuda.get_rng_state()

@@ -34,7 +34,7 @@ from salt_wds.data.order import Order, Place, sample_rng
 from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import Reader
 from salt_wds.data.views import choose_frames, random_crop
-from shard_tools.format.dataset import Video
+from shard_tools.format.sample import Video
 from shard_tools.video.decode import Decoder, VideoInfo, get_decoder
 from shard_tools.video.ffmpeg import Planes
 from shard_tools.video.tiers import TIERS, to_jpeg_colour

@@ -27,7 +27,8 @@ from salt_wds.data.memory import shared_memory_used
 from salt_wds.models.build import build_models, pick_device
 from salt_wds.train.tuning import tuned_step
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, run
-from shard_tools.format.dataset import COLOURS, DATASET_FILE
+from shard_tools.format.dataset import DATASET_FILE
+from shard_tools.format.sample import COLOURS
 
 STRESS_BATCHES = 30
 _SLACK = 64 << 20  # bytes; the index, and what other programs do meanwhile

@@ -6,20 +6,21 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, run
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, positive_int, run
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m shard_tools.failures",
-        description="Summarise the failure records of a training run, a data set, or one ledger file.",
-        epilog="Exit codes: 0 no failures; 1 there are failures; 2 nothing to read.",
+        "shard_tools.failures",
+        "Count and list the failure records of a training run, a data set, or one ledger file.",
+        exit_codes="0 no failures; 1 there are failures; 2 nothing to read",
+        page="when-it-fails",
     )
-    parser.add_argument("path", type=Path, help="run folder, data set folder, or a .jsonl ledger")
-    parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
-    parser.add_argument("--keys", type=int, default=20, metavar="N", help="keys named at the end (default 20)")
+    parser.add_argument("path", type=path, metavar="PATH", help="run folder, data set folder, or a .jsonl ledger")
+    parser.add_json("print the counts as one JSON object")
+    parser.add_argument("--keys", type=positive_int, default=20, metavar="N", help="keys to list (default 20)")
     args = parser.parse_args(argv)
     if not args.path.exists():
         raise CommandError(f"{args.path}: no such run or file; runs are under runs/")
@@ -27,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         raise CommandError(f"{args.path}: neither a run nor a data set (no failures/, metrics.jsonl or dataset.json)")
     paths = ledger.find_ledgers(args.path)
     failures, damaged = [], 0
-    for path in paths:
-        records, bad = ledger.read(path)
+    for file in paths:
+        records, bad = ledger.read(file)
         failures += records
         damaged += bad
     counts = ledger.summarise(failures)
@@ -43,11 +44,11 @@ def _can_hold_ledger(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("failures", "failures.jsonl", "metrics.jsonl", "dataset.json"))
 
 
-def _print(path: Path, failures: list[Failure], counts: dict[str, Counter[str]], damaged: int, shown: int) -> None:
+def _print(folder: Path, failures: list[Failure], counts: dict[str, Counter[str]], damaged: int, shown: int) -> None:
     keys = Counter((f.shard or "(none)", f.key or "(none)") for f in failures)
-    print(f"{path}: {len(failures)} failures of {len(keys)} samples")
+    print(f"{folder}: {len(failures)} failures of {len(keys)} samples")
     if damaged:
-        print(f"  {damaged} lines are no failure records (cut short by a crash, or edited)")
+        print(f"  {damaged} lines are not failure records (cut short by a crash, or edited)")
     for heading, counter in counts.items():
         if counter:
             print(f"by {heading}:")

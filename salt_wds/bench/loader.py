@@ -34,7 +34,7 @@ from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.spec import make_order
 from salt_wds.data.views import training_view
 from shard_tools.common.processes import end_with_parent
-from shard_tools.format.dataset import FRAME_TIERS
+from shard_tools.format.sample import FRAME_TIERS
 from shard_tools.video.decode import DecodeError, get_decoder
 
 _BUSY = ("read", "decode", "crop", "augment", "collate")

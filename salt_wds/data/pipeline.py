@@ -23,8 +23,8 @@ from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.spec import STAGES, PipelineSpec, Sample, identity, make_order
 from salt_wds.data.views import evaluation_view, training_view
 from shard_tools.format import ledger
-from shard_tools.format.dataset import COLOURS
 from shard_tools.format.ledger import Failure
+from shard_tools.format.sample import COLOURS
 from shard_tools.video.decode import VideoInfo, get_decoder
 
 Item = TypeVar("Item")

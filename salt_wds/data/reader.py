@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from salt_wds.data.catalog import Catalog, Row
-from shard_tools.format.dataset import FRAME_TIERS, Y4M_FRAME_MARK, frame_span, y4m_frame_bytes
+from shard_tools.format.sample import FRAME_TIERS, Y4M_FRAME_MARK, frame_span, y4m_frame_bytes
 
 # Errors a drive or a file server may recover from; a missing file or a permission does not change.
 _TRANSIENT = frozenset(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import mmap
 import os
 import shutil
 import sys
@@ -190,16 +189,3 @@ def file_hash(path: Path) -> str | None:
     except OSError:
         return None
     return hasher.hexdigest()
-
-
-def page_buffer(size: int) -> memoryview:
-    """`size` writable bytes that begin at the start of a page.
-
-    A large bytearray begins 16 bytes into a page. Copies from the page cache to such an address run at a fifth of the
-    speed on some AMD processors (seen on Zen 3).
-
-    Raises:
-        OSError: no memory.
-    """
-    # Private, as a bytearray would be in a forked process; populated at once, which costs half of page after page.
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))

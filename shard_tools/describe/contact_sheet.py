@@ -17,7 +17,8 @@ import pyarrow as pa
 from shard_tools.common.cli import one_line
 from shard_tools.common.files import write_atomic
 from shard_tools.describe.samples import SampleError, evenly_spaced, read_frames, read_sample
-from shard_tools.format.dataset import Dataset, Video
+from shard_tools.format.dataset import Dataset
+from shard_tools.format.sample import Video
 
 # In pixels. A frame fits into its box; above it stands a line with key, split and label, below it the time.
 BOX_WIDTH, BOX_HEIGHT = 214, 120

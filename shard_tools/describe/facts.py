@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from shard_tools.common.cli import CommandError
 from shard_tools.describe.samples import SampleError, evenly_spaced, read_sample
-from shard_tools.format.dataset import Dataset, Video, index_name
+from shard_tools.format.dataset import Dataset, index_name
 from shard_tools.format.index import read_index
+from shard_tools.format.sample import Video
 
 _READ_SAMPLES = 64  # samples that are read
 

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from av.video.reformatter import ColorRange, Colorspace
 
-from shard_tools.format.dataset import COLOURS, SampleInfo, SourceFile, parse_sample
+from shard_tools.format.sample import COLOURS, SampleInfo, SourceFile, parse_sample
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError, probe

@@ -1,14 +1,12 @@
-"""The failure ledger: one record type for every failed sample, wherever it failed (design, section 3).
+"""The failure ledger: one record type for every failed sample, wherever it failed.
 
-One JSON line a failure, append-only, one file a writer, fsynced: a record that was written survives a crash, and
-a line cut short by one is recognised when reading.
+One JSON line a failure, one file a writer, append-only and fsynced: a record that was written survives a crash.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pydantic
+from shard_tools.common.files import append_lines, read_json_lines
+from shard_tools.format.sample import adapter
 
 STAGES = ("pack", "read", "decode", "augment", "crash", "hang")
 ACTIONS = ("skipped", "substituted", "quarantined")
@@ -55,7 +54,7 @@ class Failure:
             raise ValueError(f"action {self.action!r} is none of {', '.join(ACTIONS)}")
 
     def to_line(self) -> str:
-        """The record as one JSON line, fields in the order of the contract; what is no UTF-8 text becomes `?`."""
+        """The record as one JSON line, its fields in the order of the contract; what UTF-8 cannot encode becomes `?`."""
         record = dataclasses.asdict(self)
         line = json.dumps({name: record[name] for name in _FIELD_ORDER}, ensure_ascii=False) + "\n"
         return line.encode(errors="replace").decode()
@@ -85,46 +84,19 @@ def compact_traceback(error: BaseException) -> str:
 
 
 def append(path: Path, failures: Iterable[Failure]) -> None:
-    """Append records to the ledger at `path` and bring them to the disk.
-
-    One `write` on a descriptor opened with O_APPEND: lines of several writers do not mix.
-    """
-    lines = "".join(f.to_line() for f in failures)
-    if not lines:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = lines.encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if _ends_mid_line(path):  # a writer died in the middle of a line: close that line, keep ours whole
-            data = b"\n" + data
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _ends_mid_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+    """Append records to the ledger at `path` and bring them to the disk."""
+    append_lines(path, (failure.to_line().removesuffix("\n") for failure in failures))
 
 
 def read(path: Path) -> tuple[list[Failure], int]:
     """All records of one ledger file, and the number of lines that are none (cut short, or damaged)."""
-    record = pydantic.TypeAdapter(Failure)
-    failures, damaged = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                failures.append(record.validate_json(line, strict=True))
-            except ValueError:
-                damaged += 1
+    records, damaged = read_json_lines(path)
+    failures = []
+    for record in records:
+        try:
+            failures.append(adapter(Failure).validate_json(json.dumps(record), strict=True))
+        except ValueError:
+            damaged += 1
     return failures, damaged
 
 

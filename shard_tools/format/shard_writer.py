@@ -16,8 +16,9 @@ from typing import Any, Self
 import xxhash
 
 from shard_tools.common.files import sync_folder, write_atomic
-from shard_tools.format.dataset import SampleInfo, ShardInfo, index_name
+from shard_tools.format.dataset import ShardInfo, index_name
 from shard_tools.format.index import index_bytes
+from shard_tools.format.sample import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
 
 _BUFFER = 1 << 20

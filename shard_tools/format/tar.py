@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedIOBase, RawIOBase
 from typing import Any, NamedTuple
 
 import xxhash
-
-from shard_tools.common.files import page_buffer
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads archives to whole records
@@ -22,11 +20,9 @@ MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits
 _NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}\.[A-Za-z0-9]{1,9}")  # KEY.EXT; see format.KEY_PATTERN
 _SIZE = re.compile(rb"[0-7]{11}\0")
 _ZEROS = bytes(BLOCK)
-_CHUNK = 1 << 19  # half of a core's second cache, usually: what was read is hashed twice, and comes from memory once
-
-
+_CHUNK = 1 << 20
 _OWNER = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, uid, gid
-_MTIME = b"%011o\0" % 0
+_MTIME = b"00000000000\0"
 _REST = (
     b"0"  # regular file
     + b"\0" * 100  # link name
@@ -35,7 +31,6 @@ _REST = (
     + b"0000000\0" + b"0000000\0"  # device numbers
     + b"\0" * (155 + 12)  # prefix, padding
 )  # fmt: skip
-_FIXED_SUM = sum(_OWNER) + sum(_MTIME) + 8 * ord(" ") + sum(_REST)  # a checksum counts itself as blanks
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -43,8 +38,9 @@ def tar_header(name: str, size: int) -> bytes:
     encoded, digits = name.encode(), b"%011o\0" % size
     assert len(encoded) <= 100, name
     assert 0 <= size <= MAX_MEMBER_BYTES, size
-    checksum = b"%06o\0 " % (_FIXED_SUM + sum(encoded) + sum(digits))
-    return b"".join((encoded.ljust(100, b"\0"), _OWNER, digits, _MTIME, checksum, _REST))
+    front = encoded.ljust(100, b"\0") + _OWNER + digits + _MTIME
+    checksum = sum(front) + 8 * ord(" ") + sum(_REST)  # its own field counts as blanks
+    return front + b"%06o\0 " % checksum + _REST
 
 
 def padding(size: int) -> bytes:
@@ -87,7 +83,7 @@ def parse_header(block: bytes, offset: int) -> tuple[str, int]:
 
 
 def _fault(block: bytes) -> str:
-    """In which respect a header is none of ours."""
+    """How a header differs from one of the format."""
     checksum = block[148:156].strip(b" \0")
     if not checksum.isdigit() or checksum != b"%06o" % (sum(block[:148]) + 8 * ord(" ") + sum(block[156:])):
         return "not a tar header, or its checksum is wrong"
@@ -107,9 +103,8 @@ def read_members(file: RawIOBase | BufferedIOBase, hasher: Any = None, payloads:
     """Members of a tar in one sequential read.
 
     Args:
-        file: a seekable binary file, best unbuffered: it is read in chunks that are hashed while the processor's cache has
-            them, and not copied.
-        hasher: receives every byte of the file through `update`, so that the whole file's hash needs no second read.
+        file: a seekable binary file.
+        hasher: receives every byte of the file through `update`.
         payloads: whether payloads are kept; JSON members have their data in any case.
 
     Raises:
@@ -117,75 +112,47 @@ def read_members(file: RawIOBase | BufferedIOBase, hasher: Any = None, payloads:
     """
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
-    chunks = _Chunks(file, hasher)
-    offset, block = 0, chunks.take(BLOCK)
-    while block != _ZEROS:
+
+    def take(size: int) -> bytes:
+        """The next `size` bytes, fewer at the end of the file."""
+        data = file.read(size) or b""
+        while 0 < len(data) < size and (more := file.read(size - len(data))):
+            data += more
+        if hasher is not None:
+            hasher.update(data)
+        return data
+
+    offset = 0
+    while (block := take(BLOCK)) != _ZEROS:
         if len(block) < BLOCK:
             raise ShardDamage("truncated", offset, "the file ends without the end-of-archive mark")
         name, size = parse_header(block, offset)
         offset += BLOCK
         rest = -size % BLOCK
-        if offset + size + rest > total:  # asked before reading: a wrong size would ask for any memory
+        if offset + size + rest > total:  # checked before reading: a wrong size would ask for any amount of memory
             raise ShardDamage("truncated", offset, f"{name} should hold {size} bytes, the file ends before")
         key, _, ext = name.partition(".")
         if payloads or ext == "json":
-            data = chunks.take(size)
+            data = take(size)
             digest = xxhash.xxh3_64_intdigest(data)
         else:
-            data, digest = b"", chunks.digest(size)
-        block = chunks.take(rest + BLOCK)  # the padding, and what should be the next header
-        if rest:
-            if block[:rest] != _ZEROS[:rest]:
-                raise ShardDamage("bad_header", offset + size, f"the padding after {name} is not zero")
-            block = block[rest:]
+            data, payload_hasher = b"", xxhash.xxh3_64()
+            for at in range(0, size, _CHUNK):
+                payload_hasher.update(take(min(_CHUNK, size - at)))
+            digest = payload_hasher.intdigest()
+        if take(rest) != bytes(rest):
+            raise ShardDamage("bad_header", offset + size, f"the padding after {name} is not zero")
         yield Member(name, key, ext, offset, size, digest, data)
         offset += size + rest
+    _check_end(take, offset)
+
+
+def _check_end(take: Callable[[int], bytes], offset: int) -> None:
+    """Check that only zeros follow the first block of the end mark, and at least one more block of them."""
     tail = 0
-    for piece in chunks.pieces(total):
+    while piece := take(_CHUNK):
         tail += len(piece)
-        if bytes(piece).strip(b"\0"):
+        if piece.strip(b"\0"):
             raise ShardDamage("bad_header", offset, "there is data behind the end-of-archive mark")
     if tail < BLOCK:
         raise ShardDamage("truncated", offset, "the end-of-archive mark is incomplete")
-
-
-class _Chunks:
-    """The bytes of a file in order, read into one buffer again and again."""
-
-    def __init__(self, file: RawIOBase | BufferedIOBase, hasher: Any) -> None:
-        self._file, self._hasher = file, hasher
-        self._buffer = page_buffer(_CHUNK)
-        self._at = self._end = 0
-
-    def pieces(self, size: int) -> Iterator[memoryview]:
-        """Views of the next `size` bytes, fewer at the end of the file; each is good until the next is asked for."""
-        while size > 0:
-            if self._at == self._end:
-                self._at, self._end = 0, self._file.readinto(self._buffer) or 0
-                if not self._end:
-                    return
-                if self._hasher is not None:
-                    self._hasher.update(self._buffer[: self._end])
-            piece = self._buffer[self._at : min(self._end, self._at + size)]
-            self._at += len(piece)
-            size -= len(piece)
-            yield piece
-
-    def take(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end of the file."""
-        at, end = self._at, self._at + size
-        if end <= self._end:
-            self._at = end
-            return bytes(self._buffer[at:end])
-        return b"".join(bytes(piece) for piece in self.pieces(size))  # copied before the next piece overwrites it
-
-    def digest(self, size: int) -> int:
-        """XXH3-64 of the next `size` bytes."""
-        at, end = self._at, self._at + size
-        if end <= self._end:
-            self._at = end
-            return xxhash.xxh3_64_intdigest(self._buffer[at:end])
-        hasher = xxhash.xxh3_64()
-        for piece in self.pieces(size):
-            hasher.update(piece)
-        return hasher.intdigest()

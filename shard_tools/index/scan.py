@@ -21,9 +21,10 @@ import xxhash
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import WorkerDiedError
 from shard_tools.format import ledger
-from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo, Video
+from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes
 from shard_tools.format.ledger import Failure
+from shard_tools.format.sample import Video
 from shard_tools.format.tar import ShardDamage
 from shard_tools.index.tar_reader import Part, Sample, TarStream, read_samples
 from shard_tools.video.probe import BadVideoError, probe

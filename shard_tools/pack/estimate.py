@@ -21,7 +21,7 @@ import cv2
 import xxhash
 
 from shard_tools.common.cli import CommandError, available_cores, one_line
-from shard_tools.format.dataset import SampleInfo
+from shard_tools.format.sample import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD, padding
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.pack.plan import MIB, Plan

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from shard_tools.common.processes import WorkerDiedError
 from shard_tools.format import ledger
-from shard_tools.format.dataset import Video
 from shard_tools.format.ledger import Failure
+from shard_tools.format.sample import Video
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import MAX_MEMBER_BYTES
 from shard_tools.pack.plan import ShardTask

@@ -33,12 +33,12 @@ from shard_tools.format.dataset import (
     SPLITS,
     Dataset,
     ShardInfo,
-    adapter,
     index_name,
     read_dataset,
     remove_shard,
 )
 from shard_tools.format.ledger import Failure
+from shard_tools.format.sample import adapter
 from shard_tools.video.tiers import Encoding
 
 STAGING = ".packing"

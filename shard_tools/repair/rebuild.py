@@ -18,8 +18,9 @@ import xxhash
 from shard_tools.common.cli import CommandError
 from shard_tools.common.files import file_hash
 from shard_tools.format import ledger
-from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo, Video, index_name, parse_sample, remove_shard
+from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo, index_name, remove_shard
 from shard_tools.format.index import parse_index, read_index
+from shard_tools.format.sample import Video, parse_sample
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import read_members
 from shard_tools.repair.damaged_tar import DamagedTar, fits

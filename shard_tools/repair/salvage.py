@@ -22,12 +22,12 @@ from shard_tools.format.dataset import (
     FAILURES_FILE,
     Dataset,
     ShardInfo,
-    adapter,
     index_name,
     make_dataset,
     remove_shard,
 )
 from shard_tools.format.ledger import Failure
+from shard_tools.format.sample import adapter
 from shard_tools.verify.problems import PACK_AGAIN
 
 STAGING = ".repairing"
@@ -65,7 +65,7 @@ def commit(
         for shard, key, reason in lost
     ]  # fmt: skip
     decision = {
-        "replaces": old.self_hash(),
+        "replaces": old.content_hash(),
         "dataset": dataclasses.replace(old, splits=splits).to_json().decode(),
         "shards": sorted(new),
         "failures": [dataclasses.asdict(failure) for failure in failures],
@@ -86,7 +86,7 @@ def complete(folder: Path, dataset: Dataset) -> Dataset:
         decision = None
     if decision is not None:
         new = adapter(Dataset).validate_json(decision["dataset"], strict=True)
-        if dataset.self_hash() == new.self_hash() or _applies(folder, decision, dataset, new):
+        if dataset.content_hash() == new.content_hash() or _applies(folder, decision, dataset, new):
             _move(folder, decision, new)
             dataset = new
     shutil.rmtree(scratch, ignore_errors=True)  # commit.json may go last: it no longer applies
@@ -95,7 +95,7 @@ def complete(folder: Path, dataset: Dataset) -> Dataset:
 
 def _applies(folder: Path, decision: dict[str, Any], old: Dataset, new: Dataset) -> bool:
     """Whether a committed salvage still has work to do: not after the data set was packed or repaired again."""
-    if old.self_hash() != decision["replaces"]:
+    if old.content_hash() != decision["replaces"]:
         return False
 
     def hashes(dataset: Dataset) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import av
 import xxhash
 
-from shard_tools.format.dataset import FRAME_TIERS, SampleInfo, parse_sample
+from shard_tools.format.sample import FRAME_TIERS, SampleInfo, parse_sample
 from shard_tools.verify.problems import Problem
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 

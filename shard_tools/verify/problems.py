@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.common.cli import one_line
-from shard_tools.format.dataset import DATASET_FILE, FRAME_TIERS, Dataset
+from shard_tools.format.dataset import DATASET_FILE, Dataset
+from shard_tools.format.sample import FRAME_TIERS
 
 KINDS = (
     "missing_shard", "extra_shard", "unreadable", "truncated", "bad_header", "payload_mismatch", "json_mismatch",

@@ -17,8 +17,9 @@ from typing import Any
 
 import xxhash
 
-from shard_tools.format.dataset import ShardInfo, index_name, parse_sample
+from shard_tools.format.dataset import ShardInfo, index_name
 from shard_tools.format.index import parse_index
+from shard_tools.format.sample import parse_sample
 from shard_tools.format.tar import BLOCK, Member, ShardDamage, parse_header, read_members
 from shard_tools.verify.problems import Problem, repair_command
 

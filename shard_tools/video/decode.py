@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import COLOURS, FRAME_TIERS, SampleInfo, Video, frame_span
+from shard_tools.format.sample import COLOURS, FRAME_TIERS, SampleInfo, Video, frame_span
 from shard_tools.video.ffmpeg import (
     Planes,
     colour_of,

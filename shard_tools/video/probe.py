@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import av
 
-from shard_tools.format.dataset import Video
+from shard_tools.format.sample import Video
 from shard_tools.video.ffmpeg import colour_of, open_video
 from shard_tools.video.webm import vp9_video
 

@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeVar
 import pydantic
 
 from shard_tools.common.cli import CommandError, one_line
-from shard_tools.format.dataset import DATASET_FILE, SPLITS, make_key
+from shard_tools.format.dataset import DATASET_FILE, SPLITS
+from shard_tools.format.sample import make_key
 
 VIDEO_SUFFIXES = frozenset((".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv"))
 NOT_TEXT = "name that is not UTF-8 text"  # a reason for skipping

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.format.dataset import COLOURS, SampleInfo, SourceFile, Video, y4m_frame_bytes
+from shard_tools.format.sample import COLOURS, SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.video.decode import DecodeError, VideoInfo, decode_mjpeg, decode_video
 from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError

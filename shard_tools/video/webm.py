@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from fractions import Fraction
 
-from shard_tools.format.dataset import Video
+from shard_tools.format.sample import Video
 
 _EBML, _SEGMENT, _TRACKS, _TRACK, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0x1F43B675
 _SIMPLE_BLOCK, _BLOCK_GROUP, _BLOCK = 0xA3, 0xA0, 0xA1

@@ -9,7 +9,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD, to_normalised_rgb, yuv_to_rgb
-from shard_tools.format.dataset import COLOURS
+from shard_tools.format.sample import COLOURS
 
 SIZE = 32
 

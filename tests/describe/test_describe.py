@@ -15,8 +15,9 @@ from shard_tools.describe import __main__ as describe
 from shard_tools.describe import contact_sheet
 from shard_tools.describe.facts import read_samples
 from shard_tools.describe.samples import to_rgb
-from shard_tools.format.dataset import Video, index_name, read_dataset
+from shard_tools.format.dataset import index_name, read_dataset
 from shard_tools.format.index import read_index
+from shard_tools.format.sample import Video
 from shard_tools.video.probe import probe
 from tests.conftest import pack_here
 

@@ -24,8 +24,9 @@ from shard_tools import bench
 from shard_tools.common.cli import CommandError
 from shard_tools.describe import __main__ as describe
 from shard_tools.format import ledger
-from shard_tools.format.dataset import DATASET_FILE, FAILURES_FILE, Video, index_name, read_dataset
+from shard_tools.format.dataset import DATASET_FILE, FAILURES_FILE, index_name, read_dataset
 from shard_tools.format.index import index_bytes, read_index
+from shard_tools.format.sample import Video
 from shard_tools.format.tar import BLOCK
 from shard_tools.index import __main__ as index
 from shard_tools.index import indexing

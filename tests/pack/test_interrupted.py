@@ -21,7 +21,7 @@ from conftest import REPOSITORY, RunModule, contents, one_a_shard, pack_here
 from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import SampleInfo, SourceFile, Video
+from shard_tools.format.sample import SampleInfo, SourceFile, Video
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.pack import staging
 from shard_tools.pack.pack_shard import pack_shard

@@ -25,8 +25,9 @@ from conftest import RunModule, contents, one_a_shard, pack_here, pack_job
 from shard_tools.common.cli import CommandError, run
 from shard_tools.common.files import file_hash
 from shard_tools.format import ledger
-from shard_tools.format.dataset import Settings, Video, index_name, read_dataset
+from shard_tools.format.dataset import Settings, index_name, read_dataset
 from shard_tools.format.index import INDEX_SCHEMA
+from shard_tools.format.sample import Video
 from shard_tools.format.tar import MAX_MEMBER_BYTES
 from shard_tools.pack import __main__ as pack
 from shard_tools.pack.pack_shard import pack_shard

@@ -19,7 +19,7 @@ from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import WorkerDiedError, run_local
-from shard_tools.format.dataset import Video
+from shard_tools.format.sample import Video
 from shard_tools.pack import __main__ as pack
 from shard_tools.pack.plan import make_plan
 from shard_tools.pack.ray_executor import check_address, ray_cluster, run_ray

@@ -15,7 +15,7 @@ from salt_wds.data.crop_resize import Crop, write_clip
 from salt_wds.data.order import sample_rng
 from salt_wds.data.pixels import yuv_to_rgb
 from salt_wds.data.views import choose_frames, random_crop
-from shard_tools.format.dataset import COLOURS
+from shard_tools.format.sample import COLOURS
 from shard_tools.video.decode import DecodeError, VideoInfo, decode_video, get_decoder, payload_frames
 from shard_tools.video.probe import probe
 from shard_tools.video.sources import Source

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_tools.format.dataset import Video
+from shard_tools.format.sample import Video
 from shard_tools.video.probe import BadVideoError, declared_size, probe
 from shard_tools.video.tiers import Encoding, make_payload
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import KEY_PATTERN, make_key
+from shard_tools.format.sample import KEY_PATTERN, make_key
 from shard_tools.video.sources import Source, SourceSet, find_sources
 
 TRAIN = [

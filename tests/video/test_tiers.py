@@ -11,7 +11,7 @@ import video_maker
 import xxhash
 from av.video.reformatter import ColorRange, Colorspace
 
-from shard_tools.format.dataset import frame_span
+from shard_tools.format.sample import frame_span
 from shard_tools.video.ffmpeg import fill_frame
 from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import Source

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from video_maker import make_video
 
-from shard_tools.format.dataset import Video
+from shard_tools.format.sample import Video
 from shard_tools.video.probe import BadVideoError, probe_with_ffmpeg
 from shard_tools.video.webm import vp9_packets, vp9_video
 

@@ -1,0 +1,123 @@
+"""One sample: its key, the content of KEY.json, and where the frames of a payload are."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import pydantic_core
+import xxhash
+
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
+FRAME_TIERS = ("mjpeg", "y4m")  # tiers whose frames can be read one by one; also their extensions
+Y4M_FRAME_MARK = b"FRAME\n"
+COLOURS = (("bt601", "limited"), ("bt601", "full"), ("bt709", "limited"), ("bt709", "full"))  # (matrix, range)
+
+adapter = functools.cache(pydantic.TypeAdapter)  # reads JSON into a type; made once for each type
+
+
+def make_key(text: str) -> str:
+    """A valid key for any text (an id, a path without its suffix).
+
+    Characters outside the contract become `_`. Where that changed or shortened the text, a hash of the original is
+    appended, so that different texts keep different keys.
+    """
+    if KEY_PATTERN.fullmatch(text):
+        return text
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", text)
+    return f"{key[:70]}-{xxhash.xxh3_64_hexdigest(text.encode())[:12]}"
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a decoder needs to know: pixels, frames, frames a second, and how colour is coded (see COLOURS)."""
+
+    codec: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    matrix: str
+    range: str
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """Where a sample came from: path relative to the source root, its bytes and their XXH3-64 as 16 hex digits."""
+
+    path: str
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """The content of KEY.json. The last two are of frame tiers: where each frame lies, and its XXH3-64 as 16 digits."""
+
+    key: str
+    split: str
+    label: int | None
+    label_text: str | None
+    template: str | None
+    placeholders: tuple[str, ...]
+    source: SourceFile
+    video: Video
+    frame_offsets: tuple[int, ...] | None = None
+    frame_xxh3: tuple[str, ...] | None = None
+
+    def to_json(self) -> bytes:
+        """Canonical bytes, as pydantic-core spells them: the same sample gives the same bytes.
+
+        Frame fields are left out where there are none.
+        """
+        record = vars(self) | {"source": vars(self.source), "video": vars(self.video)}  # asdict copies all, slowly
+        for name in ("frame_offsets", "frame_xxh3"):
+            if record[name] is None:
+                del record[name]
+        return pydantic_core.to_json(record)
+
+    def in_index(self) -> dict[str, Any]:
+        """What the sample's index row repeats of it."""
+        video = self.video
+        return {
+            "key": self.key,
+            "label": self.label,
+            "num_frames": video.num_frames,
+            "width": video.width,
+            "height": video.height,
+        }
+
+
+def parse_sample(data: bytes) -> SampleInfo:
+    """The content of KEY.json, strictly.
+
+    Raises:
+        ValueError: not the JSON of a sample, or of a colour that is none of COLOURS.
+    """
+    sample = adapter(SampleInfo).validate_json(data, strict=True)
+    if (sample.video.matrix, sample.video.range) not in COLOURS:
+        raise ValueError(f"colour {sample.video.matrix} {sample.video.range} is none of those stored")
+    return sample
+
+
+def y4m_frame_bytes(width: int, height: int) -> int:
+    """Bytes of one 8-bit 4:2:0 frame: luma, and two chroma planes of half the size, rounded up."""
+    return width * height + 2 * ((width + 1) // 2) * ((height + 1) // 2)
+
+
+def frame_span(record: dict[str, Any], number: int, payload_size: int) -> tuple[int, int]:
+    """Start and end of frame `number` in a payload of a frame tier, in bytes; `record` is the content of KEY.json.
+
+    MJPEG has a table; in YUV4MPEG2 all frames have one size, and the header is what they leave of the payload.
+    """
+    video = record["video"]
+    if "frame_offsets" in record:
+        offsets = record["frame_offsets"]
+        return offsets[number], offsets[number + 1] if number + 1 < len(offsets) else payload_size
+    size = y4m_frame_bytes(video["width"], video["height"])
+    step = len(Y4M_FRAME_MARK) + size
+    start = payload_size - (video["num_frames"] - number) * step + len(Y4M_FRAME_MARK)
+    return start, start + size

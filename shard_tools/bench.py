@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if dataset.frames not in EXPECTED_GROWTH:
         raise CommandError(f"{args.dir}: tier {dataset.frames!r} is not known; one of {', '.join(EXPECTED_GROWTH)}")
     shards, samples = plan_reads(args.dir, dataset, args.seed)
-    size = sum(info.bytes for split in dataset.splits.values() for info in split.shards)
+    size = sum(info.bytes for info in dataset.shards)
     counts = tuple(dict.fromkeys(args.readers))
     if not args.json:
         print(
@@ -150,11 +150,10 @@ def plan_reads(folder: Path, dataset: Dataset, seed: int) -> tuple[Reads, Reads]
     Raises:
         CommandError: no samples, or a shard is missing, of another size, or shorter than its index says.
     """
-    infos = [info for split in dataset.splits.values() for info in split.shards]
-    files = tuple(str(folder / info.file) for info in infos)
+    files = tuple(str(folder / info.file) for info in dataset.shards)
     check = f"check the data set: python -m shard_tools.verify {folder}"
     pieces, samples = [], []
-    for number, info in enumerate(infos):
+    for number, info in enumerate(dataset.shards):
         try:
             size = os.stat(files[number]).st_size
         except FileNotFoundError:

@@ -54,8 +54,8 @@ def describe_dataset(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple
         "plan_hash": dataset.plan_hash,
         "version": dataset.created_by.version,
         "samples": len(samples),
-        "shards": sum(len(split.shards) for split in dataset.splits.values()),
-        "bytes": sum(split.bytes for split in dataset.splits.values()),
+        "shards": len(dataset.shards),
+        "bytes": sum(info.bytes for info in dataset.shards),
         "splits": {
             name: {"shards": len(split.shards), "samples": split.samples, "bytes": split.bytes}
             for name, split in dataset.splits.items()

@@ -69,7 +69,7 @@ def in_this_process(monkeypatch):
     def command(module, *arguments):
         words = [str(argument) for argument in arguments]
         typed.append([module, *words])
-        assert importlib.import_module(module).main(words) == 0
+        assert importlib.import_module(f"{module}.__main__").main(words) == 0
 
     monkeypatch.setattr(motion, "command", command)
     monkeypatch.setattr(packing, "run_local", serially)

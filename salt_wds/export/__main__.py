@@ -1,7 +1,38 @@
-"""`python -m salt_wds.export`."""
+"""`python -m salt_wds.export RUN OUT`: the encoder of a run, in a folder that can be passed on."""
 
-from salt_wds.export.write import main
-from shard_tools.common.cli import run
+from __future__ import annotations
+
+import sys
+
+from salt_wds.export.formats import PROGRAM_FILE, TIMM_FILE, ParityError
+from salt_wds.export.write import export_run
+from shard_tools.common.cli import OK, PROBLEMS, Parser, path, run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(
+        "salt_wds.export",
+        "Write the encoder of a run as safetensors, config.json and a model card; salt_wds.load_encoder(OUT) loads it.",
+        exit_codes="0 written, with the run's tokens; 1 the tokens differ, nothing is written; 2 usage, no run or no "
+        "checkpoint; 130 interrupted",
+        page="encoder",
+    )
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run; its newest whole checkpoint is taken")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--ema", action="store_true", help="export the moving average of the parameters (optim.ema)")
+    parser.add_argument("--timm", action="store_true", help=f"also write {TIMM_FILE}, for timm's image model")
+    parser.add_argument("--torch-export", action="store_true", help=f"also write {PROGRAM_FILE}, a torch.export program")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT as a whole")
+    args = parser.parse_args(argv)
+    extras = [file for file, wanted in ((TIMM_FILE, args.timm), (PROGRAM_FILE, args.torch_export)) if wanted]
+    try:
+        lines = export_run(args.run, args.out, ema=args.ema, extras=extras, overwrite=args.overwrite)
+    except ParityError as error:
+        print(f"{error}; nothing was written to {args.out}", file=sys.stderr)
+        return PROBLEMS
+    print("\n".join(lines))
+    return OK
+
 
 if __name__ == "__main__":
     run(main)

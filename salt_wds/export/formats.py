@@ -1,131 +1,114 @@
-"""An exported encoder in forms that need no salt-wds: weights for timm's image model, a torch.export program, ONNX.
+"""An exported encoder in forms that need no salt-wds: weights for timm's image model, and a torch.export program.
 
-Each is written, read back and compared with the encoder it was made from; the largest difference is what they return.
+Each is written, read back and compared with the encoder it was made from.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from salt_wds.config import StudentConfig
 from salt_wds.models.exported import EncoderConfig, VideoEncoder
 from salt_wds.models.timm_vit import image_vit_arguments
 from salt_wds.runs.checkpoint import save_tensors
-from shard_tools.common.cli import CommandError
 
-TIMM_FILE, PROGRAM_FILE, ONNX_FILE = "timm_vit.safetensors", "encoder.pt2", "encoder.onnx"
-_ONNX_PACKAGES = ("onnx", "onnxscript")
-
-
-# --- timm ---------------------------------------------------------------------------------------------------------
+TIMM_FILE, PROGRAM_FILE = "timm_vit.safetensors", "encoder.pt2"
+_TOLERANCE = 1e-3  # of a token, which a norm has brought to a scale of 1
 
 
-def timm_call(config: EncoderConfig) -> str:
-    """The Python expression that makes the image model whose weights `timm_state` gives."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in _timm_arguments(config).items())
-    return f"timm.create_model({config.arch!r}, {arguments})"
+class ParityError(Exception):
+    """What was written does not give the tokens of the encoder it was made from."""
+
+
+def check_parity(file: str, difference: float) -> None:
+    """Compare the largest difference of a token with the tolerance.
+
+    Raises:
+        ParityError: it is larger, or not a number.
+    """
+    if not difference <= _TOLERANCE:
+        raise ParityError(
+            f"{file}: its tokens of a random clip differ by {difference:.3g} from those of the run's encoder"
+        )
+
+
+def write_timm(encoder: VideoEncoder, path: Path) -> str:
+    """Write `timm_state` and load it into timm's model; returns a description of the file.
+
+    Raises:
+        ParityError: on a clip without motion, other tokens than those of the encoder with its temporal positions
+            replaced by their mean.
+    """
+    config = encoder.config
+    arguments = _timm_arguments(config)
+    save_tensors(timm_state(encoder), path)
+    model = cast(VisionTransformer, timm.create_model(config.arch, **arguments)).eval()
+    model.load_state_dict(load_file(path), strict=True)
+    timeless = copy.deepcopy(encoder)
+    timeless.network.temporal_positions.copy_(timeless.network.temporal_positions.mean(dim=0, keepdim=True))
+    clip = random_clip(config)[:, :, :1].expand(-1, -1, config.num_frames, -1, -1)
+    with torch.inference_mode():
+        tokens = model.forward_features(clip[:, :, 0])  # (1, h * w, D)
+        over_time = timeless(clip).unflatten(1, (config.grid[0], -1))  # (1, t, h * w, D)
+        difference = (over_time - tokens[:, None]).abs().max().item()
+        cosine = nn.functional.cosine_similarity(tokens.mean(dim=1), encoder.pooled(clip)).item()
+    check_parity(TIMM_FILE, difference)
+    call = ", ".join([repr(config.arch), *(f"{name}={value!r}" for name, value in arguments.items())])
+    return (
+        f"for images: weights of `timm.create_model({call})`, input normalised as for the encoder. On a clip without "
+        f"motion it gives the encoder's tokens (largest difference {difference:.2g}) without its temporal positions; "
+        f"cosine of the two mean tokens with them: {cosine:.4f} on noise"
+    )
 
 
 def timm_state(encoder: VideoEncoder) -> dict[str, Tensor]:
-    """The encoder as a state dict of timm's VisionTransformer, an image standing for a clip in which nothing moves.
+    """The encoder as a state dict of timm's VisionTransformer, where an image stands for a clip without motion.
 
-    The kernel of the patch embedding is summed over its two frames: exact for such a clip. The positions are the
-    spatial ones plus the mean of the temporal ones. That is what is lost: in the encoder even the tokens of such a clip
-    differ over time, by their temporal positions.
+    The kernel of the patch embedding is summed over its two frames, which is exact for such a clip. The positions are
+    the spatial ones plus the mean of the temporal ones, so the differences over time are lost.
     """
     state = encoder.network.state_dict()
     temporal, spatial = state.pop("temporal_positions"), state.pop("spatial_positions")  # (t, 1, D), (1, h * w, D)
-    state["pos_embed"] = spatial + temporal.mean(dim=0, keepdim=True)
-    state["patch_embed.proj.weight"] = state.pop("patch_embed.weight").sum(dim=2)
-    if "patch_embed.bias" in state:
-        state["patch_embed.proj.bias"] = state.pop("patch_embed.bias")
-    return {_timm_name(name): tensor.contiguous() for name, tensor in state.items()}
+    state["patch_embed.weight"] = state["patch_embed.weight"].sum(dim=2)
+    renamed = {"patch_embed.weight": "patch_embed.proj.weight", "patch_embed.bias": "patch_embed.proj.bias"}
+    state = {renamed.get(name, name): tensor.contiguous() for name, tensor in state.items()}
+    return {"pos_embed": spatial + temporal.mean(dim=0, keepdim=True), **state}
 
 
-def write_timm(encoder: VideoEncoder, path: Path) -> tuple[float, float]:
-    """Write `timm_state`, and load it into timm's model with strict=True.
-
-    Returns:
-        On a random clip in which nothing moves: the largest difference of a token from the encoder's whose temporal
-        positions are their mean (rounding), and the cosine of the mean token with that of the encoder as it is (what is
-        lost).
-    """
-    save_tensors(timm_state(encoder), path)
-    model = timm.create_model(encoder.config.arch, **_timm_arguments(encoder.config))
-    model.load_state_dict(load_file(path), strict=True)
-    model.eval()
-    still = copy.deepcopy(encoder)
-    still.network.temporal_positions.copy_(still.network.temporal_positions.mean(dim=0, keepdim=True))
-    clip = random_clip(encoder.config)[:, :, :1].expand(-1, -1, encoder.config.num_frames, -1, -1)
-    with torch.inference_mode():
-        tokens = model.forward_features(clip[:, :, 0])  # (1, h * w, D)
-        over_time = still(clip).unflatten(1, (encoder.config.grid[0], -1))  # (1, t, h * w, D)
-        difference = (over_time - tokens[:, None]).abs().max().item()
-        cosine = nn.functional.cosine_similarity(tokens.mean(dim=1), encoder.pooled(clip)).item()
-    return difference, cosine
-
-
-def _timm_arguments(config: EncoderConfig) -> dict[str, object]:
+def _timm_arguments(config: EncoderConfig) -> dict[str, Any]:
     sizes = StudentConfig(arch=config.arch, width=config.width, depth=config.depth, heads=config.heads)
     return image_vit_arguments(sizes, config.grid)
 
 
-def _timm_name(name: str) -> str:
-    return name.replace("embed_norm.", "patch_embed.norm.", 1) if name.startswith("embed_norm.") else name
+def write_program(encoder: VideoEncoder, path: Path) -> str:
+    """Write the encoder as a torch.export program for any number of clips; returns a description of the file.
 
-
-# --- programs -----------------------------------------------------------------------------------------------------
-
-
-def write_program(encoder: VideoEncoder, path: Path) -> float:
-    """Write the encoder as a torch.export program for any number of clips; the largest difference of a token."""
-    program = torch.export.export(
-        encoder, (_two_clips(encoder),), dynamic_shapes={"video": {0: torch.export.Dim.DYNAMIC}}
-    )
+    Raises:
+        ParityError: the program gives other tokens.
+    """
+    clip = random_clip(encoder.config)
+    example = clip.repeat(2, 1, 1, 1, 1)  # of one clip torch would take the number for fixed
+    program = torch.export.export(encoder, (example,), dynamic_shapes={"video": {0: torch.export.Dim.DYNAMIC}})
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()
-    clip = random_clip(encoder.config)
     with torch.inference_mode():
-        return (loaded(clip) - encoder(clip)).abs().max().item()
+        difference = (loaded(clip) - encoder(clip)).abs().max().item()
+    check_parity(PROGRAM_FILE, difference)
+    return f"`torch.export.load(...).module()`, any number of clips, largest difference {difference:.2g}"
 
 
-def check_onnx() -> None:
-    """Raises:
-    CommandError: packages that writing ONNX takes are not installed; they are no part of this project's.
-    """
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(f"--onnx: {' and '.join(missing)} not installed; pip install {' '.join(_ONNX_PACKAGES)}")
-
-
-def write_onnx(encoder: VideoEncoder, path: Path) -> float:
-    """Write the encoder as ONNX for any number of clips; the largest difference of a token, as ONNX's own (slow)
-    reference runs it."""
-    from onnx.reference import ReferenceEvaluator  # not everywhere installed; see check_onnx
-
-    torch.onnx.export(
-        encoder, (_two_clips(encoder),), path, dynamo=True, verbose=False,
-        input_names=["video"], output_names=["tokens"], dynamic_shapes={"video": {0: torch.export.Dim.DYNAMIC}},
-    )  # fmt: skip
-    clip = random_clip(encoder.config)
-    (tokens,) = ReferenceEvaluator(str(path)).run(None, {"video": clip.numpy()})
-    with torch.inference_mode():
-        return (torch.from_numpy(tokens) - encoder(clip)).abs().max().item()
+FORMATS = {TIMM_FILE: write_timm, PROGRAM_FILE: write_program}
 
 
 def random_clip(config: EncoderConfig, seed: int = 0) -> Tensor:
     """One clip (1, 3, T, S, S) of normalised noise."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, 3, config.num_frames, config.size, config.size, generator=generator)
-
-
-def _two_clips(encoder: VideoEncoder) -> Tensor:
-    """What the program is traced with: of one clip torch would take the number for fixed."""
-    return random_clip(encoder.config).repeat(2, 1, 1, 1, 1)

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from salt_wds.config import Config
-from salt_wds.models.from_run import RunTeacher, load_run_teacher
-from salt_wds.models.patches import PixelTargets
+from salt_wds.models.from_run import load_run_teacher
 from salt_wds.models.student import Student, build_student
-from salt_wds.models.teacher import Teacher, load_teacher
+from salt_wds.models.teacher import Teacher, load_teacher, pixel_targets
 from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)
@@ -32,42 +31,37 @@ def pick_device(name: str) -> torch.device:
 
 
 def multiplies_bf16_slowly(device: torch.device) -> bool:
-    """Whether a matrix product in bf16 takes about ten times that in fp32: on x86 processors without AVX-512."""
+    """Whether bf16 matrix products are about ten times slower than fp32: x86 processors without AVX-512."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-FrozenTeacher = Teacher | RunTeacher | PixelTargets
-"""Of published weights, of an earlier run, or none (objective = "pixels"): all with the same interface."""
 
 
 @dataclass(frozen=True)
 class Models:
     """The two networks, on the device."""
 
-    teacher: FrozenTeacher
+    teacher: Teacher
     student: Student
 
 
 def build_models(config: Config, device: torch.device) -> Models:
-    """Frozen teacher and fresh student; seed torch first.
+    """Frozen teacher and new student; seed torch first.
 
     Raises:
-        CommandError: weights missing or of another layout, or sizes that do not fit each other.
+        CommandError: weights are missing or of another layout, or sizes do not fit each other.
     """
-    teacher: FrozenTeacher = PixelTargets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
+    teacher = pixel_targets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
     # Checkpointing is set with the step, which may have to measure it first (tuning).
     student = build_student(config.student, grid=config.grid, target_width=teacher.width, checkpointing="off")
     return Models(teacher.to(device), student.to(device).train())
 
 
-def build_teacher(config: Config) -> Teacher | RunTeacher:
-    """The frozen teacher of a run on latents, on the CPU, in the precision it trains with.
+def build_teacher(config: Config) -> Teacher:
+    """The frozen teacher of a run on latents, on the CPU, in the precision it runs in.
 
     Raises:
-        CommandError: weights missing or of another layout, or sizes that do not fit each other.
+        CommandError: weights are missing or of another layout, or sizes do not fit each other.
     """
     found = load_run_teacher(Path(config.teacher.weights).expanduser(), config)
-    teacher: Teacher | RunTeacher
     if found is not None:
         teacher, origin = found
         log.info("teacher: %s", origin)

@@ -1,7 +1,7 @@
 """An exported encoder: a folder that needs no run, no teacher and no data set, and the module it loads into.
 
     model.safetensors   the encoder alone, fp32: patch_embed (Conv3d), spatial_ and temporal_positions, blocks, norm
-    config.json         sizes, what a clip must be, where it comes from; size and hash of the weights (EncoderConfig)
+    config.json         sizes, what a clip must be, origin, size and hash of the weights (EncoderConfig)
     README.md           a model card
 
 Loading is strict and runs nothing from the folder: JSON and safetensors only.
@@ -30,8 +30,7 @@ from shard_tools.common.cli import CommandError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "salt-wds-encoder"
-FORMAT_VERSION = 1
-COLOUR = (
+COLOUR = (  # stands in config.json of old exports, too
     "RGB in 0..1, less mean, divided by std; YUV video is converted by its own matrix and range, and where it names "
     "none as bt601 limited"
 )
@@ -56,8 +55,8 @@ class EncoderConfig(Section):
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
-    tubelet: Literal[2] = TUBELET
-    patch: Literal[16] = PATCH
+    tubelet: Literal[2] = 2
+    patch: Literal[16] = 16
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Tokens along time, height and width; a token's number is (time * height + row) * width + column."""
     num_frames: PositiveInt
@@ -74,10 +73,10 @@ class EncoderConfig(Section):
     step: NonNegativeInt
     """Of the checkpoint."""
     ema: bool
-    """Whether the weights are the running mean of the student's."""
+    """Whether the weights are the moving average of the student's."""
     weights: WeightsFile
     created_by: dict[str, str]
-    """Versions."""
+    """Versions of salt_wds, torch and timm."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -117,10 +116,10 @@ class VideoEncoder(nn.Module):
         return self(video).mean(dim=1)
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """Frames as decoders give them -> what `forward` takes, (B, 3, T, S, S) of the weights' type, on their device.
+        """The input of `forward` from decoded frames: (B, 3, T, S, S) of the weights' type, on their device.
 
         The largest central square of each frame is resized to S x S, bilinearly, or by area where it shrinks to less
-        than half: as in evaluation, which does it on YUV planes, so that pixels differ by the resizing of chroma.
+        than half. Evaluation does the same on YUV planes, so its pixels differ by the resizing of chroma.
 
         Args:
             frames: uint8 RGB (B, T, H, W, 3): every `config.frame_stride`-th frame of the video.
@@ -138,7 +137,7 @@ class VideoEncoder(nn.Module):
         b, t, height, width, _ = frames.shape
         side = min(height, width)
         y, x = ((length - side) // 2 for length in (height, width))
-        y, x = y - y % 2, x - x % 2  # as views does, for the sake of chroma
+        y, x = y - y % 2, x - x % 2  # even, as in data.views, because chroma has half the resolution
         square = frames[:, :, y : y + side, x : x + side].to(weight.device).flatten(0, 1)
         pictures = square.permute(0, 3, 1, 2).float() / 255
         if side > 2 * c.size:
@@ -148,7 +147,7 @@ class VideoEncoder(nn.Module):
         return self.normalise(pictures.unflatten(0, (b, t)).transpose(1, 2)).to(weight.dtype)
 
     def normalise(self, rgb: Tensor) -> Tensor:
-        """RGB (B, 3, T, S, S) in 0..1, less the mean, divided by the standard deviation."""
+        """RGB (B, 3, T, S, S) in 0..1, minus the mean, divided by the standard deviation."""
         mean, std = (rgb.new_tensor(values).reshape(3, 1, 1, 1) for values in (self.config.mean, self.config.std))
         return (rgb - mean) / std
 
@@ -172,7 +171,7 @@ def load_encoder(folder: str | Path) -> VideoEncoder:
         )
     student = StudentConfig(arch=config.arch, width=config.width, depth=config.depth, heads=config.heads)
     try:
-        with torch.device("meta"):  # weights that would be drawn only to be replaced
+        with torch.device("meta"):  # draws no weights that would only be replaced
             network = build_encoder(student, config.grid)
         network.load_state_dict(load_file(path), assign=True)
     except (CommandError, RuntimeError, SafetensorError) as error:
@@ -187,38 +186,23 @@ def read_config(folder: Path) -> EncoderConfig:
     """config.json of an exported encoder.
 
     Raises:
-        CommandError: no such folder, another kind of folder, another version, a damaged file.
+        CommandError: another kind of folder, another version, a damaged file.
     """
     path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise CommandError(f"{folder}: no such folder; export a run first: python -m salt_wds.export RUN OUT")
-    if not path.is_file():
-        if (folder / "checkpoints").is_dir():
-            raise CommandError(
-                f"{folder}: a run, not an exported encoder; python -m salt_wds.export {folder} OUT makes one"
-            )
-        raise CommandError(f"{folder}: not an exported encoder, it has no {CONFIG_FILE}; name the OUT of an export")
     try:
-        table = json.loads(path.read_bytes())
-        kind = table.get("model_type") if isinstance(table, dict) else None
-        if kind != MODEL_TYPE:
-            raise CommandError(
-                f"{path}: of another kind of model ({kind!r}); name the OUT of python -m salt_wds.export"
-            )
-        if table.get("format_version") != FORMAT_VERSION:
-            raise CommandError(
-                f"{path}: format version {table.get('format_version')}, this program reads {FORMAT_VERSION}; use the "
-                "salt_wds that wrote it, or export the run again"
-            )
-        return EncoderConfig.model_validate_json(json.dumps(table))  # as JSON: strict, yet arrays fill tuples
+        return EncoderConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CommandError(
+            f"{folder}: not an exported encoder, it has no {CONFIG_FILE}; python -m salt_wds.export RUN OUT makes one "
+            "from a run"
+        ) from None
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
         raise CommandError(
-            f"{path}: {where + ': ' if where else ''}{one_line(problem['msg'])}; export it again"
+            f"{path}: not that of an encoder that this version reads ({where}: {one_line(problem['msg'])}); export the "
+            "run again, or use the salt_wds that wrote it"
         ) from None
-    except ValueError as error:
-        raise CommandError(f"{path}: not JSON ({error}); copy or export it again") from None
 
 
 def is_export(folder: Path) -> bool:
@@ -231,7 +215,7 @@ def is_export(folder: Path) -> bool:
 
 
 def save_encoder(folder: Path, network: Encoder, **described: Any) -> EncoderConfig:
-    """Write weights and config.json into an existing folder; what config.json then says.
+    """Write weights and config.json into an existing folder; returns the content of config.json.
 
     Args:
         described: the fields of EncoderConfig that the network does not tell.
@@ -246,7 +230,7 @@ def save_encoder(folder: Path, network: Encoder, **described: Any) -> EncoderCon
     config = EncoderConfig(
         width=network.width,
         depth=len(network.blocks),
-        heads=next(module.num_heads for module in network.blocks.modules() if hasattr(module, "num_heads")),
+        heads=network.heads,
         grid=network.grid,
         weights=fingerprint(folder / WEIGHTS_FILE),
         **described,
@@ -259,7 +243,7 @@ def fingerprint(path: Path) -> WeightsFile:
     """Size and SHA-256 of the weights' file; SHA-256, because that is what model hubs show and shells check."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return WeightsFile(file=WEIGHTS_FILE, bytes=file.tell(), sha256=digest)
+        return WeightsFile(file="model.safetensors", bytes=file.tell(), sha256=digest)
 
 
 def versions(created_by: dict[str, str]) -> str:

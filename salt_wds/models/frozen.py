@@ -1,46 +1,46 @@
-"""Encoders as they are evaluated: frozen; clips in, all tokens out. A run's student, its teacher, one of random weights.
+"""Frozen encoders, clips in, all tokens out: a run's student, its teacher, or one of random weights.
 
-Probes, reports and exports take them from here, so that all of them see the same features, made as training made them.
+Probes, reports and exports take them from here, so that all of them see the features that training saw.
 
 Shapes: B clips, T frames, P bytes of a frame (YUV 4:2:0), N tokens, D width.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from salt_wds.config import Config
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.models.build import build_teacher
-from salt_wds.models.from_run import checkpoint_in, student_in
+from salt_wds.models.from_run import find_checkpoint, load_student
 from salt_wds.models.student import Student, build_student
+from salt_wds.models.teacher import Teacher
 from salt_wds.runs.folder import read_run
 from shard_tools.common.cli import CommandError
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """`encoder(clips, colour)` -> tokens.
-
-    `name` is "student", "student (mean)", "teacher", "random" or "supervised"; `step` is that of the checkpoint, None without one;
-    `config` is of the run it belongs to, and says which clips it wants (config.data: num_frames, frame_stride, size);
-    `plan_hash` is of the data the checkpoint was trained on.
-    """
+    """`encoder(clips, colour)` -> tokens."""
 
     name: str
-    network: nn.Module
-    tokens_of: Callable[[Tensor], Tensor]
-    width: int
+    """student, student_ema, teacher, random or supervised."""
+    network: Student | Teacher
     config: Config
+    """Of the run it belongs to; config.data says which clips it takes (num_frames, frame_stride, size)."""
     device: torch.device
     step: int | None = None
+    """Of the checkpoint."""
     plan_hash: str | None = None
+    """Of the data that the checkpoint was trained on."""
+
+    @property
+    def width(self) -> int:
+        return self.network.width
 
     def __call__(self, clips: Tensor, colour: Tensor) -> Tensor:
         """Tokens (B, N, D) in fp32 of clips (B, T, P) uint8 and colour (B,) int64, as the loader gives them."""
@@ -48,7 +48,7 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def video(self, clips: Tensor, colour: Tensor) -> Tensor:
-        """What `encode` takes, (B, 3, T, S, S): the same for all encoders of a run."""
+        """The input of `encode`, (B, 3, T, S, S): the same for all encoders of a run."""
         clips, colour = clips.to(self.device), colour.to(self.device)
         return to_normalised_rgb(clips, colour, self.config.data.size, torch.bfloat16 if self._bf16 else torch.float32)
 
@@ -56,12 +56,7 @@ class FrozenEncoder:
     def encode(self, video: Tensor) -> Tensor:
         """Tokens (B, N, D) in fp32. Ordinary tensors, which other networks can learn from."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            return self.tokens_of(video).float()
-
-    @property
-    def file_name(self) -> str:
-        """`name` as a part of the names of files: "student-mean"."""
-        return "-".join(re.findall(r"\w+", self.name))
+            return self.network.encode(video).float()
 
     @property
     def _bf16(self) -> bool:
@@ -72,18 +67,19 @@ def student_of(run_dir: Path, device: torch.device, *, ema: bool = False) -> Fro
     """The student in the newest whole checkpoint of a run: tokens after its final norm.
 
     Args:
-        ema: the running mean of its parameters instead (optim.ema).
+        ema: take the moving average of its parameters instead (optim.ema).
 
     Raises:
-        CommandError: not a run, or no whole checkpoint (with that mean).
+        CommandError: not a run, or no whole checkpoint (with that average).
     """
     config = read_run(run_dir)
-    found = checkpoint_in(run_dir)
-    if found is None:
-        raise CommandError(f"{run_dir}: has no checkpoint yet; one is written every train.checkpoint_every steps")
+    found = find_checkpoint(run_dir)
+    assert found is not None, "a folder with a config.toml is a run"
     path, state = found
-    student = student_in(path, config, ema=ema)
-    return _frozen("student (mean)" if ema else "student", student, config, device, state["step"], state["plan_hash"])
+    student = load_student(path, config, ema=ema).to(device).eval().requires_grad_(False)
+    return FrozenEncoder(
+        "student_ema" if ema else "student", student, config, device, state["step"], state["plan_hash"]
+    )
 
 
 def random_of(config: Config, device: torch.device, seed: int = 0) -> FrozenEncoder:
@@ -92,7 +88,7 @@ def random_of(config: Config, device: torch.device, seed: int = 0) -> FrozenEnco
         torch.default_generator.manual_seed(seed)
         untrained = config.student.model_copy(update={"pretrained": False})
         student = build_student(untrained, grid=config.grid, target_width=1, checkpointing="off")
-    return _frozen("random", student, config, device, None, None)
+    return FrozenEncoder("random", student.to(device).eval().requires_grad_(False), config, device)
 
 
 def teacher_of(config: Config, device: torch.device) -> FrozenEncoder:
@@ -103,12 +99,4 @@ def teacher_of(config: Config, device: torch.device) -> FrozenEncoder:
     """
     if config.objective != "latents":
         raise CommandError(f'a run with objective = "{config.objective}" has no teacher')
-    teacher = build_teacher(config).to(device)
-    return FrozenEncoder("teacher", teacher, teacher, teacher.width, config, device)
-
-
-def _frozen(
-    name: str, student: Student, config: Config, device: torch.device, step: int | None, plan_hash: str | None
-) -> FrozenEncoder:
-    student = student.to(device).eval().requires_grad_(False)
-    return FrozenEncoder(name, student, student.encode, student.width, config, device, step, plan_hash)
+    return FrozenEncoder("teacher", build_teacher(config).to(device), config, device)

@@ -14,32 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from salt_wds.config import PATCH, TUBELET, StudentConfig
-from salt_wds.models.timm_vit import image_vit, inflate, load_image_weights
+from salt_wds.config import StudentConfig
+from salt_wds.models.timm_vit import Grid, image_vit, inflate, load_image_weights, tubelets
 from shard_tools.common.cli import CommandError
 
-Grid = tuple[int, int, int]
 Checkpointing = Literal["off", "selective", "full"]
 
-_INIT_STD = 0.02  # of timm's ViT and of everything added to it
+_INIT_STD = 0.02  # as in timm's ViT
 
 
 def build_student(config: StudentConfig, *, grid: Grid, target_width: int, checkpointing: Checkpointing) -> Student:
     """Student with weights drawn from torch's global generator (seed it first), or inflated from an image model.
 
     Args:
-        config: architecture, mode and sizes.
         grid: (t, h, w) tokens of a clip.
         target_width: width of the teacher's tokens.
-        checkpointing: see `set_checkpointing`.
+        checkpointing: see `Student.set_checkpointing`.
 
     Raises:
         CommandError: `student.arch` is not a timm VisionTransformer with patch 16, sizes do not fit each other, or
@@ -62,7 +61,7 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
 
 
 def build_encoder(config: StudentConfig, grid: Grid) -> Encoder:
-    """The encoder alone, with timm's own weights from scratch, or inflated ones; errors of `build_student`."""
+    """The encoder alone, with timm's initial weights or inflated ones; raises as `build_student`."""
     vit = image_vit(config, grid)
     if config.pretrained:
         load_image_weights(vit, config, grid)
@@ -97,7 +96,7 @@ class Student(nn.Module):
         return self.head(_take(self._with_mask_tokens(video, masked), masked))
 
     def features(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """The encoder's tokens at visible places, as the forward pass has them: (B, V, D)."""
+        """The encoder's tokens at visible places in the forward pass: (B, V, D)."""
         if self.predictor is not None:
             return self.encoder(video, visible)
         return _take(self._with_mask_tokens(video, masked), visible)
@@ -110,16 +109,19 @@ class Student(nn.Module):
         return self.encoder.transform(embeddings + positions)
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """What the backward pass computes again instead of keeping it: nothing, every block's MLP, every block.
+        """Choose what the backward pass recomputes: nothing, every block's MLP, or every block.
 
         Raises:
             CommandError: selective, and the blocks are not timm's plain ones.
         """
-        stacks = [self.encoder] if self.predictor is None else [self.encoder, self.predictor]
-        kinds = {type(block) for stack in stacks for block in stack.blocks}
-        if checkpointing == "selective" and kinds != {Block}:
-            names = ", ".join(sorted(kind.__name__ for kind in kinds - {Block}))
-            raise CommandError(f'train.checkpointing = "selective": cannot cut blocks of kind {names}; use "full"')
+        stacks: list[Encoder | Predictor] = [self.encoder]
+        if self.predictor is not None:
+            stacks.append(self.predictor)
+        others = {type(block).__name__ for stack in stacks for block in stack.blocks if type(block) is not Block}
+        if checkpointing == "selective" and others:
+            raise CommandError(
+                f'train.checkpointing = "selective": cannot cut blocks of kind {", ".join(sorted(others))}; use "full"'
+            )
         for stack in stacks:
             stack.checkpointing = checkpointing
 
@@ -129,35 +131,36 @@ class Student(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A timm VisionTransformer over tubelets. Attributes: `width` (D), `num_tokens` (N), `grid`."""
+    """A timm VisionTransformer over tubelets. Attributes: `width` (D), `num_tokens` (N), `grid`, `blocks`, `heads`."""
 
     def __init__(self, vit: VisionTransformer, grid: Grid) -> None:
         super().__init__()
         t, h, w = grid
+        image_patches = cast(PatchEmbed, vit.patch_embed)
+        assert vit.pos_embed is not None
         self.grid, self.width, self.num_tokens = grid, vit.embed_dim, t * h * w
         self.checkpointing: Checkpointing = "off"
-        self.patch_embed = inflate(vit.patch_embed.proj)
-        self.embed_norm = vit.patch_embed.norm
+        self.patch_embed = inflate(image_patches.proj)
+        self.embed_norm = image_patches.norm
         self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
         self.temporal_positions = nn.Parameter(_temporal_table(t, self.width))  # (t, 1, D)
-        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
-        _hold_key_biases(self.blocks)
+        self.norm_pre, self.norm = vit.norm_pre, cast(nn.Module, vit.norm)
+        self.blocks = cast(nn.Sequential, vit.blocks)
+        self.heads = cast(int, next(m.num_heads for m in self.blocks.modules() if hasattr(m, "num_heads")))
+        _fix_key_biases(self.blocks)
 
     def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
-        """Tokens of (B, 3, T, H, W) after the final norm: all N, or the V of `index` (B, V), which alone are seen."""
+        """Tokens of (B, 3, T, H, W) after the final norm: all N, or only the V of `index` (B, V), unaware of others."""
         embeddings, positions = self.embed(video, index)
         return self.transform(embeddings + positions)
 
     def embed(self, video: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Patch embeddings (B, N or V, D), and positions that broadcast against them.
 
-        The convolution's kernel is its stride, so it is one matrix product over patches. Written as such it needs no
-        3D convolution kernels, which are slow in bf16, and only the patches of `index` take part.
+        The convolution's kernel is its stride, so it is written as one matrix product: 3D convolutions are slow in
+        bf16, and only the patches of `index` take part.
         """
-        b, c, _, _, _ = video.shape
-        t, h, w = self.grid
-        patches = video.reshape(b, c, t, TUBELET, h, PATCH, w, PATCH).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        patches = patches.reshape(b, self.num_tokens, -1)  # (B, N, 3 * 2 * 16 * 16)
+        patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
         positions = (self.temporal_positions + self.spatial_positions).reshape(1, self.num_tokens, self.width)
         if index is not None:
             patches, positions = _take(patches, index), _take(positions, index)
@@ -165,7 +168,7 @@ class Encoder(nn.Module):
         return self.embed_norm(embeddings), positions
 
     def transform(self, tokens: Tensor) -> Tensor:
-        """Blocks and final norm, whatever the number of tokens."""
+        """Blocks and final norm over any number of tokens."""
         tokens = self.norm_pre(tokens)
         return self.norm(_run(self.blocks, tokens, self.checkpointing, self.training))
 
@@ -173,9 +176,11 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Narrow transformer over the visible tokens and a mask token for each masked place; source: V-JEPA."""
 
+    positions: Tensor
+
     def __init__(self, config: StudentConfig, grid: Grid, width: int, target_width: int) -> None:
         super().__init__()
-        inner, norm = config.predictor_width, partial(nn.LayerNorm, eps=1e-6)
+        inner, norm = config.predictor_width, cast(type[nn.Module], partial(nn.LayerNorm, eps=1e-6))
         self.checkpointing: Checkpointing = "off"
         self.embed = _linear(width, inner)
         self.mask_token = _parameter(1, 1, inner)
@@ -188,7 +193,7 @@ class Predictor(nn.Module):
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
-        _hold_key_biases(self.blocks)
+        _fix_key_biases(self.blocks)
 
     def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """(B, V, D) at `visible` (B, V) -> predictions (B, K, target width) at `masked` (B, K)."""
@@ -201,9 +206,9 @@ class Predictor(nn.Module):
 class QueryKeyValue(nn.Linear):
     """timm's product for query, key and value, without a gradient for the key's bias.
 
-    That bias adds the same to all scores of a query, which softmax takes away again (BEiT and VideoMAE have none): its
-    gradient is rounding and nothing else. AdamW divides by the size of gradients, so it would make whole steps of that,
-    different ones for every number of ranks.
+    That bias adds the same number to all scores of a query, which softmax removes (BEiT and VideoMAE have none), so its
+    gradient is only rounding error. AdamW divides by the size of gradients and would turn it into whole steps that differ
+    with the number of ranks.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -211,8 +216,8 @@ class QueryKeyValue(nn.Linear):
         return F.linear(tokens, self.weight, torch.cat([query, key.detach(), value]))
 
 
-def _hold_key_biases(blocks: Iterable[nn.Module]) -> None:
-    """Where attention is timm's plain one; after a norm of the keys, for one, their bias does count."""
+def _fix_key_biases(blocks: Iterable[nn.Module]) -> None:
+    """Only in timm's plain attention; where the keys are normalised, for one, their bias does count."""
     for block in blocks:
         attention = getattr(block, "attn", None)
         if type(attention) is Attention and type(attention.k_norm) is nn.Identity and attention.qkv.bias is not None:
@@ -224,25 +229,24 @@ def _hold_key_biases(blocks: Iterable[nn.Module]) -> None:
 def _run(blocks: Iterable[nn.Module], tokens: Tensor, checkpointing: Checkpointing, training: bool) -> Tensor:
     for block in blocks:
         if checkpointing == "full" and training:
-            tokens = _again(block, tokens)
+            tokens = _recompute(block, tokens)
         elif checkpointing == "selective" and training:
-            tokens = _again(partial(_mlp_half, block), _attention_half(block, tokens))
+            plain = cast(Block, block)
+            tokens = _recompute(partial(_mlp_half, plain), _attention_half(plain, tokens))
         else:
             tokens = block(tokens)
     return tokens
 
 
-def _again(part: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    """`part(tokens)`, computed again in the backward pass."""
+def _recompute(part: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """`part(tokens)`, whose activations the backward pass recomputes."""
     # No block draws random numbers (timm's rates are 0), and saving the generator's state waits for the GPU.
     return checkpoint(part, tokens, use_reentrant=False, preserve_rng_state=False)
 
 
-# A block of timm in two, for "selective". The MLP's half holds most of a block's activations (9 of about 16 widths a
-# token: norm, hidden layer, GELU), and only its first product, a third of the block's weights, is needed again: the
-# second one's result is not. A policy by operator (create_selective_checkpoint_contexts) could save a little more, but
-# has to name the operators of every kernel and precision, and puts Python around each of them where nothing is compiled;
-# a whole function in `checkpoint` is what torch.compile has always supported.
+# The two halves of a timm block, for "selective": the MLP's holds most of a block's activations (9 of about 16 widths a
+# token), and recomputing them takes only its first product, a third of the block's weights. A policy by operator
+# (create_selective_checkpoint_contexts) would have to name the operators of every kernel and precision.
 
 
 def _attention_half(block: Block, tokens: Tensor) -> Tensor:
@@ -264,11 +268,11 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _init_as_mae(student: Student) -> None:
-    """Weights from scratch as MAE's (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, query, key and value as one
-    matrix each (MoCo v3), and the patch embedding as a linear layer with a kernel of its own for each frame of a tubelet.
+    """Initialise as MAE (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, query, key and value as one matrix each
+    (MoCo v3), the patch embedding as a linear layer with a kernel of its own for each frame of a tubelet.
 
-    timm's standard deviation of 0.02 suits widths of about 768: in narrow models its blocks add next to nothing at first,
-    and what only products of features tell, such as motion, is learned late.
+    timm's standard deviation of 0.02 suits widths of about 768. In narrow models its blocks add almost nothing at first,
+    and motion, which only products of features show, is learned late.
     """
     for name, module in student.named_modules():
         if isinstance(module, nn.Linear):
@@ -278,9 +282,8 @@ def _init_as_mae(student: Student) -> None:
 
 
 def _temporal_table(t: int, width: int) -> Tensor:
-    """(t, 1, D): sinusoids of the time, of the scale of timm's positions, with mean 0 over time.
-
-    Mean 0, so that the spatial table stays the mean over time: an inflated model starts from its own positions.
+    """(t, 1, D): sinusoids of the time at the scale of timm's positions; their mean over time is 0, so that an inflated
+    model starts from its own positions.
     """
     table = _sinusoid(t, width)
     table = table - table.mean(dim=0)

@@ -1,7 +1,7 @@
-"""The frozen teacher: published VideoMAE weights in transformers' own `VideoMAEModel`, nothing remote, nothing guessed.
+"""The frozen teacher, whose tokens the student regresses: published VideoMAE weights, an earlier run, or plain pixels.
 
-The target is the tokens after the last block, before any norm (SALT, arXiv 2509.24317; MVD, ruiwang2021/mvd), so
-whatever comes after the blocks in a checkpoint is left out, and by name.
+Published weights go into transformers' own `VideoMAEModel`; no remote code runs. The target is the tokens after the last
+block, before any norm (SALT, arXiv 2509.24317; MVD, ruiwang2021/mvd), so a checkpoint's later layers are left out.
 
 Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens, D width.
 """
@@ -9,6 +9,7 @@ Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -18,10 +19,45 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from salt_wds.config import PATCH, TUBELET
-from salt_wds.models.teacher_weights import Architecture, Grid, Layout, architecture_of, load_strictly, locate, read
+from salt_wds.models.teacher_weights import (
+    Architecture,
+    load_strictly,
+    locate_weights,
+    map_keys,
+    read_architecture,
+    read_state,
+)
+from salt_wds.models.timm_vit import Grid, tubelets
 from shard_tools.common.cli import CommandError
 
 logger = logging.getLogger(__name__)
+
+
+class Teacher(nn.Module):
+    """A frozen network: `teacher(video)` maps normalised video (B, 3, T, H, W) to target tokens (B, N, D).
+
+    Attributes: `width` (D), `num_tokens` (N), and of its transformer the `blocks` and the `heads` of each; targets that
+    are no network's output have no blocks.
+    """
+
+    def __init__(
+        self, network: nn.Module, width: int, num_tokens: int, blocks: Sequence[nn.Module] = (), heads: int = 0
+    ) -> None:
+        super().__init__()
+        self.network, self.width, self.num_tokens, self.heads = network, width, num_tokens, heads
+        self.blocks = tuple(blocks)  # a tuple, because `network` has registered them already
+        self.requires_grad_(False).eval()
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.network(video)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """The same, by the name that the student's encoder has."""
+        return self(video)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode, also as part of a model that is set to training."""
+        return super().train(False)
 
 
 def load_teacher(
@@ -34,44 +70,62 @@ def load_teacher(
     random_heads: int = 12,
     seed: int = 0,
 ) -> Teacher:
-    """Teacher in evaluation mode, without gradients, fp32, on the CPU; the global generator is left as it was.
+    """Load a VideoMAE teacher in fp32 on the CPU; torch's global generator keeps its state.
 
     Args:
         weights: name on the Hugging Face hub (OpenGVLab/VideoMAEv2-Base: licence CC-BY-NC-4.0, not for commercial
             use); folder with config.json and model.safetensors or pytorch_model.bin; a .safetensors, .pth, .pt or .bin
             file, sizes from a config.json beside it or from the shapes; or "random", an untrained one for tests.
-        size: height and width of the run's clips. Where it or `num_frames` is not the checkpoint's own, its position
-            table is interpolated (trilinearly over time, height and width): VideoMAE numbers tokens in one row, so a
-            sinusoid of another length would give every place another meaning.
+        size: height and width of the run's clips. Where it or `num_frames` differs from the checkpoint's, the position
+            table is interpolated trilinearly over time, height and width, because VideoMAE numbers all tokens in one
+            row: a sinusoid of another length would give every place another meaning.
         num_frames: T of the run's clips.
-        random_width, random_depth, random_heads, seed: of weights = "random" only.
+        random_width, random_depth, random_heads, seed: for weights = "random" only.
 
     Raises:
-        CommandError: no such file, folder or hub repository, damaged file, keys or sizes that are not those of a
-            VideoMAE encoder with tubelet 2 and patch 16; says what was found and what to do.
+        CommandError: the weights are missing, damaged, or not those of a VideoMAE encoder with tubelet 2 and patch 16.
     """
     if weights == "random":
         logger.warning(
-            "teacher.weights = random: the teacher is UNTRAINED (width %d, %d blocks, %d heads, seed %d); "
-            "good for tests and dry runs, a student of it learns nothing of use",
-            random_width, random_depth, random_heads, seed,
-        )  # fmt: skip
+            "teacher.weights = random: the teacher is UNTRAINED (width %d, %d blocks, %d heads, seed %d); use it for "
+            "tests and dry runs only, its student learns nothing useful",
+            *(random_width, random_depth, random_heads, seed),
+        )
         architecture = Architecture(random_width, random_depth, random_heads, 4 * random_width)
         model = _build(architecture, "teacher.random_heads", seed)
     else:
-        file, config_file = locate(weights)
-        state = read(file)
-        layout = Layout.of(state, file)
-        architecture = architecture_of(layout, file, config_file)
+        file, config_file = locate_weights(weights)
+        found = map_keys(read_state(file), file)
+        architecture = read_architecture(found, config_file)
         model = _build(architecture, str(config_file or file), seed)
-        load_strictly(model, layout, file, config_file)
+        load_strictly(model, found, config_file)
         logger.info("teacher: %s, %s", file, architecture)
     grid = (num_frames // TUBELET, size // PATCH, size // PATCH)
-    return Teacher(model, position_table(architecture.grid, grid, architecture.width))
+    positions = position_table(architecture.grid, grid, architecture.width)
+    return Teacher(
+        _VideoMAE(model, positions), architecture.width, positions.shape[1], model.encoder.layer, architecture.heads
+    )
 
 
-class Teacher(nn.Module):
-    """`teacher(video)` -> tokens. Attributes: `width` (D), `num_tokens` (N), `tubelet` (2), `patch` (16)."""
+def pixel_targets(num_tokens: int) -> Teacher:
+    """The targets of stage 1 (objective = "pixels"): each token's own patch, 1536 values.
+
+    With loss.target_norm = "layer" every patch is normalised by its own mean and standard deviation, which is MAE's
+    norm_pix_loss (arXiv 2111.06377) and how SALT trains its teachers (V-Pixel).
+    """
+    return Teacher(_Patches(), TUBELET * PATCH * PATCH * 3, num_tokens)
+
+
+class _Patches(nn.Module):
+    def forward(self, video: Tensor) -> Tensor:
+        """Patches (B, N, 1536); the values of one in VideoMAE's order: frame, row, column, channel."""
+        return tubelets(video).permute(0, 1, 3, 4, 5, 2).flatten(2)
+
+
+class _VideoMAE(nn.Module):
+    """Patch embedding, positions and blocks of transformers' model."""
+
+    positions: Tensor
 
     def __init__(self, model: VideoMAEModel, positions: Tensor) -> None:
         super().__init__()
@@ -79,34 +133,12 @@ class Teacher(nn.Module):
         self.encoder = model.encoder
         # A buffer, which moves with the module: transformers keeps a plain CPU tensor and copies it in every forward.
         self.register_buffer("positions", positions, persistent=False)  # (1, N, D)
-        self.num_tokens, self.width = positions.shape[1:]
-        self.tubelet, self.patch = TUBELET, PATCH
-        self.requires_grad_(False).eval()
 
     def forward(self, video: Tensor) -> Tensor:
-        """Tokens (B, N, D) of (B, 3, T, H, W), normalised with ImageNet's mean and std; after the last block, no norm.
-
-        The patch embedding is the checkpoint's 3D convolution, whose kernel is its stride, as one matrix product:
-        3D convolution kernels are slow in bf16.
-        """
-        b, c, frames, height, width = video.shape
-        t, h, w = frames // TUBELET, height // PATCH, width // PATCH
-        patches = video.reshape(b, c, t, TUBELET, h, PATCH, w, PATCH).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        patches = patches.reshape(b, t * h * w, -1)  # (B, N, 3 * 2 * 16 * 16)
+        # The 3D convolution's kernel is its stride, so it is one matrix product; 3D convolutions are slow in bf16.
+        patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
         tokens = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         return self.encoder(tokens + self.positions).last_hidden_state
-
-    @property
-    def blocks(self) -> nn.Module:
-        return self.encoder.layer
-
-    @property
-    def heads(self) -> int:
-        return self.encoder.config.num_attention_heads
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, also as part of a model that is set to training."""
-        return super().train(False)
 
 
 def position_table(native: Grid, grid: Grid, width: int) -> Tensor:
@@ -124,21 +156,23 @@ def position_table(native: Grid, grid: Grid, width: int) -> Tensor:
 
 
 def _build(architecture: Architecture, source: str, seed: int) -> VideoMAEModel:
-    """transformers' model with random weights from `seed`. Its own positions are for one token and never used."""
+    """transformers' model with random weights from `seed`, its own position table cut to one token and not used."""
     if architecture.width % architecture.heads:
         raise CommandError(f"{source}: {architecture.heads} heads do not divide a width of {architecture.width}")
-    config = VideoMAEConfig(
-        image_size=PATCH,
-        patch_size=PATCH,
-        num_frames=TUBELET,
-        tubelet_size=TUBELET,
-        hidden_size=architecture.width,
-        num_hidden_layers=architecture.depth,
-        num_attention_heads=architecture.heads,
-        intermediate_size=architecture.hidden,
-        layer_norm_eps=architecture.eps,
-        qkv_bias=architecture.qkv_bias,
-        use_mean_pooling=True,  # then there is no norm after the last block
+    config = VideoMAEConfig.from_dict(
+        {
+            "image_size": PATCH,
+            "patch_size": PATCH,
+            "num_frames": TUBELET,
+            "tubelet_size": TUBELET,
+            "hidden_size": architecture.width,
+            "num_hidden_layers": architecture.depth,
+            "num_attention_heads": architecture.heads,
+            "intermediate_size": architecture.hidden,
+            "layer_norm_eps": architecture.eps,
+            "qkv_bias": architecture.qkv_bias,
+            "use_mean_pooling": True,  # then there is no norm after the last block
+        },
         attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):

@@ -1,27 +1,27 @@
-"""timm's image ViT, from which the student's encoder is made: built for one frame, its published weights, inflation.
+"""timm's image ViT, from which the student's encoder is made: the model for one frame, published weights, inflation.
 
-Shapes: (t, h, w) grid of tokens of a clip.
+Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from salt_wds.config import PATCH, TUBELET, StudentConfig
-from shard_tools.common.cli import CommandError
+from shard_tools.common.cli import CommandError, one_line
 
 Grid = tuple[int, int, int]
 
 
 def image_vit_arguments(config: StudentConfig, grid: Grid) -> dict[str, Any]:
-    """What timm.create_model takes, besides the name, for one frame: no class token, no classifier, final norm kept."""
+    """Arguments of timm.create_model besides the name: one frame, no class token, no classifier, final norm kept."""
     sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
     return {
         "img_size": (grid[1] * PATCH, grid[2] * PATCH),
@@ -35,7 +35,11 @@ def image_vit_arguments(config: StudentConfig, grid: Grid) -> dict[str, Any]:
 
 
 def image_vit(config: StudentConfig, grid: Grid) -> VisionTransformer:
-    """timm's model for one frame."""
+    """timm's model for one frame.
+
+    Raises:
+        CommandError: `student.arch` is not a plain VisionTransformer of timm with patch 16, or its sizes do not fit.
+    """
     if not timm.is_model(config.arch):
         raise _wrong_arch(config.arch, "is not a model of timm")
     try:
@@ -43,9 +47,10 @@ def image_vit(config: StudentConfig, grid: Grid) -> VisionTransformer:
     except TypeError:  # other architectures do not know these arguments
         raise _wrong_arch(config.arch, "is not a VisionTransformer") from None
     except (AssertionError, RuntimeError, ValueError) as error:
-        problem = str(error) or type(error).__name__
         sizes = {name: getattr(config, name) for name in ("width", "depth", "heads") if getattr(config, name)}
-        raise CommandError(f"student.arch = {config.arch!r} with {sizes or 'its own sizes'}: {problem}") from None
+        raise CommandError(
+            f"student.arch = {config.arch!r} with {sizes or 'its own sizes'}: {error or type(error).__name__}"
+        ) from None
     if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed or vit.pos_embed is None:
         raise _wrong_arch(config.arch, "is not a plain VisionTransformer")
     if vit.patch_embed.patch_size != (PATCH, PATCH):
@@ -61,26 +66,29 @@ def _wrong_arch(arch: str, problem: str) -> CommandError:
 
 
 def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid) -> None:
-    """Copy timm's published image weights into `vit`: class token left out, positions resampled to (h, w)."""
+    """Copy timm's published image weights into `vit`, without class token, positions resampled to (h, w).
+
+    Raises:
+        CommandError: the configuration has other sizes, or there are no weights in the cache and no network.
+    """
     if config.width or config.depth or config.heads:
         raise CommandError(
             "student.pretrained = true has the sizes of the published weights; unset student.width, student.depth "
             "and student.heads, or set student.pretrained = false"
         )
     try:
-        source = timm.create_model(config.arch, pretrained=True, num_classes=0)
+        source = cast(VisionTransformer, timm.create_model(config.arch, pretrained=True, num_classes=0))
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CommandError(
-            f"student.pretrained: no image weights for {config.arch} ({reason}); where there is a network, run "
-            f"`python -c \"import timm; timm.create_model('{config.arch}', pretrained=True)\"` and copy the folder "
-            "~/.cache/huggingface here, or set student.pretrained = false"
+            f"student.pretrained: no image weights for {config.arch} ({one_line(error)[:300] or type(error).__name__}); "
+            f"where there is a network, run `python -c \"import timm; timm.create_model('{config.arch}', pretrained=True)\"` "
+            "and copy the folder ~/.cache/huggingface here, or set student.pretrained = false"
         ) from None
+    patches = cast(PatchEmbed, source.patch_embed)
     state, wanted = source.state_dict(), vit.state_dict()
-    positions = state["pos_embed"]
-    first = positions.shape[1] - source.patch_embed.num_patches  # class and register tokens come first, if at all
+    positions = state["pos_embed"][:, -patches.num_patches :]  # class and register tokens come first
     state["pos_embed"] = resample_abs_pos_embed(
-        positions[:, first:], new_size=list(grid[1:]), old_size=list(source.patch_embed.grid_size), num_prefix_tokens=0
+        positions, new_size=list(grid[1:]), old_size=list(patches.grid_size), num_prefix_tokens=0
     )
     for name in ("norm.weight", "norm.bias"):  # models that pool before their final norm call it fc_norm
         state.setdefault(name, state.get(f"fc_{name}"))
@@ -92,15 +100,18 @@ def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid
 
 def inflate(conv: nn.Conv2d) -> nn.Conv3d:
     """A 2D patch embedding over two frames, half of it on each: on a static clip it gives what the 2D one gives."""
-    inflated = nn.Conv3d(
-        conv.in_channels,
-        conv.out_channels,
-        kernel_size=(TUBELET, *conv.kernel_size),
-        stride=(TUBELET, *conv.stride),
-        bias=conv.bias is not None,
-    )
+    size = (TUBELET, PATCH, PATCH)
+    inflated = nn.Conv3d(conv.in_channels, conv.out_channels, size, size, bias=conv.bias is not None)
     with torch.no_grad():
         inflated.weight.copy_(conv.weight[:, :, None].expand_as(inflated.weight) / TUBELET)
-        if conv.bias is not None:
+        if conv.bias is not None and inflated.bias is not None:
             inflated.bias.copy_(conv.bias)
     return inflated
+
+
+def tubelets(video: Tensor) -> Tensor:
+    """Video (B, 3, T, H, W) cut into what one token sees: (B, N, 3, 2, 16, 16), by time, row and column."""
+    b, c, frames, height, width = video.shape
+    t, h, w = frames // TUBELET, height // PATCH, width // PATCH
+    cut = video.reshape(b, c, t, TUBELET, h, PATCH, w, PATCH).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return cut.reshape(b, t * h * w, c, TUBELET, PATCH, PATCH)

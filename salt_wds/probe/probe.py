@@ -69,7 +69,7 @@ def probe(
     folder = run_dir / "probes"
     folder.mkdir(exist_ok=True)
     for encoder, result in results.items():
-        picture = f"{name}.{encoders[encoder].file_name}.png"
+        picture = f"{name}.{encoder}.png"
         plot_confusion(folder / picture, encoder, result, data.classes)
         result |= {
             "step": encoders[encoder].step,

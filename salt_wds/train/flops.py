@@ -13,17 +13,16 @@ computes again is not counted.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
 from salt_wds.config import PATCH, TUBELET, Config
 from salt_wds.data.masks import num_masked
-from salt_wds.models.build import FrozenTeacher
-from salt_wds.models.patches import PixelTargets
 from salt_wds.models.student import Student
+from salt_wds.models.teacher import Teacher
 
 _PATCH_VALUES = 3 * TUBELET * PATCH * PATCH
 
@@ -91,27 +90,24 @@ class Workload:
         return self.student_flops() + (self.teacher_flops() if teacher else 0)
 
 
-def workload(config: Config, teacher: FrozenTeacher, student: Student) -> Workload:
+def workload(config: Config, teacher: Teacher, student: Student) -> Workload:
     """The sizes of the networks."""
     masked = num_masked(config.grid, config.mask)
     visible = config.student.mode == "visible"
     encoder, predictor = student.encoder, student.predictor
+    seen, sizes = config.num_tokens - masked if visible else config.num_tokens, config.student
     return Workload(
-        None
-        if isinstance(teacher, PixelTargets)
-        else _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens),
-        _stack(encoder.blocks, encoder.width, None, config.num_tokens - masked if visible else config.num_tokens),
-        _stack(predictor.blocks, config.student.predictor_width, None, config.num_tokens) if predictor else None,
+        _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens) if teacher.blocks else None,
+        _stack(encoder.blocks, encoder.width, encoder.heads, seen),
+        _stack(predictor.blocks, sizes.predictor_width, sizes.predictor_heads, config.num_tokens) if predictor else None,
         masked,
         teacher.width,
     )
 
 
-def _stack(blocks: nn.Module, width: int, heads: int | None, tokens: int) -> Stack:
-    """Of transformer blocks; where `heads` is not given, timm's attention knows it."""
-    layers = list(blocks.children())
+def _stack(blocks: Iterable[nn.Module], width: int, heads: int, tokens: int) -> Stack:
+    layers = list(blocks)
     linear = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
-    heads = heads or next(m.num_heads for m in blocks.modules() if isinstance(m, timm_vit.Attention))
     return Stack(tokens, width, len(layers), heads, sum(m.in_features * m.out_features for m in linear))
 
 

@@ -60,7 +60,7 @@ class KnnProbe:
             for part in parts
         ]
         self._classes, self._student, self._world = classes, student, world
-        self._encoder = FrozenEncoder("student", student, student.encode, student.width, config, world.device)
+        self._encoder = FrozenEncoder("student", student, config, world.device)
 
     def describe(self) -> str:
         """A line for the start of a run."""

@@ -29,7 +29,7 @@ from salt_wds.data.pixels import yuv_to_rgb
 from salt_wds.data.views import Views, evaluation_view
 from salt_wds.embed import __main__ as command
 from salt_wds.embed import embed, embedding_file, video_files
-from salt_wds.export import write as export
+from salt_wds.export import __main__ as export
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.video.decode import VideoInfo, get_decoder
@@ -279,7 +279,7 @@ def test_refusals_are_one_line(encoder_folder, whole, dataset, embedded, tmp_pat
         ),
         ((encoder_folder, whole, tmp_path, "--overwrite"), "is there already"),
         ((encoder_folder, whole, tmp_path / "no" / "e.parquet"), "no such folder; make it"),
-        ((encoder_folder.parent / "run", whole, out), "a run, not an exported encoder"),
+        ((encoder_folder.parent / "run", whole, out), "run: not an exported encoder"),
         ((encoder_folder, tmp_path / "nowhere", out), "no such folder; name the folder that holds the videos"),
         ((encoder_folder, tmp_path / "empty", out), "no videos found"),
         ((encoder_folder, whole, out, "--split", "train"), "--split train: .* is no data set, it has no dataset.json"),

@@ -153,11 +153,11 @@ def test_without_room_clips_pass_through_the_encoders_each_epoch(call, run, caps
 def test_encoders_are_chosen_by_name(call, run):
     assert call("--encoders", "random,student", "--ema", settings=["knn.k=0"]) == 0
     result = results(run)
-    assert list(result["encoders"]) == ["random", "student (mean)"]
+    assert list(result["encoders"]) == ["random", "student_ema"]
     assert result["step"] == 2
     assert result["encoders"]["random"]["knn"] is None
     assert result["encoders"]["random"]["time_arrow"] is None
-    assert (run / "probes" / "probe_motion.student-mean.png").exists()
+    assert (run / "probes" / "probe_motion.student_ema.png").exists()
 
 
 def test_clips_that_cannot_be_read_do_not_count(call, run, dataset, tmp_path, caplog):

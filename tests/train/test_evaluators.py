@@ -161,7 +161,7 @@ def test_the_probe_is_the_vote_of_the_nearest_clips(make_config, tmp_path):
     config = make_config(train__probe_clips=CLIPS)
     probe, student = knn_probe(config, tmp_path)
     student.eval()
-    encoder = FrozenEncoder("student", student, student.encode, student.width, config, CPU)
+    encoder = FrozenEncoder("student", student, config, CPU)
     vectors = []
     for part in (loader.catalog for loader in probe._loaders):
         found = {}

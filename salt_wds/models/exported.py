@@ -30,9 +30,9 @@ from shard_tools.common.cli import CommandError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "salt-wds-encoder"
-COLOUR = (  # stands in config.json of old exports, too
-    "RGB in 0..1, less mean, divided by std; YUV video is converted by its own matrix and range, and where it names "
-    "none as bt601 limited"
+COLOUR = (
+    "RGB in 0..1, minus mean, divided by std; YUV video is converted by its own matrix and range, or as bt601 limited "
+    "where it names none"
 )
 
 Triple = tuple[float, float, float]

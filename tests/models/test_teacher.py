@@ -1,4 +1,4 @@
-"""The teacher's tokens against an independent VideoMAEv2, in every layout its weights come in; and every mistake told."""
+"""The teacher's tokens against an independent VideoMAEv2, in every layout of its weights; and every error message."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 import json
 import logging
 import re
+import socket
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
@@ -30,58 +33,33 @@ OPENGVLAB_CONFIG = {
     "architectures": ["VideoMAEv2_Base"],
     "auto_map": {"AutoModel": "modeling_videomaev2.VideoMAEv2"},
     "model_config": {
-        "img_size": SIZE,
-        "patch_size": 16,
-        "in_chans": 3,
-        "num_classes": 0,
-        "embed_dim": WIDTH,
-        "depth": DEPTH,
-        "num_heads": HEADS,
-        "mlp_ratio": 2.5,
-        "qkv_bias": True,
-        "qk_scale": None,
-        "drop_rate": 0.0,
-        "attn_drop_rate": 0.0,
-        "drop_path_rate": 0.0,
-        "norm_layer": "nn.LayerNorm",
-        "layer_norm_eps": 1e-6,
-        "init_values": 0.0,
-        "use_learnable_pos_emb": False,
-        "tubelet_size": 2,
-        "use_mean_pooling": True,
-        "with_cp": False,
-        "num_frames": FRAMES,
-        "cos_attn": False,
+        "img_size": SIZE, "patch_size": 16, "in_chans": 3, "num_classes": 0, "embed_dim": WIDTH, "depth": DEPTH,
+        "num_heads": HEADS, "mlp_ratio": 2.5, "qkv_bias": True, "qk_scale": None, "drop_rate": 0.0, "attn_drop_rate": 0.0,
+        "drop_path_rate": 0.0, "norm_layer": "nn.LayerNorm", "layer_norm_eps": 1e-6, "init_values": 0.0,
+        "use_learnable_pos_emb": False, "tubelet_size": 2, "use_mean_pooling": True, "with_cp": False,
+        "num_frames": FRAMES, "cos_attn": False,
     },
     "transformers_version": "4.38.0",
     "use_cache": True,
-}
+}  # fmt: skip
 
 
-def opengvlab_state(width: int = WIDTH, depth: int = DEPTH, hidden: int = HIDDEN) -> dict[str, torch.Tensor]:
+def opengvlab_state() -> dict[str, torch.Tensor]:
     """Random weights under the names of OpenGVLab's VisionTransformer; nothing is zero, one or symmetric."""
-    generator = torch.Generator().manual_seed(7)
+    generator, width, depth, hidden = torch.Generator().manual_seed(7), WIDTH, DEPTH, HIDDEN
 
     def normal(*shape: int, mean: float = 0.0, std: float = 0.05) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * std + mean
 
     state = {"patch_embed.proj.weight": normal(width, 3, 2, 16, 16), "patch_embed.proj.bias": normal(width)}
     for i in range(depth):
-        state |= {
-            f"blocks.{i}.norm1.weight": normal(width, mean=1, std=0.2),
-            f"blocks.{i}.norm1.bias": normal(width),
-            f"blocks.{i}.attn.q_bias": normal(width, std=0.5),
-            f"blocks.{i}.attn.v_bias": normal(width, std=0.5),
-            f"blocks.{i}.attn.qkv.weight": normal(3 * width, width, std=0.1),
-            f"blocks.{i}.attn.proj.weight": normal(width, width),
-            f"blocks.{i}.attn.proj.bias": normal(width),
-            f"blocks.{i}.norm2.weight": normal(width, mean=1, std=0.2),
-            f"blocks.{i}.norm2.bias": normal(width),
-            f"blocks.{i}.mlp.fc1.weight": normal(hidden, width),
-            f"blocks.{i}.mlp.fc1.bias": normal(hidden),
-            f"blocks.{i}.mlp.fc2.weight": normal(width, hidden),
-            f"blocks.{i}.mlp.fc2.bias": normal(width),
-        }
+        block = {"attn.q_bias": normal(width, std=0.5), "attn.v_bias": normal(width, std=0.5)}
+        block |= {"attn.qkv.weight": normal(3 * width, width, std=0.1)}
+        for name, out, inputs in (("attn.proj", width, width), ("mlp.fc1", hidden, width), ("mlp.fc2", width, hidden)):
+            block |= {f"{name}.weight": normal(out, inputs), f"{name}.bias": normal(out)}
+        for name in ("norm1", "norm2"):
+            block |= {f"{name}.weight": normal(width, mean=1, std=0.2), f"{name}.bias": normal(width)}
+        state |= {f"blocks.{i}.{name}": tensor for name, tensor in block.items()}
     return state | {"fc_norm.weight": normal(width, mean=1), "fc_norm.bias": normal(width)}
 
 
@@ -155,8 +133,8 @@ def assert_same_tokens(teacher: Teacher, expected: torch.Tensor, video: torch.Te
 def test_published_folder(state, expected, tmp_path):
     teacher = load(save_folder(tmp_path, state))
     assert_same_tokens(teacher, expected)
-    assert (teacher.width, teacher.num_tokens, teacher.tubelet, teacher.patch) == (WIDTH, 18, 2, 16)
-    assert teacher.encoder.config._attn_implementation == "sdpa"
+    assert (teacher.width, teacher.num_tokens, teacher.heads, len(teacher.blocks)) == (WIDTH, 18, HEADS, DEPTH)
+    assert teacher.network.encoder.config._attn_implementation == "sdpa"
 
 
 def test_query_and_value_biases_are_really_loaded(state, expected, tmp_path):
@@ -166,7 +144,7 @@ def test_query_and_value_biases_are_really_loaded(state, expected, tmp_path):
             loaded = [
                 value
                 for name, value in parameters.items()
-                if name.startswith(f"encoder.layer.{i}.") and name.endswith((f"{ours}.bias", theirs))
+                if f"encoder.layer.{i}." in name and name.endswith((f"{ours}.bias", theirs))
             ]
             assert len(loaded) == 1
             assert torch.equal(loaded[0], state[f"blocks.{i}.attn.{theirs}"])
@@ -236,24 +214,13 @@ def test_heads_come_from_config_where_it_states_them(state, tmp_path):
 
 
 def hugging_face_config(**changes) -> VideoMAEConfig:
-    return VideoMAEConfig(
-        **(
-            {
-                "image_size": SIZE,
-                "num_frames": FRAMES,
-                "hidden_size": WIDTH,
-                "num_hidden_layers": DEPTH,
-                "num_attention_heads": HEADS,
-                "intermediate_size": HIDDEN,
-                "decoder_hidden_size": 64,
-                "decoder_num_hidden_layers": 1,
-                "decoder_num_attention_heads": 1,
-                "decoder_intermediate_size": 64,
-                "layer_norm_eps": 1e-3,
-            }
-            | changes
-        )
-    )
+    sizes = {
+        "image_size": SIZE, "num_frames": FRAMES, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS, "intermediate_size": HIDDEN, "decoder_hidden_size": 64,
+        "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 1, "decoder_intermediate_size": 64,
+        "layer_norm_eps": 1e-3,
+    }  # fmt: skip
+    return VideoMAEConfig(**(sizes | changes))
 
 
 def as_opengvlab(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -349,10 +316,9 @@ def test_another_size_interpolates_the_native_positions(state, tmp_path):
 
 def test_positions_move_with_the_teacher_and_are_not_saved(state, tmp_path):
     teacher = load(save_folder(tmp_path, state))
-    assert "positions" in dict(teacher.named_buffers())
-    assert "positions" not in teacher.state_dict()
-    assert teacher.to(torch.bfloat16).positions.dtype == torch.bfloat16
-    assert not [name for name, value in vars(teacher).items() if isinstance(value, torch.Tensor)]
+    assert "network.positions" in dict(teacher.named_buffers())
+    assert "network.positions" not in teacher.state_dict()
+    assert teacher.to(torch.bfloat16).network.positions.dtype == torch.bfloat16
 
 
 # --- as part of a step ---
@@ -362,7 +328,6 @@ def test_frozen_and_always_in_evaluation_mode(state, tmp_path):
     teacher = load(save_folder(tmp_path, state))
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any(module.training for module in teacher.train().modules())
-    assert not any(module.training for module in torch.nn.ModuleList([teacher]).train()[0].modules())
     assert not teacher(clip()).requires_grad
 
 
@@ -394,7 +359,7 @@ def test_loading_leaves_the_global_generator_as_it_was(state, tmp_path):
 # --- random ---
 
 
-def test_random_is_seeded_and_said_aloud(caplog):
+def test_a_random_teacher_is_seeded_and_warned_about(caplog):
     sizes = {"random_width": 96, "random_depth": 2, "random_heads": 3}
     with caplog.at_level(logging.WARNING):
         first, same, other = (load("random", **sizes, seed=seed) for seed in (1, 1, 2))
@@ -419,51 +384,34 @@ def test_missing_path(weights):
         load(weights)
 
 
-def test_folder_without_weights(tmp_path):
-    with pytest.raises(CommandError, match=r"expected model\.safetensors or pytorch_model\.bin in this folder"):
-        load(tmp_path)
-
-
 def test_config_may_be_left_out(state, tmp_path):
     folder = save_folder(tmp_path, state)
     (folder / "config.json").unlink()
     assert_same_tokens(load(folder), interpolated(state, clip()))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("model.safetensors", b""),
-        ("model.safetensors", b"\x00" * 100),
-        ("pytorch_model.bin", b""),
-        ("pytorch_model.bin", b"<html>Not Found</html>"),
-    ],
-)
-def test_damaged_file(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CommandError, match=rf"{re.escape(str(tmp_path / name))}: damaged.*download it again"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_truncated_file(state, tmp_path, name):
+@pytest.mark.parametrize("damage", ["empty", "truncated", "other"])
+def test_damaged_file(state, tmp_path, name, damage):
     file = tmp_path / name
     save_file(state, file) if name.endswith("safetensors") else torch.save(state, file)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "other": b"<html>Not Found</html>"}[damage])
     with pytest.raises(CommandError, match=rf"{re.escape(str(file))}: damaged.*download it again"):
         load(tmp_path)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    torch.save({"model": {"x": Path("/")}}, tmp_path / "evil.pth")  # any class will do
-    with pytest.raises(CommandError, match="damaged, or holds more than tensors and plain values"):
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"model": {"x": Path("/")}}, "damaged, or holds more than tensors and plain values"),  # any class will do
+        ([1, 2], "holds a list, not a state dict of named tensors"),
+    ],
+)
+def test_code_in_a_checkpoint_is_not_run(tmp_path, content, text):
+    torch.save(content, tmp_path / "evil.pth")
+    with pytest.raises(CommandError, match=text):
         load(tmp_path / "evil.pth")
-
-
-def test_not_a_state_dict(tmp_path):
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(CommandError, match="holds a list, not a state dict of named tensors"):
-        load(tmp_path / "list.pth")
 
 
 def without(state, *keys):
@@ -478,18 +426,17 @@ def without(state, *keys):
             r"2 missing \(encoder.layer.1.attention.attention.query.bias, encoder.layer.2.intermediate.dense.bias\)",
         ),
         (lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.2.")}, r"15 missing \(encoder.layer.2.*\.\.\."),
-        (lambda s: s | {"pos_embed": torch.ones(1, 18, WIDTH)}, r"1 unexpected \(model.pos_embed\)"),
-        (lambda s: s | {"blocks.0.gamma_1": torch.ones(WIDTH)}, r"1 unexpected \(model.blocks.0.gamma_1\)"),
-        (lambda s: s | {"blocks.0.attn.qkv.bias": torch.ones(3 * WIDTH)}, r"1 unexpected \(model.blocks.0.attn.qkv.bias\)"),
-        (lambda s: s | {"encoder.blocks.0.norm1.bias": torch.ones(WIDTH)}, "1 unexpected .*encoder.blocks.0.norm1.bias"),
-        (lambda s: s | {"blocks.0.norm1.bias": torch.ones(WIDTH).int()}, "1 missing .*; 1 unexpected .*norm1.bias"),
+        (lambda s: s | {"pos_embed": torch.ones(1, 18, WIDTH)}, r"1 unexpected \(pos_embed\)"),
+        (lambda s: s | {"blocks.0.gamma_1": torch.ones(WIDTH)}, r"1 unexpected \(encoder.layer.0.gamma_1\)"),
+        (lambda s: s | {"blocks.0.attn.qkv.bias": torch.ones(3 * WIDTH)}, r"1 unexpected \(encoder.layer.0.attn.qkv.bias\)"),
+        (lambda s: s | {"encoder.blocks.0.norm1.bias": torch.ones(WIDTH)}, "1 unexpected .*blocks.0.norm1.bias"),
         (
             lambda s: s | {"blocks.0.norm1.bias": torch.ones(7)},
             r"1 of another shape \(encoder.layer.0.layernorm_before.bias is \(7,\), expected \(128,\)\)",
         ),
-        (lambda s: s | {"blocks.0.norm1.bias": torch.full((WIDTH,), float("nan"))}, "NaN or infinity in encoder.layer.0.lay"),
-        (lambda s: without(s, "patch_embed.proj.weight"), "no patch embedding over tubelets, or no block 0"),
-        (lambda s: s | {"patch_embed.proj.weight": torch.ones(WIDTH, 3, 1, 14, 14)}, "tubelets of 1 frames and patches of 14"),
+        (lambda s: s | {"blocks.0.norm1.bias": torch.full((WIDTH,), float("nan"))}, r"1 with NaN or infinity \(encoder.layer.0.lay"),
+        (lambda s: without(s, "patch_embed.proj.weight"), "expected block 0 and a patch embedding"),
+        (lambda s: s | {"patch_embed.proj.weight": torch.ones(WIDTH, 3, 1, 14, 14)}, r"found \(128, 3, 1, 14, 14\); give a"),
         (lambda s: {"layer1.weight": torch.ones(3), "fc.bias": torch.ones(3)}, "neither OpenGVLab VideoMAEv2 nor Hugging Face"),
     ],
 )  # fmt: skip
@@ -500,11 +447,9 @@ def test_wrong_keys_are_named(state, tmp_path, change, text):
 
 
 def test_unknown_key_in_hugging_face_layout(tmp_path):
-    model = VideoMAEModel(hugging_face_config())
-    model.save_pretrained(tmp_path)
-    save_file(
-        load_file(tmp_path / "model.safetensors") | {"embeddings.cls": torch.ones(1)}, tmp_path / "model.safetensors"
-    )
+    VideoMAEModel(hugging_face_config()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"embeddings.cls": torch.ones(1)}, file)
     with pytest.raises(CommandError, match=r"1 unexpected \(embeddings.cls\), as transformers names them; download"):
         load(tmp_path)
 
@@ -516,8 +461,6 @@ def test_unknown_key_in_hugging_face_layout(tmp_path):
         ({"model_type": "vit", "hidden_size": 3}, "describes neither an OpenGVLab VideoMAEv2"),
         ([], "describes neither"),
         (OPENGVLAB_CONFIG | {"model_config": {"num_heads": 3}}, "config.json: 3 heads do not divide a width of 128"),
-        (OPENGVLAB_CONFIG | {"model_config": {"num_heads": "2"}}, "num_heads = '2', expected int"),
-        (OPENGVLAB_CONFIG | {"model_config": {"depth": 0}}, "depth = 0, expected int"),
         (OPENGVLAB_CONFIG | {"model_config": {"depth": 2}}, r"of the sizes in .*config\.json: 15 unexpected"),
         (OPENGVLAB_CONFIG | {"model_config": {"cos_attn": True}}, "cos_attn = True is not that of a VideoMAE teacher"),
         ({"model_type": "videomae", "hidden_act": "relu"}, "hidden_act = 'relu' is not that of a VideoMAE teacher"),
@@ -530,7 +473,7 @@ def test_wrong_config(state, tmp_path, config, text):
         load(folder)
 
 
-def test_zeroed_biases_are_said_aloud(state, tmp_path, caplog):
+def test_zeroed_biases_are_warned_about(state, tmp_path, caplog):
     zeroed = {key: torch.zeros_like(v) if key.endswith(("q_bias", "v_bias")) else v for key, v in state.items()}
     with caplog.at_level(logging.WARNING):
         load(save_folder(tmp_path / "good", state))
@@ -541,63 +484,50 @@ def test_zeroed_biases_are_said_aloud(state, tmp_path, caplog):
 
 # --- the hub ---
 
+NAME = "OpenGVLab/VideoMAEv2-Base"
 DOWNLOAD = (
-    "download config.json and model.safetensors of https://huggingface.co/OpenGVLab/VideoMAEv2-Base "
-    "into one folder and use --set teacher.weights=/path/to/folder"
+    f"download config.json and model.safetensors of https://huggingface.co/{NAME} into one folder and use --set "
+    "teacher.weights=/path/to/folder"
 )
 
 
-def test_offline_hub_name_is_one_clear_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+def test_no_network_is_one_line_within_10_seconds(monkeypatch, empty_cache, caplog, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(teacher_weights, "hf_hub_url", lambda *_: f"http://127.0.0.1:{port}/{NAME}")  # nobody listens
+    started = time.monotonic()
     with pytest.raises(CommandError) as raised:
-        load("OpenGVLab/VideoMAEv2-Base")
+        load(NAME)
+    assert time.monotonic() - started < 10
     message = str(raised.value)
-    assert message.startswith(
-        "teacher.weights = 'OpenGVLab/VideoMAEv2-Base': no such folder here, and not cached, and not"
-    )
+    assert message.startswith(f"teacher.weights = '{NAME}': no such folder here, not in the cache, and the hub does not")
     assert message.endswith(DOWNLOAD)
     assert "\n" not in message
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")  # no retry is logged
 
 
-class Response:
-    """As much of an HTTP response as the hub's errors look at."""
+@pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError, OSError])
+def test_a_refusal_of_the_hub_is_one_line(monkeypatch, empty_cache, kind):
+    def refuse(url, timeout):
+        raise kind("no,\nlog in", response=mock.Mock(headers={})) if kind is not OSError else kind("no,\nlog in")
 
-    headers: dict = {}  # noqa: RUF012
-    status_code = 404
-    request = None
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        (GatedRepoError, "accept their terms on its page first, and to log in"),
-        (RepositoryNotFoundError, "no such folder here, and the hub has no such repository"),
-        (EntryNotFoundError, "the hub's repository lacks one of config.json and model.safetensors"),
-        (ConnectionError, "not to be had from the hub"),
-    ],
-)
-def test_hub_refusals(monkeypatch, kind, text):
-    def refuse(repository, name):
-        try:
-            error = kind("no", response=Response())
-        except TypeError:
-            error = kind("no")
-        raise error
-
-    monkeypatch.setattr(teacher_weights, "hf_hub_download", refuse)
-    with pytest.raises(CommandError, match=rf"{text}.*{re.escape(DOWNLOAD)}$"):
-        load("OpenGVLab/VideoMAEv2-Base")
+    monkeypatch.setattr(teacher_weights, "get_hf_file_metadata", refuse)
+    with pytest.raises(CommandError, match=rf"{kind.__name__}: no, log in.*{re.escape(DOWNLOAD)}$"):
+        load(NAME)
 
 
 def test_hub_files_are_taken_from_the_cache(monkeypatch, state, expected, tmp_path):
     asked = []
 
-    def download(repository, name):
-        asked.append((repository, name))
+    def download(repository, name, local_files_only):
+        asked.append((repository, name, local_files_only))
         return str(save_folder(tmp_path, state) / name)
 
     monkeypatch.setattr(teacher_weights, "hf_hub_download", download)
-    assert_same_tokens(load("OpenGVLab/VideoMAEv2-Base"), expected)
-    repository = "OpenGVLab/VideoMAEv2-Base"
-    assert asked == [(repository, "config.json"), (repository, "model.safetensors")]
+    assert_same_tokens(load(NAME), expected)
+    assert asked == [(NAME, "config.json", True), (NAME, "model.safetensors", True)]

@@ -106,7 +106,7 @@ class FeatureStore:
 
     def _tables(self, part: Part) -> Iterator[Table]:
         """The table of each encoder, after writing those that are missing."""
-        folders = {name: self._folder / encoder.file_name / part.name for name, encoder in self._encoders.items()}
+        folders = {name: self._folder / encoder.name / part.name for name, encoder in self._encoders.items()}
         wanted = {name: _describe(e, part, self._config, self._views) for name, e in self._encoders.items()}
         tables = {name: _open_table(folders[name], wanted[name], e.device) for name, e in self._encoders.items()}
         missing = {name: self._encoders[name] for name, table in tables.items() if table is None}

@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--ema", action="store_true", help="export the moving average of the parameters (optim.ema)")
     parser.add_argument("--timm", action="store_true", help=f"also write {TIMM_FILE}, for timm's image model")
-    parser.add_argument("--torch-export", action="store_true", help=f"also write {PROGRAM_FILE}, a torch.export program")
+    parser.add_argument(
+        "--torch-export", action="store_true", help=f"also write {PROGRAM_FILE}, a torch.export program"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT as a whole")
     args = parser.parse_args(argv)
     extras = [file for file, wanted in ((TIMM_FILE, args.timm), (PROGRAM_FILE, args.torch_export)) if wanted]

@@ -59,7 +59,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _write(folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras: Sequence[str]) -> list[str]:
     run, student = frozen.config, frozen.network
-    assert isinstance(student, Student) and frozen.plan_hash is not None
+    assert isinstance(student, Student)
+    assert frozen.plan_hash is not None
     config = save_encoder(
         folder,
         student.encoder,
@@ -80,7 +81,10 @@ def _write(folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras
     with torch.inference_mode():
         difference = (encoder(clip) - student.encode(clip)).abs().max().item()
     check_parity(WEIGHTS_FILE, difference)
-    files = {WEIGHTS_FILE: "the encoder, fp32", CONFIG_FILE: "sizes, input of the encoder, size and hash of the weights"}
+    files = {
+        WEIGHTS_FILE: "the encoder, fp32",
+        CONFIG_FILE: "sizes, input of the encoder, size and hash of the weights",
+    }
     for file in extras:
         files[file] = FORMATS[file](encoder, folder / file)
     card = model_card(config, run_dir, run, frozen.plan_hash, name, files)

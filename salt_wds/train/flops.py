@@ -99,7 +99,9 @@ def workload(config: Config, teacher: Teacher, student: Student) -> Workload:
     return Workload(
         _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens) if teacher.blocks else None,
         _stack(encoder.blocks, encoder.width, encoder.heads, seen),
-        _stack(predictor.blocks, sizes.predictor_width, sizes.predictor_heads, config.num_tokens) if predictor else None,
+        _stack(predictor.blocks, sizes.predictor_width, sizes.predictor_heads, config.num_tokens)
+        if predictor
+        else None,
         masked,
         teacher.width,
     )

@@ -174,7 +174,9 @@ def test_preprocessing_follows_the_type_of_the_weights(exported):
 @pytest.mark.parametrize("shape", [(1, 3, 6, 32, 32), (1, 3, 4, 48, 48), (1, 4, 3, 32, 32), (3, 4, 32, 32)])
 def test_other_shapes_are_refused(exported, shape):
     encoder = salt_wds.load_encoder(exported)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}, this encoder takes normalised floats \(B, 3, 4, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(shape))}, this encoder takes normalised floats \(B, 3, 4, 32, 32\)"
+    ):
         encoder(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"expected uint8 RGB \(B, 4, H, W, 3\): 4 frames, one of 2 of the video"):
         encoder.preprocess(torch.zeros(shape, dtype=torch.uint8))
@@ -184,7 +186,7 @@ def test_other_types_are_refused(exported):
     encoder = salt_wds.load_encoder(exported)
     with pytest.raises(ValueError, match=r"torch.uint8 .* encoder.preprocess"):
         encoder(torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="frames are torch.float32"):
+    with pytest.raises(ValueError, match="frames are torch"):
         encoder.preprocess(torch.zeros(1, 4, 32, 32, 3))
 
 
@@ -193,7 +195,9 @@ def test_other_types_are_refused(exported):
 
 def test_other_folders_are_refused_in_a_line(run, tmp_path):
     for folder in (tmp_path / "nowhere", run, tmp_path):
-        with pytest.raises(CommandError, match=r"not an exported encoder, it has no config\.json; python -m salt_wds\.exp"):
+        with pytest.raises(
+            CommandError, match=r"not an exported encoder, it has no config\.json; python -m salt_wds\.exp"
+        ):
             salt_wds.load_encoder(folder)
 
 

@@ -114,7 +114,9 @@ def test_clips_of_another_size_are_refused(make_config, folder, setting, text):
 
 
 def test_unusable_folders_are_refused(make_config, folder, tmp_path):
-    with pytest.raises(CommandError, match=r"expected model\.safetensors or pytorch_model\.bin in this folder, or a run"):
+    with pytest.raises(
+        CommandError, match=r"expected model\.safetensors or pytorch_model\.bin in this folder, or a run"
+    ):
         build_teacher(make_config(tmp_path))
     (tmp_path / "config.toml").touch()
     with pytest.raises(CommandError, match="has no checkpoint yet"):

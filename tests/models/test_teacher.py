@@ -505,7 +505,9 @@ def test_no_network_is_one_line_within_10_seconds(monkeypatch, empty_cache, capl
         load(NAME)
     assert time.monotonic() - started < 10
     message = str(raised.value)
-    assert message.startswith(f"teacher.weights = '{NAME}': no such folder here, not in the cache, and the hub does not")
+    assert message.startswith(
+        f"teacher.weights = '{NAME}': no such folder here, not in the cache, and the hub does not"
+    )
     assert message.endswith(DOWNLOAD)
     assert "\n" not in message
     assert (caplog.text, *capfd.readouterr()) == ("", "", "")  # no retry is logged

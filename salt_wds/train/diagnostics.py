@@ -105,8 +105,13 @@ def effective_rank(features_MD: Tensor) -> Tensor:  # noqa: N803
     return torch.special.entr(shares).sum().exp()
 
 
-def rank_of_features(config: Config, student: Student, batch: Mapping[str, Any], device: torch.device) -> float:
-    """Effective rank of the encoder's visible tokens in the first clips of a batch; waits for the device.
+def feature_diagnostics(
+    config: Config, student: Student, batch: Mapping[str, Any], device: torch.device
+) -> dict[str, float]:
+    """Diagnostics of the encoder's visible tokens in the first clips of a batch; waits for the device.
+
+    `effective_rank`, and `token_spread`, their rms distance from their mean over their rms size: near 0, all tokens are
+    the same but for noise, whose rank may be high.
 
     A separate forward pass, not compiled, over enough clips for 8 tokens a channel: once an interval, that is cheaper
     than returning features from every step.
@@ -120,7 +125,9 @@ def rank_of_features(config: Config, student: Student, batch: Mapping[str, Any],
         video = to_normalised_rgb(pixels, colour, config.data.size, dtype)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             features = student.features(video, visible, masked)
-        return effective_rank(features.flatten(0, 1)).item()
+        tokens = features.flatten(0, 1).double()
+        spread = (tokens - tokens.mean(dim=0)).norm() / tokens.norm().clamp_min(_SMALLEST)
+        return {"effective_rank": effective_rank(tokens).item(), "token_spread": spread.item()}
 
 
 def _sums_by_position(values_BKD: Tensor, index_BK: Tensor, num_tokens: int) -> Tensor:  # noqa: N803

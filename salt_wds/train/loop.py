@@ -27,7 +27,7 @@ from salt_wds.models.optim import learning_rate, set_learning_rate
 from salt_wds.models.student import Student
 from salt_wds.runs import checkpoint
 from salt_wds.runs.metrics import RunLog, read_metrics
-from salt_wds.train.diagnostics import PositionMean, rank_of_features
+from salt_wds.train.diagnostics import PositionMean, feature_diagnostics
 from salt_wds.train.distributed import World, clip_gradients
 from salt_wds.train.ema import Ema
 from salt_wds.train.flops import Utilisation
@@ -219,8 +219,8 @@ class Loop:
         here = {**{name: value / counted for name, value in means.items()}, **self.clock.rates()} if counted else {}
         worker_ms = self.clock.worker_ms
         with self.world.together():
-            rank = rank_of_features(self.config, self.student, batch, self.device)
-        here |= {"effective_rank": rank} if here else {}
+            features = feature_diagnostics(self.config, self.student, batch, self.device)
+        here |= features if here else {}
         ranks = self.world.gather((here, peak_memory_gb(self.device), policy.total, policy.by_kind))
         self.clock = Clock()
         if reset:

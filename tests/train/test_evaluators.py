@@ -77,6 +77,7 @@ def test_a_run_is_the_same_to_the_bit_with_evaluators_and_ema_and_resumed(make_c
             whole[step][key] for key in ("loss", "r2", "r2_position")
         ]
         assert 1 <= line["effective_rank"] <= 32
+        assert 0.01 < line["token_spread"] < 2
     assert last_files(tmp_path / "off", 6) == last_files(tmp_path / "whole", 6)
     folder = tmp_path / "whole/checkpoints/step-00000006"
     model, mean = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")

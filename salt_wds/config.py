@@ -1,7 +1,8 @@
-"""The configuration: TOML in, one frozen object out.
+"""The configuration of a run: TOML in, one frozen object out.
 
-Strict: an unknown key, a wrong type or a value out of range is refused with the file, the dotted key and the nearest
-valid one, before anything else happens. Every key is explained where it is declared; there are no defaults elsewhere.
+An unknown key, a wrong type or a value out of range is refused with the file, the dotted key and the nearest valid key.
+Every key has its default and its explanation where it is declared; `python docs/write_configuration.py` makes
+docs/configuration.md of them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class OnResume(Enum):
 
 
 def require(condition: bool, key: str, message: str) -> None:
-    """Of a section's own checks: a message that opens with the key, which `read_config` makes a dotted one."""
+    """Check a condition of a section; `read_config` makes the key at the start of the message a dotted one."""
     if not condition:
         raise ValueError(f"{key}: {message}")
 
@@ -60,9 +61,10 @@ R = TypeVar("R", bound=Section)
 
 class DataConfig(Section):
     shards: Annotated[Folders, OnResume.MAY_CHANGE]
-    """Folder of the packed or indexed data set: the one that holds dataset.json. Or a list of several."""
+    """Folder of a packed or indexed data set (it holds dataset.json), or a list of several folders."""
     weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = ()
-    """Of several data sets: how often each is drawn from, relative to each other; [] means by their samples."""
+    """For several data sets: how often each is drawn from, relative to the others. []: in proportion to their
+    samples."""
     split: str = "train"
     """Split to train on, as named in dataset.json."""
     validation_split: Annotated[Text, OnResume.MAY_CHANGE] = "validation"
@@ -72,42 +74,42 @@ class DataConfig(Section):
     num_workers: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 32
     """DataLoader worker processes a rank; 0 decodes in the training process (for debugging)."""
     prefetch_factor: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 4
-    """Batches each worker prepares ahead. Shrunk at start, with the arithmetic printed, if /dev/shm is too small."""
+    """Batches that each worker prepares ahead. Lowered at start, with the arithmetic printed, if memory is short."""
     pin_memory: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Copy batches to page-locked memory, so that the copy to the GPU overlaps the step. No effect without a GPU."""
     persistent_workers: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Keep workers for the whole run. The training order is endless, so there is no epoch end at which to restart."""
     start_method: Annotated[Literal["forkserver"], OnResume.MAY_CHANGE] = "forkserver"
-    """How workers are started; the only way offered. fork copies CUDA and thread state and can dead-lock; spawn imports
-    everything anew in every worker, and its SIGCHLD would raise in the middle of a step when a worker dies."""
+    """How workers are started. forkserver is the only value: fork copies CUDA and thread state and can deadlock, spawn
+    imports everything again in every worker."""
     num_frames: PositiveInt = 16
     """Frames of a clip; a multiple of the tubelet (2)."""
     frame_stride: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Source frames from one clip frame to the next: 2 for Something-Something-v2 (12 fps), 4 for 25-30 fps video."""
     temporal_jitter: bool = False
-    """Draw each frame at random from the `frame_stride` frames that begin where it would stand."""
+    """Draw each frame at random from the `frame_stride` frames that start at its place."""
     size: PositiveInt = 224
     """Height and width of a clip in pixels; a multiple of the patch (16)."""
     decoder: Literal["pyav", "decord"] = "pyav"
     """Video decoder. pyav keeps YUV planes (fast); decord goes through RGB and needs the decord package."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
-    """Area of the random resized crop as a share of the frame: least and most."""
+    """Area of the random resized crop as a share of the frame: [least, most]."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
-    """Width : height of the random resized crop: least and most."""
+    """Aspect ratio (width / height) of the random resized crop: [least, most]."""
     flip: bool = False
-    """Mirror half of the clips. Off: labels of Something-Something-v2 depend on left and right."""
+    """Mirror half of the clips. Off by default: labels of Something-Something-v2 depend on left and right."""
     window: PositiveInt = 16
-    """Shards whose samples are mixed with each other: more is better mixed, and more open files."""
+    """Shards whose samples are shuffled together. More shards mean a better shuffle and more open files."""
     timeout_s: Annotated[PositiveFloat, OnResume.MAY_CHANGE] = 120.0
-    """Seconds without a batch after which a worker counts as hung."""
+    """Seconds without a batch after which a worker is taken to hang."""
     read_retries: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 2
-    """Repeat a read that failed in a way that may pass (I/O error, time-out of a file server, wrong hash) so often."""
+    """How often to repeat a read whose error may be temporary (I/O error, time-out of a file server, wrong hash)."""
     max_consecutive_failures: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 64
-    """Stop after this many failed samples in a row: then it is the data set, not a sample."""
+    """Stop after this many failed samples in a row: the data set is broken then, not a sample."""
     max_failure_rate: Annotated[Fraction, OnResume.MAY_CHANGE] = 0.05
-    """Stop when a larger share of the last 4096 samples tried has failed (judged from 256 samples on)."""
+    """Stop when a larger share of the last 4096 samples has failed (checked once 256 samples were read)."""
     max_recoveries: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 50
-    """Stop when workers were lost more often than this within 100 batches: then it is the machine, not a sample."""
+    """Stop when workers were lost more often than this within 100 batches: the machine is broken then, not a sample."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -136,53 +138,53 @@ class TeacherConfig(Section):
     """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; folder of an earlier
     run (its newest checkpoint), of one of its checkpoints, or of an exported encoder; or "random"."""
     random_width: PositiveInt = 768
-    """Token width of a teacher of random weights (weights = "random"); otherwise the weights' own."""
+    """Token width of a teacher with random weights (weights = "random"). Other weights have their own width."""
     random_depth: PositiveInt = 12
-    """Blocks of a teacher of random weights."""
+    """Blocks of a teacher with random weights."""
     random_heads: PositiveInt = 12
-    """Attention heads of a teacher of random weights."""
+    """Attention heads of a teacher with random weights."""
 
 
 class StudentConfig(Section):
     arch: str = "vit_base_patch16_224"
     """Name of a timm VisionTransformer with patch 16."""
     mode: Literal["visible", "dense"] = "visible"
-    """visible: the student sees visible tokens only and a predictor regresses the masked ones (SALT, V-JEPA);
-    dense: mask tokens stand in the student's input and a linear head regresses (simpler, costs more)."""
+    """visible: the student sees only the visible tokens, and a predictor regresses the masked ones (SALT, V-JEPA).
+    dense: the student sees mask tokens in place of the masked ones, and a linear head regresses (simpler, costs
+    more)."""
     pretrained: bool = False
     """Start from timm's image weights of `arch`, inflated over time, instead of from scratch."""
     init: Literal["timm", "mae"] = "timm"
-    """Weights from scratch. timm: its own, for widths of about 768 and more, the patch embedding inflated; mae: as MAE's
-    and VideoMAE's, Xavier-uniform throughout, which narrow models need to learn motion in a short run."""
+    """Initialisation without pretrained weights. timm: timm's own, with an inflated patch embedding, for widths of
+    about 768 and more. mae: Xavier-uniform throughout as in MAE and VideoMAE, which narrow models need to learn motion
+    in a short run."""
     width: PositiveInt | None = None
-    """Token width, where it should differ from the arch's own."""
+    """Token width. Unset: the width of `arch`."""
     depth: PositiveInt | None = None
-    """Blocks, where they should differ from the arch's own."""
+    """Number of blocks. Unset: that of `arch`."""
     heads: PositiveInt | None = None
-    """Attention heads, where they should differ from the arch's own."""
+    """Number of attention heads. Unset: that of `arch`."""
     predictor_width: PositiveInt = 384
     """Token width of the predictor (mode = "visible")."""
     predictor_depth: PositiveInt = 12
     """Blocks of the predictor."""
     predictor_heads: PositiveInt = 6
-    """Attention heads of the predictor; heads of 64 are fast, heads of 32 slow on every GPU."""
+    """Attention heads of the predictor. Heads of 64 channels are fast, heads of 32 are slow on every GPU."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        require(
-            not self.pretrained or self.init == "timm", "init", "is of a start from scratch; with pretrained, unset it"
-        )
+        require(not self.pretrained or self.init == "timm", "init", "has no effect with pretrained = true; unset it")
         return self
 
 
 class MaskConfig(Section):
     kind: Literal["multiblock", "tube", "random"] = "multiblock"
-    """multiblock: blocks over the full duration as V-JEPA and SALT; tube: one random pattern for all times (VideoMAE);
-    random: tokens at random. Each masks the same number of tokens in every clip."""
+    """multiblock: blocks over the full duration, as in V-JEPA and SALT. tube: one random pattern for all times
+    (VideoMAE). random: random tokens. Each masks the same number of tokens in every clip."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     """Share of tokens masked."""
     short_blocks: PositiveInt = 8
-    """multiblock: number of small blocks; half of the clips, drawn at random, get small blocks, the rest large ones."""
+    """multiblock: number of small blocks. A random half of the clips gets small blocks, the rest large ones."""
     short_scale: Fraction = 0.15
     """multiblock: area of a small block as a share of the frame."""
     long_blocks: PositiveInt = 2
@@ -193,40 +195,40 @@ class MaskConfig(Section):
 
 class LossConfig(Section):
     kind: Literal["mse", "l1", "smooth_l1"] = "mse"
-    """Distance of predicted and target tokens, mean over masked tokens and channels, in fp32."""
+    """Distance between predicted and target tokens: the mean over masked tokens and channels, in fp32."""
     target_norm: Literal["layer", "none"] = "layer"
-    """layer: targets pass a LayerNorm without weights (V-JEPA); none: the teacher's tokens as they are."""
+    """layer: targets pass a LayerNorm without weights (V-JEPA). none: the teacher's tokens unchanged."""
 
 
 class OptimConfig(Section):
     lr: Annotated[PositiveFloat, OnResume.WARN] = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Annotated[Literal["cosine", "constant", "wsd"], OnResume.WARN] = "cosine"
-    """After the warm-up. cosine: half a cosine down to min_lr; constant: lr, without end (continue it as wsd to decay);
-    wsd: lr, then down to min_lr within the last wsd_decay_steps, as 1 - sqrt of the progress."""
+    """Learning rate after the warm-up. cosine: half a cosine down to min_lr. constant: lr for ever (resume as wsd to
+    decay). wsd: lr, then down to min_lr over the last wsd_decay_steps, as 1 - sqrt of the progress."""
     min_lr: Annotated[NonNegativeFloat, OnResume.WARN] = 1e-6
     """Learning rate at the end of the decay, and after it. No effect with schedule = "constant"."""
     decay_steps: Annotated[PositiveInt | None, OnResume.WARN] = None
-    """cosine and wsd: step at which min_lr is reached; unset: train.steps. Set it where train.steps may change between a
-    run and its resumption, so that the learning rate of a step does not. constant: must be unset."""
+    """cosine and wsd: step at which min_lr is reached. Unset: train.steps. Set it if a resumed run may change
+    train.steps, so that the learning rate of a step stays the same. constant: must be unset."""
     wsd_decay_steps: Annotated[PositiveInt | None, OnResume.WARN] = None
-    """wsd: length of the decay in steps, 10 to 20 % of the run as a rule; it begins so many steps before decay_steps.
-    Must be set with wsd, and unset with the others."""
+    """wsd: length of the decay in steps, usually 10 to 20 % of the run. The decay ends at decay_steps. Must be set for
+    wsd, and unset for the other schedules."""
     weight_decay: Annotated[NonNegativeFloat, OnResume.WARN] = 0.05
-    """Decoupled weight decay; never applied to norms, biases, positions and the mask token."""
+    """Decoupled weight decay. Not applied to norms, biases, position embeddings and the mask token."""
     warmup_steps: Annotated[NonNegativeInt, OnResume.WARN] = 2000
     """Steps of linear warm-up from 0 to lr."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW: decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW: decay of the second moment (0.95 as MAE and its kin; 0.999 is slow to forget)."""
+    """AdamW: decay of the second moment (0.95 as in MAE)."""
     eps: PositiveFloat = 1e-8
-    """AdamW: term of the denominator."""
+    """AdamW: term added to the denominator."""
     clip_grad_norm: Annotated[NonNegativeFloat, OnResume.WARN] = 1.0
-    """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+    """Largest norm of the gradient over all parameters. 0: no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Keep a running mean of the student's parameters, the weight of a step falling by this factor a step (0.999 is a
-    mean of about the last 1000); 0: none. Checkpoints have it as ema.safetensors; it changes nothing else."""
+    """Decay of an exponential moving average of the student's parameters (0.999 averages about the last 1000 steps). 0:
+    no average. Checkpoints hold it as ema.safetensors; training does not depend on it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -243,7 +245,7 @@ class OptimConfig(Section):
             needed = 'schedule = "wsd" needs the length of its decay, such as a tenth of train.steps'
             require(self.wsd_decay_steps is not None, "wsd_decay_steps", needed)
         else:
-            unset = f'only schedule = "wsd" has one, this one is "{self.schedule}"; unset it'
+            unset = f'only schedule = "wsd" has one, this run has schedule = "{self.schedule}"; unset it'
             require(self.wsd_decay_steps is None, "wsd_decay_steps", unset)
         return self
 
@@ -263,44 +265,45 @@ class TrainConfig(Section):
     """bf16: every matrix product in bfloat16, with master weights and AdamW state in fp32 (parameters in bf16 would
     not move at this learning rate); fp32: for comparisons on a CPU."""
     attention: Annotated[Literal["auto", "flash", "cudnn", "efficient", "math"], OnResume.MAY_CHANGE] = "auto"
-    """Kernel of attention. auto: on a GPU the ones there are are timed at the start and the fastest is pinned; on a CPU
-    torch chooses. The others pin one without timing others."""
+    """Attention kernel. auto: on a GPU, time the available kernels at the start and use the fastest; on a CPU, torch
+    chooses. Other values select that kernel."""
     checkpointing: Annotated[Literal["off", "selective", "full", "auto"], OnResume.MAY_CHANGE] = "full"
-    """Gradient checkpointing of the student. full: keep only the blocks' inputs and compute each block twice; selective:
-    compute only the MLPs twice, whose activations are the largest; auto: the first of off, selective, full that fits, found
-    by running one step of generated clips (off on a CPU)."""
+    """Gradient checkpointing of the student. full: keep only the inputs of the blocks and compute each block twice.
+    selective: compute only the MLPs twice, whose activations are the largest. auto: the first of off, selective and
+    full that fits into memory in a step of generated clips (off on a CPU)."""
     micro_batch: Annotated[PositiveInt | None, OnResume.MAY_CHANGE] = None
-    """Clips a rank passes forward at once; gradients of so many pile up until the rank's share of data.batch_size, which
-    it must divide, is through. The update is that of the whole batch to within rounding. Unset: the whole share."""
+    """Clips in one forward pass of a rank; gradients accumulate over its share of data.batch_size, which must be a
+    multiple. The update is that of the whole batch to within rounding. Unset: the whole share."""
     parallel: Annotated[Literal["ddp", "fsdp2"], OnResume.MAY_CHANGE] = "ddp"
-    """How ranks share the student, with torchrun. ddp: each has all of it; fsdp2: parameters, gradients and AdamW state
-    are spread over the ranks, which costs traffic and saves memory."""
+    """How ranks of torchrun share the student. ddp: each rank holds all of it. fsdp2: parameters, gradients and AdamW
+    state are sharded over the ranks, which saves memory and costs traffic."""
     checkpoint_every: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 1000
     """Steps from one checkpoint to the next."""
     keep_checkpoints: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 3
-    """Newest checkpoints kept; older ones are removed after a new one is complete."""
+    """How many of the newest checkpoints to keep. Older ones are removed once a new one is complete."""
     keep_every: Annotated[PositiveInt | None, OnResume.MAY_CHANGE] = None
-    """Checkpoints of every so many steps are never removed (a multiple of checkpoint_every). Unset: none are kept so."""
+    """Never remove the checkpoints of every so many steps (a multiple of checkpoint_every). Unset: remove them like
+    others."""
     async_checkpoints: Annotated[bool, OnResume.MAY_CHANGE] = True
-    """Write checkpoints while training goes on, from a copy in main memory. Off: the run waits for the disk."""
+    """Write checkpoints in the background, from a copy in main memory. Off: the run waits for the disk."""
     on_nonfinite: Annotated[Literal["stop", "skip"], OnResume.MAY_CHANGE] = "stop"
-    """A loss or gradient that is not finite. stop: ends the run before the update; skip: leaves that update out, and
-    stops after train.max_skipped of them. Keys and shards of the batch go to nonfinite.jsonl."""
+    """What to do when the loss or gradient is not finite. stop: end the run before the update. skip: leave the update
+    out, and stop after train.max_skipped of them. Keys and shards of the batch are written to nonfinite.jsonl."""
     max_skipped: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 20
-    """Updates that may be left out in the whole run (on_nonfinite = "skip"); one more stops it."""
+    """Updates that may be skipped in the whole run (on_nonfinite = "skip"). One more stops it."""
     log_every: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 20
-    """Steps from one line of metrics to the next; the GPU is waited for only then."""
+    """Steps between two lines of metrics. The run waits for the GPU only then."""
     profile_steps: Annotated[tuple[PositiveInt, PositiveInt] | None, OnResume.MAY_CHANGE] = None
-    """[first, last] step to record as a Chrome trace in profile/ of the run's folder; unset: none."""
+    """[first, last] step to record as a Chrome trace in profile/ of the run's folder. Unset: none."""
     validate_every: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 0
-    """Steps from one measurement of the held-out loss (val_loss, val_r2) to the next; 0: never."""
+    """Steps between two measurements of the held-out loss (val_loss, val_r2). 0: never."""
     validate_batches: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 10
-    """Batches of data.batch_size for it: the first ones of data.validation_split, the same every time."""
+    """Batches of data.batch_size for the held-out loss: the first ones of data.validation_split."""
     probe_every: NonNegativeInt = 0
-    """Steps from one nearest-neighbour probe of the student's encoder (knn_top1) to the next; 0: never. Needs labels."""
+    """Steps between two k-NN probes of the student's encoder (knn_top1). 0: never. Needs labels."""
     probe_clips: tuple[PositiveInt, PositiveInt] = (2048, 512)
-    """Clips for it: of data.split, whose labels vote, and of data.validation_split; chosen by their keys, the same every
-    time."""
+    """Clips of the k-NN probe: [from data.split, whose labels vote, from data.validation_split], chosen by their
+    keys."""
     trace_samples: Annotated[bool, OnResume.MAY_CHANGE] = False
     """Write the keys of every batch to samples.jsonl, {"step": .., "keys": [..]}."""
 
@@ -313,8 +316,9 @@ class TrainConfig(Section):
 
 class Config(Section):
     objective: Literal["latents", "pixels"] = "latents"
-    """latents: regress the frozen teacher's tokens (SALT stage 2); pixels: regress the clip's own patches (SALT stage 1,
-    V-Pixel), which makes a teacher. [teacher] has no effect then, and loss.target_norm = "layer" normalises patches."""
+    """latents: regress the frozen teacher's tokens (SALT stage 2). pixels: regress the clip's own patches (SALT
+    stage 1, V-Pixel), which gives a teacher; [teacher] has no effect then, and loss.target_norm = "layer"
+    normalises patches."""
     data: DataConfig
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -368,7 +372,7 @@ def read_config(root: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CommandError(f"{path}: no such configuration file; the ones that come along are in configs/") from None
+        raise CommandError(f"{path}: no such configuration file; see those in configs/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: not TOML: {error}") from None
     for override in overrides:

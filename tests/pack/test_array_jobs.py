@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, RunModule, contents, pack_here, wait_until
+from conftest import REPOSITORY, contents, pack_here, wait_until
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
@@ -25,7 +25,7 @@ PLAN = PackPlan("h", "x", 0, "source", 65536, 3)
 
 
 @pytest.fixture(scope="module")
-def sources(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(videos, tmp_path_factory):
     """The generated videos in two classes, and one that cannot be packed."""
     root = tmp_path_factory.mktemp("sources") / "root"
     for number, path in enumerate(sorted(videos.rglob("*.webm"))):
@@ -37,21 +37,21 @@ def sources(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def plain(sources, tmp_path_factory):
     """What a plain pack of `sources` gives."""
     out = tmp_path_factory.mktemp("plain") / "out"
     assert pack_here(sources, "--out", out, *SHARDS) == 1
     return contents(out)
 
 
-def start(sources: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def start(sources, out, *options):
     command = [sys.executable, "-m", "shard_tools.pack", sources, "--out", out, *SHARDS, "--workers", "1", *options]
     return subprocess.Popen(
         [*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def done_marks(out: Path) -> set[str]:
+def done_marks(out):
     return {path.name for path in out.glob(".packing/*.done")}
 
 
@@ -60,8 +60,8 @@ def done_marks(out: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_plain_pack(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, run_module: RunModule
-) -> None:
+    sources, plain, tmp_path, run_module
+):
     out, rng = tmp_path / "out", random.Random(0)
     slices = [start(sources, out, "--task", f"{number}/3") for number in range(3)]
     wait_until(lambda: len(done_marks(out)) >= 2)
@@ -83,12 +83,10 @@ def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_p
     assert contents(out) == plain
 
 
-def test_a_slice_that_loses_the_race_for_the_folder_takes_the_one_that_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slice_that_loses_the_race_for_the_folder_takes_the_one_that_stands(tmp_path, monkeypatch):
     create = Staging._create
 
-    def slower(staging: Staging) -> None:
+    def slower(staging):
         create(staging)
         (staging.folder / "train-000000.done").write_text("of the faster one")
         create(staging)
@@ -100,7 +98,7 @@ def test_a_slice_that_loses_the_race_for_the_folder_takes_the_one_that_stands(
     assert [path.name for path in tmp_path.iterdir()] == [STAGING]
 
 
-def test_a_slice_removes_what_was_left_half_written_of_its_own_shards_only(tmp_path: Path) -> None:
+def test_a_slice_removes_what_was_left_half_written_of_its_own_shards_only(tmp_path):
     slice_ = Staging(tmp_path, PLAN)
     slice_.open_slice([], False)
     folder = slice_.folder
@@ -111,7 +109,7 @@ def test_a_slice_removes_what_was_left_half_written_of_its_own_shards_only(tmp_p
     assert {path.name for path in folder.iterdir()} == {"plan.json", *halves[:3]}
 
 
-def test_slices_and_a_plain_pack_keep_each_other_out(sources: Path, tmp_path: Path) -> None:
+def test_slices_and_a_plain_pack_keep_each_other_out(sources, tmp_path):
     out = tmp_path / "out"
     with lock_shared(out):
         pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
@@ -128,9 +126,7 @@ def test_slices_and_a_plain_pack_keep_each_other_out(sources: Path, tmp_path: Pa
 # --- what is done, and what is missing ------------------------------------------------------------------------------
 
 
-def test_a_slice_says_what_is_done_and_how_to_finish(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_slice_says_what_is_done_and_how_to_finish(sources, plain, tmp_path, capsys):
     out = tmp_path / "an out"
     total = len([name for name in plain if name.endswith(".tar")])
     codes = []
@@ -147,9 +143,7 @@ def test_a_slice_says_what_is_done_and_how_to_finish(
     assert not (out / "dataset.json").exists()
 
 
-def test_finish_names_the_missing_shards_and_the_slices_to_repeat(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finish_names_the_missing_shards_and_the_slices_to_repeat(sources, plain, tmp_path, capsys):
     out = tmp_path / "out"
     total = len([name for name in plain if name.endswith(".tar")])
     assert pack_here(sources, "--out", out, *SHARDS, "--finish") == 1
@@ -174,16 +168,13 @@ def test_finish_names_the_missing_shards_and_the_slices_to_repeat(
     assert contents(out) == plain
 
 
-def test_finish_reads_no_video_and_reports_again_when_all_is_committed(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_finish_reads_no_video_and_reports_again_when_all_is_committed(sources, plain, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for number in range(2):
         pack_here(sources, "--out", out, *SHARDS, "--task", f"{number}/2")
     read = Path.read_bytes
 
-    def no_video(path: Path) -> bytes:
+    def no_video(path):
         assert path.suffix != ".webm"
         return read(path)
 
@@ -199,9 +190,7 @@ def test_finish_reads_no_video_and_reports_again_when_all_is_committed(
     assert contents(out) == plain
 
 
-def test_a_plain_pack_goes_on_from_slices_and_commits(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plain_pack_goes_on_from_slices_and_commits(sources, plain, tmp_path, capsys):
     out = tmp_path / "out"
     pack_here(sources, "--out", out, *SHARDS, "--task", "2/3")
     assert pack_here(sources, "--out", out, *SHARDS) == 1
@@ -210,15 +199,13 @@ def test_a_plain_pack_goes_on_from_slices_and_commits(
 
 
 @pytest.mark.parametrize(("numbers", "count"), [(range(4), 4), (range(1, 5), 4), ([0], 1), ([1], 1), (range(99), 99)])
-def test_slices_cover_every_shard_once_and_evenly(numbers: range | list[int], count: int) -> None:
+def test_slices_cover_every_shard_once_and_evenly(numbers, count):
     slices = [slice_of(range(14), number, count) for number in numbers]
     assert sorted(task for tasks in slices for task in tasks) == list(range(14))
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
-def test_a_dry_run_prints_the_part_of_a_slice(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_the_part_of_a_slice(sources, plain, tmp_path, capsys):
     total = len([name for name in plain if name.endswith(".tar")])
     pack_here(sources, "--out", tmp_path / "out", *SHARDS, "--dry-run", "--task", "1/4")
     assert f"slice 1/4: {len(range(1, total, 4))} of {total} shards, " in capsys.readouterr().out
@@ -228,9 +215,7 @@ def test_a_dry_run_prints_the_part_of_a_slice(
 # --- another plan ---------------------------------------------------------------------------------------------------
 
 
-def test_an_unfinished_pack_of_another_plan_is_refused_with_the_difference_and_never_dropped(
-    sources: Path, tmp_path: Path
-) -> None:
+def test_an_unfinished_pack_of_another_plan_is_refused_with_the_difference_and_never_dropped(sources, tmp_path):
     out = tmp_path / "out"
     pack_here(sources, "--out", out, *SHARDS, "--task", "0/3")
     before = contents(out)
@@ -240,9 +225,7 @@ def test_an_unfinished_pack_of_another_plan_is_refused_with_the_difference_and_n
     assert contents(out) == before
 
 
-def test_slices_beside_an_old_data_set_replace_it_only_when_finished_with_overwrite(
-    sources: Path, plain: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_slices_beside_an_old_data_set_replace_it_only_when_finished_with_overwrite(sources, plain, tmp_path):
     out = tmp_path / "out"
     pack_here(sources, "--out", out, *SHARDS, "--seed", 1)
     old = contents(out)
@@ -258,7 +241,7 @@ def test_slices_beside_an_old_data_set_replace_it_only_when_finished_with_overwr
     assert read_dataset(out).seed == 0
 
 
-def test_shards_of_unknown_origin_are_not_touched_by_slices(sources: Path, tmp_path: Path) -> None:
+def test_shards_of_unknown_origin_are_not_touched_by_slices(sources, tmp_path):
     (tmp_path / "train-000099.tar").write_bytes(b"precious")
     with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar"):
         pack_here(sources, "--out", tmp_path, *SHARDS, "--task", "0/2")

@@ -18,21 +18,21 @@ from shard_tools.pack import estimate
 from shard_tools.pack.estimate import Estimate, TierEstimate, choose, clip_frames, verdict
 from shard_tools.pack.pack_shard import read_source
 from shard_tools.video.probe import BadVideoError
-from shard_tools.video.sources import Source, find_sources
-from shard_tools.video.tiers import TIERS, Encoding
+from shard_tools.video.sources import find_sources
+from shard_tools.video.tiers import TIERS
 
 Capture = pytest.CaptureFixture[str]
 _UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
-def table(printed: str) -> dict[str, tuple[int, float]]:
+def table(printed):
     """Shards and bytes by tier, as printed."""
     rows = re.findall(rf"^  ({'|'.join(TIERS)}) +([\d,]+) +([\d.]+) (\w+) +(?:yes|no) .*clips/s", printed, re.MULTILINE)
     return {tier: (int(shards.replace(",", "")), float(size) * _UNITS[unit]) for tier, shards, size, unit in rows}
 
 
 @pytest.fixture
-def some_videos(videos: Path, tmp_path: Path) -> Path:
+def some_videos(videos, tmp_path):
     """A copy of the generated videos to damage."""
     return shutil.copytree(videos, tmp_path / "some")
 
@@ -44,9 +44,7 @@ def some_videos(videos: Path, tmp_path: Path) -> Path:
     ("folder", "options"),
     [("videos", ["--shard-size", "128KiB"]), ("real_clips", ["--short-side", 112, "--quality", 5])],
 )
-def test_shards_are_those_of_packing_and_bytes_are_within_5_percent(
-    folder: str, options: list[object], tmp_path: Path, capsys: Capture, request: pytest.FixtureRequest
-) -> None:
+def test_shards_are_those_of_packing_and_bytes_are_within_5_percent(folder, options, tmp_path, capsys, request):
     root = request.getfixturevalue(folder)
     assert pack_here(root, "--out", tmp_path / "out", "--dry-run", "--frames", "mjpeg", *options) == 0
     expected = table(capsys.readouterr().out)
@@ -61,7 +59,7 @@ def test_shards_are_those_of_packing_and_bytes_are_within_5_percent(
         assert size == pytest.approx(packed, rel=0.05), (tier, size, packed)
 
 
-def test_nothing_is_left_on_the_disk(videos: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_on_the_disk(videos, tmp_path):
     before = contents(videos)
     pack_here(videos, "--out", tmp_path / "new/shards", "--dry-run")
     assert contents(videos) == before
@@ -69,19 +67,17 @@ def test_nothing_is_left_on_the_disk(videos: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_to_leaves_writing_out(videos: Path, capsys: Capture) -> None:
+def test_a_folder_that_cannot_be_written_to_leaves_writing_out(videos, capsys):
     assert pack_here(videos, "--out", "/proc/nowhere", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "writing is not included (/proc: " in printed
     assert len(table(printed)) == 3
 
 
-def test_few_videos_are_read_and_fewer_when_they_are_slow(
-    videos: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_videos_are_read_and_fewer_when_they_are_slow(videos, capsys, monkeypatch):
     read, original = set(), estimate.read_source
 
-    def counted(root: Path, source: Source, encoding: Encoding) -> object:
+    def counted(root, source, encoding):
         read.add(source.key)
         return original(root, source, encoding)
 
@@ -96,7 +92,7 @@ def test_few_videos_are_read_and_fewer_when_they_are_slow(
     assert "from 4 of 40 videos" in capsys.readouterr().out
 
 
-def test_the_choice_is_by_hash_and_over_all_splits(videos: Path) -> None:
+def test_the_choice_is_by_hash_and_over_all_splits(videos):
     sources = find_sources(videos, "auto", videos / "shards").sources
     chosen = choose(sources)
     shuffled = sources.copy()
@@ -108,7 +104,7 @@ def test_the_choice_is_by_hash_and_over_all_splits(videos: Path) -> None:
     assert len(choose(sources[:3])) == 3
 
 
-def test_a_clip_is_16_frames_at_stride_2_from_the_middle() -> None:
+def test_a_clip_is_16_frames_at_stride_2_from_the_middle():
     assert clip_frames(49) == list(range(9, 40, 2))
     assert clip_frames(31) == list(range(0, 31, 2))
     assert clip_frames(6) == [0, 2, 4, 5]  # the last one repeats in training, and is decoded once
@@ -118,7 +114,7 @@ def test_a_clip_is_16_frames_at_stride_2_from_the_middle() -> None:
 # --- videos that cannot be packed -----------------------------------------------------------------------------------
 
 
-def test_sampled_videos_that_cannot_be_packed_are_named_and_left_out(some_videos: Path, capsys: Capture) -> None:
+def test_sampled_videos_that_cannot_be_packed_are_named_and_left_out(some_videos, capsys):
     chosen = choose(find_sources(some_videos, "auto", some_videos / "shards").sources)
     missing, cut, empty = (some_videos / source.path for source in chosen[:3])
     missing.unlink()
@@ -133,8 +129,8 @@ def test_sampled_videos_that_cannot_be_packed_are_named_and_left_out(some_videos
     assert printed.count("left out") == 3
 
 
-def test_a_tier_that_takes_none_of_them_says_so(videos: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def only_source(root: Path, source: Source, encoding: Encoding) -> object:
+def test_a_tier_that_takes_none_of_them_says_so(videos, capsys, monkeypatch):
+    def only_source(root, source, encoding):
         if encoding.tier != "source":
             raise BadVideoError("cannot be decoded to its end")
         return read_source(root, source, encoding)
@@ -148,7 +144,7 @@ def test_a_tier_that_takes_none_of_them_says_so(videos: Path, capsys: Capture, m
     assert "source needs the fewest" in printed
 
 
-def test_without_a_single_readable_video_one_line_says_so(some_videos: Path) -> None:
+def test_without_a_single_readable_video_one_line_says_so(some_videos):
     for path in (some_videos / "20bn-something-something-v2").iterdir():
         path.write_bytes(b"nothing of use")
     with pytest.raises(CommandError, match=r"none of the 24 sampled videos can be packed \(first: 20bn"):
@@ -159,7 +155,7 @@ def test_without_a_single_readable_video_one_line_says_so(some_videos: Path) -> 
 # --- clips a second -------------------------------------------------------------------------------------------------
 
 
-def test_a_small_wish_is_met_by_the_smallest_tier_and_a_huge_one_by_none(videos: Path, capsys: Capture) -> None:
+def test_a_small_wish_is_met_by_the_smallest_tier_and_a_huge_one_by_none(videos, capsys):
     assert pack_here(videos, "--dry-run", "--want-clips-per-sec", 1, "--cores", 1) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^verdict: source, mjpeg and y4m feed 1 clips/s with 1 core; the smallest that fits is source "
@@ -207,5 +203,5 @@ GIVEN = Estimate(
         (200e9, 1, 701, "no tier feeds 701 clips/s with 1 core; y4m needs the fewest, 2"),
     ],
 )
-def test_the_verdict_weighs_cores_and_free_space(free: float, cores: int, want: int, expected: str) -> None:
+def test_the_verdict_weighs_cores_and_free_space(free, cores, want, expected):
     assert verdict(dataclasses.replace(GIVEN, free=int(free)), cores, want).startswith(expected)

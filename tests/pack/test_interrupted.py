@@ -12,12 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import REPOSITORY, RunModule, contents, one_a_shard, pack_here
+from conftest import REPOSITORY, contents, one_a_shard, pack_here
 from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
@@ -30,7 +28,7 @@ FOLDER = "20bn-something-something-v2"
 OPTIONS = ["--shard-size", "64KiB", "--workers", 2]
 
 
-def final_names(out: Path) -> set[str]:
+def final_names(out):
     """What another program would take for finished: everything in the output folder that is not hidden."""
     return {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
 
@@ -46,10 +44,10 @@ class PowerCut:
     """Lets `steps` changes of the file system pass, then refuses all: the process as good as dies before the next one.
 
     Args:
-        lose: what then happens to what was not synced, one of LOSSES; None: it is on the disk all the same.
+        lose: what then happens to what was not synced, a function; None: it is on the disk all the same.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, lose: Loss | None = None) -> None:
+    def __init__(self, patch, lose=None):
         self.left: float = float("inf")
         self.passed = self.tries = 0
         self.lose = lose
@@ -61,23 +59,23 @@ class PowerCut:
                                "fsync": self._fsync}.items():  # fmt: skip
             patch.setattr(os, name, self.guard(function))
 
-    def _rename(self, old: Path, new: Path) -> None:
+    def _rename(self, old, new):
         if not os.path.exists(new):  # else nothing is left to go back to
             self.renames.append((Path(old), Path(new)))
         self.rename(old, new)
 
-    def _fsync(self, descriptor: int) -> None:
+    def _fsync(self, descriptor):
         self.synced.append(os.dup(descriptor))
         folder = os.fstat(descriptor).st_ino
         self.renames = [names for names in self.renames if names[1].parent.stat().st_ino != folder]
 
-    def not_synced(self, out: Path) -> list[Path]:
+    def not_synced(self, out):
         """Files whose content is not on the disk."""
         kept = {os.fstat(descriptor).st_ino for descriptor in self.synced}
         return [path for path in out.rglob("*") if path.is_file() and path.stat().st_ino not in kept]
 
-    def guard(self, function: Callable) -> Callable:
-        def step(*args: object, **options: object) -> object:
+    def guard(self, function):
+        def step(*args, **options):
             if self.passed >= self.left:
                 raise Stop
             self.passed += 1
@@ -85,7 +83,7 @@ class PowerCut:
 
         return step
 
-    def pack(self, arguments: list[object], steps: float = float("inf")) -> int:
+    def pack(self, arguments, steps=float("inf")):
         """Pack, stopped after so many steps; how many there were."""
         self.left, self.passed, self.tries = steps, 0, self.tries + 1
         out = Path(str(arguments[arguments.index("--out") + 1]))
@@ -104,31 +102,20 @@ class PowerCut:
         return self.passed
 
 
-Loss = Callable[[PowerCut, Path], None]
-
-
-def emptied(cut: PowerCut, out: Path) -> None:
+def emptied(cut, out):
     for path in cut.not_synced(out):
         os.truncate(path, 0)
 
 
-def halved(cut: PowerCut, out: Path) -> None:
-    for path in cut.not_synced(out):
-        os.truncate(path, path.stat().st_size // 2)
-
-
-def tars_nameless(cut: PowerCut, out: Path) -> None:
+def tars_nameless(cut, out):
     """Everything came to the disk but the tars' names."""
     for old, new in reversed(cut.renames):
         if new.suffix == ".tar" and new.exists():
             cut.rename(new, old)
 
 
-LOSSES = (None, emptied, halved, tars_nameless)
-
-
 @pytest.fixture
-def few_videos(videos: Path, tmp_path: Path) -> Path:
+def few_videos(videos, tmp_path):
     """Four videos in two classes and one that cannot be packed."""
     root = tmp_path / "few"
     for number, path in enumerate(sorted((videos / FOLDER).iterdir())[:4]):
@@ -139,36 +126,25 @@ def few_videos(videos: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reference(few_videos: Path, tmp_path: Path) -> dict[str, bytes]:
+def reference(few_videos, tmp_path):
     """What packing `few_videos` gives when nothing disturbs it."""
     assert pack_here(few_videos, "--out", tmp_path / "reference", "--shard-size", "64KiB") == 1
     return contents(tmp_path / "reference")
 
 
-SLOW = [pytest.mark.slow]
-
-
 @pytest.mark.parametrize(
     ("size", "replaced", "lose"),
     [
-        pytest.param("64KiB", None, None, id="new"),
-        pytest.param("64KiB", None, emptied, id="new, not synced is empty"),
-        *[
-            pytest.param(*sizes, lose, id=f"{name}, {getattr(lose, '__name__', 'all is kept')}", marks=SLOW)
-            for name, *sizes in (
-                ("new", "64KiB", None),
-                ("replacing another data set", "64KiB", "90KiB"),
-                ("replacing one with tars of the same sizes", "1MiB", "1MiB"),
-            )
-            for lose in LOSSES
-            if name != "new" or lose in (halved, tars_nameless)
-        ],
+        ("64KiB", None, None),
+        ("64KiB", None, emptied),
+        pytest.param("64KiB", None, tars_nameless, marks=pytest.mark.slow),
+        pytest.param("64KiB", "90KiB", None, marks=pytest.mark.slow),  # another data set is replaced
+        pytest.param("64KiB", "90KiB", emptied, marks=pytest.mark.slow),
+        pytest.param("1MiB", "1MiB", None, marks=pytest.mark.slow),  # its tars have the same sizes
+        pytest.param("1MiB", "1MiB", tars_nameless, marks=pytest.mark.slow),
     ],
 )
-def test_a_stop_before_any_step_loses_nothing(
-    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, replaced: str | None,
-    lose: Loss | None,
-) -> None:  # fmt: skip
+def test_a_stop_before_any_step_loses_nothing(few_videos, tmp_path, monkeypatch, size, replaced, lose):
     assert pack_here(few_videos, "--out", tmp_path / "reference", "--shard-size", size) == 1
     reference = contents(tmp_path / "reference")
     old = tmp_path / "old"
@@ -195,11 +171,8 @@ def test_a_stop_before_any_step_loses_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lose", LOSSES)
-def test_many_stops_in_a_row_lose_nothing(
-    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    lose: Loss | None,
-) -> None:  # fmt: skip
+@pytest.mark.parametrize("lose", [None, emptied, tars_nameless])
+def test_many_stops_in_a_row_lose_nothing(few_videos, reference, tmp_path, monkeypatch, lose):
     cut = PowerCut(monkeypatch, lose)
     rng = random.Random(0)
     arguments = [few_videos, "--out", tmp_path / "out", "--shard-size", "64KiB"]
@@ -211,9 +184,7 @@ def test_many_stops_in_a_row_lose_nothing(
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_stop_while_files_move_into_place_costs_no_shard(
-    few_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stop_while_files_move_into_place_costs_no_shard(few_videos, tmp_path, monkeypatch, capsys):
     cut = PowerCut(monkeypatch)
     out = tmp_path / "out"
     arguments = [few_videos, "--out", out, "--shard-size", "64KiB"]
@@ -229,8 +200,8 @@ def test_a_stop_while_files_move_into_place_costs_no_shard(
 
 
 def test_what_another_plan_left_unfinished_is_refused_with_the_difference_and_dropped_on_demand(
-    few_videos: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    few_videos, reference, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
     others = {"seed 5 instead of 0": ["--seed", 5], "shard_bytes 92160 instead of 65536": ["--shard-size", "90KiB"],
               "videos 2 instead of 5": ["--limit", 2], "name x instead of few": ["--name", "x"]}  # fmt: skip
@@ -250,7 +221,7 @@ def test_what_another_plan_left_unfinished_is_refused_with_the_difference_and_dr
 
 
 @pytest.fixture(scope="module")
-def many_videos(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many_videos(videos, tmp_path_factory):
     """160 videos (four names for each), enough small shards to be stopped amid them."""
     root = tmp_path_factory.mktemp("many") / "many"
     for path in (videos / FOLDER).iterdir():
@@ -261,16 +232,14 @@ def many_videos(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(many_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(many_videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     assert pack_here(many_videos, "--out", out, "--shard-size", "64KiB") == 0
     return contents(out)
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_lose_nothing_and_leave_no_process(
-    many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule
-) -> None:
+def test_kills_at_any_moment_lose_nothing_and_leave_no_process(many_videos, undisturbed, tmp_path, run_module):
     rng = random.Random(0)
     out = tmp_path / "out"
     total = len([name for name in undisturbed if name.endswith(".tar")])
@@ -287,11 +256,11 @@ def test_kills_at_any_moment_lose_nothing_and_leave_no_process(
 
 
 @pytest.mark.parametrize(
-    ("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "group"), [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)]
 )
 def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
-    many_videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int, group: bool
-) -> None:
+    many_videos, undisturbed, tmp_path, run_module, number, group
+):
     rng = random.Random(number)
     for turn in range(2):  # while the workers start, then while they work
         packing = PackProcess(many_videos, tmp_path / "out", *OPTIONS)
@@ -306,29 +275,25 @@ def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
     assert contents(tmp_path / "out") == undisturbed
 
 
-def test_a_second_pack_on_the_same_folder_is_refused(videos: Path, tmp_path: Path, run_module: RunModule) -> None:
+def test_a_second_pack_on_the_same_folder_is_refused(videos, tmp_path, run_module):
     with staging.lock_exclusive(tmp_path):
         done = run_module("shard_tools.pack", videos, "--out", tmp_path, check=False)
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"error: {tmp_path}: another pack or repair is writing there; wait for it, or choose another --out\n"
-    )
+    assert done.stderr.startswith(f"error: {tmp_path}: another pack or repair is writing there; wait for it")
     assert not list(tmp_path.iterdir())
 
 
 # --- no room --------------------------------------------------------------------------------------------------------
 
 
-def one_error_line(stderr: str) -> str:
+def one_error_line(stderr):
     [line] = stderr.splitlines()
     assert line.startswith("error: ")
     return line
 
 
-def test_a_limit_on_file_sizes_is_one_line_and_goes_on_without_it(
-    videos: Path, dataset: Path, tmp_path: Path, run_module: RunModule
-) -> None:
+@pytest.mark.slow
+def test_a_limit_on_file_sizes_is_one_line_and_goes_on_without_it(videos, dataset, tmp_path, run_module):
     arguments = [videos, "--out", tmp_path, "--shard-size", "128KiB", "--workers", "2"]
     limited = ["sh", "-c", 'ulimit -f 110; exec "$0" "$@"', sys.executable, "-m", "shard_tools.pack"]  # blocks of 512
     done = subprocess.run([*limited, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -340,7 +305,7 @@ def test_a_limit_on_file_sizes_is_one_line_and_goes_on_without_it(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of 900 kB; the videos have 860 kB, the shards more."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -353,9 +318,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
-    videos: Path, dataset: Path, small_disk: Path, run_module: RunModule
-) -> None:
+def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(videos, dataset, small_disk, run_module):
     out = small_disk / "out"
     arguments = [videos, "--out", out, "--shard-size", "128KiB", "--workers", "2"]
     for turn in range(2):
@@ -370,7 +333,7 @@ def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
     assert contents(out) == contents(dataset)
 
 
-def test_too_little_room_is_told_before_the_work(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_told_before_the_work(videos, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(CommandError, match=r"0\.84 MB are still to be written, 0\.10 MB are free; make room"):
@@ -382,10 +345,10 @@ SAMPLE = SampleInfo("a", "train", None, None, None, (), SourceFile("a.webm", 1, 
 
 
 @pytest.mark.parametrize("room", [0, 512, 1000, 2000, 8000])
-def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(tmp_path: Path, room: int) -> None:
+def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(tmp_path, room):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write() -> None:
+    def write():
         with ShardWriter(tmp_path, "train-000000.tar") as writer:
             writer.add(SAMPLE, "webm", bytes(3000))
 
@@ -400,15 +363,13 @@ def test_a_shard_that_does_not_fit_leaves_no_trace_and_names_itself(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("call", "times"), [("fsync", 6), ("rename", 3)])
-def test_a_disk_that_fails_at_any_step_of_a_shard_leaves_it_undone(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, times: int
-) -> None:
+def test_a_disk_that_fails_at_any_step_of_a_shard_leaves_it_undone(videos, tmp_path, monkeypatch, call, times):
     job, [task] = one_a_shard(videos, tmp_path / "out", 1)
     real = getattr(os, call)
     for good in range(times):
         left = iter(range(good))
 
-        def limited(*args: Any, left: Iterator[int] = left) -> Any:
+        def limited(*args, left=left):
             if next(left, None) is None:
                 raise OSError(errno.EIO, "Input/output error")
             return real(*args)
@@ -423,23 +384,24 @@ def test_a_disk_that_fails_at_any_step_of_a_shard_leaves_it_undone(
     assert pack_shard(job, task) == job.staging.done(task.file)
 
 
-def test_all_of_a_shard_is_on_the_disk_before_it_counts_as_done(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_of_a_shard_is_on_the_disk_before_it_counts_as_done(videos, tmp_path, monkeypatch):
     """Otherwise a power cut could leave a tar of the right size and without content, which no look at a size tells."""
     job, [task] = one_a_shard(videos, tmp_path / "out", 1)
-    steps: list[str] = []
-    inodes: dict[int, str] = {job.staging.folder.stat().st_ino: "folder"}
+    steps = []
+    inodes = {job.staging.folder.stat().st_ino: "folder"}
     fsync, rename = os.fsync, os.rename
 
-    def watched_rename(old: Path, new: Path) -> None:
+    def watched_rename(old, new):
         inode, name = os.stat(old).st_ino, Path(new).suffix
         steps[:] = [name if step == inode else step for step in steps] + [f"{name} has its name"]
         rename(old, new)
 
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (steps.append(inodes.get(i := os.fstat(file).st_ino, i)), fsync(file))
-    )
+    def watched_fsync(descriptor):
+        inode = os.fstat(descriptor).st_ino
+        steps.append(inodes.get(inode, inode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
     pack_shard(job, task)
     assert steps == [".tar", ".parquet", ".parquet has its name", "folder", ".tar has its name", "folder",

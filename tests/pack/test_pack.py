@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from conftest import RunModule, contents, one_a_shard, pack_here, pack_job
+from conftest import contents, one_a_shard, pack_here, pack_job
 
 from shard_tools.common.cli import CommandError, run
 from shard_tools.common.files import file_hash
@@ -39,11 +39,11 @@ from shard_tools.video.sources import find_sources
 FOLDER = "20bn-something-something-v2"
 
 
-def shards(dataset: Path) -> list[Path]:
+def shards(dataset):
     return [dataset / info.file for split in read_dataset(dataset).splits.values() for info in split.shards]
 
 
-def payloads(dataset: Path) -> dict[str, bytes]:
+def payloads(dataset):
     """Every payload by key, as tarfile reads them."""
     found = {}
     for shard in shards(dataset):
@@ -56,7 +56,7 @@ def payloads(dataset: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def some_videos(videos: Path, tmp_path: Path) -> Path:
+def some_videos(videos, tmp_path):
     """A copy of the generated videos to damage."""
     return shutil.copytree(videos, tmp_path / "some")
 
@@ -64,7 +64,7 @@ def some_videos(videos: Path, tmp_path: Path) -> Path:
 # --- the format -----------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_exactly_what_the_contract_names(dataset: Path) -> None:
+def test_the_folder_holds_exactly_what_the_contract_names(dataset):
     names = {"dataset.json", *(s.name for s in shards(dataset)), *(index_name(s.name) for s in shards(dataset))}
     assert {path.name for path in dataset.iterdir()} == names
     splits = read_dataset(dataset).splits
@@ -74,7 +74,7 @@ def test_the_folder_holds_exactly_what_the_contract_names(dataset: Path) -> None
     assert read_dataset(dataset).settings == Settings("ssv2", None, None, 128 << 10)
 
 
-def test_gnu_tar_lists_every_shard(dataset: Path) -> None:
+def test_gnu_tar_lists_every_shard(dataset):
     if shutil.which("tar") is None:
         pytest.skip("no tar on this machine")
     for shard in shards(dataset):
@@ -84,7 +84,7 @@ def test_gnu_tar_lists_every_shard(dataset: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files open
-def test_plain_webdataset_yields_every_sample(videos: Path, dataset: Path) -> None:
+def test_plain_webdataset_yields_every_sample(videos, dataset):
     import webdataset  # here, so that the worker processes of other tests start quickly
 
     samples = list(webdataset.WebDataset([str(shard) for shard in shards(dataset)], shardshuffle=False))
@@ -96,9 +96,7 @@ def test_plain_webdataset_yields_every_sample(videos: Path, dataset: Path) -> No
         assert record["source"]["bytes"] == len(sample["webm"])
 
 
-def test_every_video_lies_where_the_index_says_with_the_hashes_of_index_and_dataset_json(
-    videos: Path, dataset: Path
-) -> None:
+def test_every_video_lies_where_the_index_says_with_the_hashes_of_index_and_dataset_json(videos, dataset):
     assert payloads(dataset) == {path.stem: path.read_bytes() for path in (videos / FOLDER).iterdir()}
     infos = {info.file: info for split in read_dataset(dataset).splits.values() for info in split.shards}
     for shard in shards(dataset):
@@ -120,7 +118,7 @@ def test_every_video_lies_where_the_index_says_with_the_hashes_of_index_and_data
         assert order == sorted(order)
 
 
-def test_a_sample_says_what_the_contract_asks_for(videos: Path, dataset: Path) -> None:
+def test_a_sample_says_what_the_contract_asks_for(videos, dataset):
     rows = {row["id"]: row for row in json.loads((videos / "labels/train.json").read_bytes())}
     shard = shards(dataset)[0]
     with tarfile.open(shard) as tar:
@@ -140,16 +138,12 @@ def test_a_sample_says_what_the_contract_asks_for(videos: Path, dataset: Path) -
 # --- the same again -------------------------------------------------------------------------------------------------
 
 
-def test_packing_again_gives_the_same_bytes_whatever_the_workers(
-    videos: Path, dataset: Path, tmp_path: Path, run_module: RunModule
-) -> None:
-    for workers in (1, 3):
-        out = tmp_path / str(workers)
-        run_module("shard_tools.pack", videos, "--out", out, "--shard-size", "128KiB", "--workers", workers)
-        assert contents(out) == contents(dataset)
+def test_one_worker_gives_the_same_bytes_as_several(videos, dataset, tmp_path, run_module):
+    run_module("shard_tools.pack", videos, "--out", tmp_path / "out", "--shard-size", "128KiB", "--workers", 1)
+    assert contents(tmp_path / "out") == contents(dataset)
 
 
-def test_packing_what_is_packed_changes_nothing_and_says_the_same(videos: Path, dataset: Path, tmp_path: Path) -> None:
+def test_packing_what_is_packed_changes_nothing_and_says_the_same(videos, dataset, tmp_path):
     out = shutil.copytree(dataset, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert pack_here(videos, "--out", out, "--shard-size", "131072B") == 0
@@ -158,7 +152,7 @@ def test_packing_what_is_packed_changes_nothing_and_says_the_same(videos: Path, 
     assert contents(out) == contents(dataset)
 
 
-def test_the_output_folder_is_never_input(videos: Path, tmp_path: Path) -> None:
+def test_the_output_folder_is_never_input(videos, tmp_path):
     root = tmp_path / "root"
     for number, path in enumerate(sorted((videos / FOLDER).iterdir())[:6]):
         (root / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
@@ -174,9 +168,7 @@ def test_the_output_folder_is_never_input(videos: Path, tmp_path: Path) -> None:
     assert len(payloads(root / "shards")) == 6
 
 
-def test_a_dry_run_writes_nothing_and_names_everything_passed_over(
-    some_videos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_writes_nothing_and_names_everything_passed_over(some_videos, capsys):
     for number in range(12):
         (some_videos / FOLDER / f"unknown-{number:02}.webm").touch()
     before = contents(some_videos)
@@ -188,7 +180,7 @@ def test_a_dry_run_writes_nothing_and_names_everything_passed_over(
     assert "train" in printed
 
 
-def test_a_limit_packs_so_many(videos: Path, tmp_path: Path) -> None:
+def test_a_limit_packs_so_many(videos, tmp_path):
     assert pack_here(videos, "--out", tmp_path, "--limit", 7) == 0
     assert len(payloads(tmp_path)) == 7
 
@@ -196,12 +188,12 @@ def test_a_limit_packs_so_many(videos: Path, tmp_path: Path) -> None:
 # --- videos that cannot be packed -----------------------------------------------------------------------------------
 
 
-def damage(folder: Path) -> dict[str, str]:
+def damage(folder):
     """Damage or remove some of the videos; what is expected to be said of each, by key."""
     paths = sorted(folder.iterdir())
     said = {}
 
-    def broken(says: str) -> Path:
+    def broken(says):
         path = paths.pop()
         path.unlink()
         said[path.stem] = says
@@ -223,9 +215,7 @@ def damage(folder: Path) -> dict[str, str]:
     return said
 
 
-def test_every_bad_video_is_a_line_and_the_rest_is_packed(
-    some_videos: Path, tmp_path: Path, run_module: RunModule
-) -> None:
+def test_every_bad_video_is_a_line_and_the_rest_is_packed(some_videos, tmp_path, run_module):
     said = damage(some_videos / FOLDER)
     out = tmp_path / "out"
     done = run_module("shard_tools.pack", some_videos, "--out", out, "--shard-size", "128KiB", check=False)
@@ -252,9 +242,7 @@ def test_every_bad_video_is_a_line_and_the_rest_is_packed(
     assert contents(out) == first
 
 
-def test_only_bad_videos_are_one_error_line_and_leave_nothing(
-    videos: Path, tmp_path: Path, run_module: RunModule
-) -> None:
+def test_only_bad_videos_are_one_error_line_and_leave_nothing(videos, tmp_path, run_module):
     root = tmp_path / "root"
     (root / "class").mkdir(parents=True)
     (root / "class/a.webm").write_text("no video")
@@ -268,14 +256,14 @@ def test_only_bad_videos_are_one_error_line_and_leave_nothing(
     assert pack_here(root) == 0
 
 
-def crashing_probe(payload: bytes) -> Video:
+def crashing_probe(payload):
     """A decoding library that takes the whole process with it on some files."""
     if payload.startswith(b"crash"):
         os.kill(os.getpid(), signal.SIGSEGV)
     return frames.probe(payload)
 
 
-def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_videos: Path, tmp_path: Path) -> None:
+def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_videos, tmp_path):
     found = find_sources(some_videos, "auto", tmp_path)
     del found.sources[10:]
     crashing = [some_videos / source.path for source in found.sources[3:8:4]]
@@ -292,13 +280,11 @@ def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_video
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_a_shortage_of_the_machine_is_not_recorded_against_a_video(
-    some_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_shortage_of_the_machine_is_not_recorded_against_a_video(some_videos, tmp_path, monkeypatch, number):
     """The video would stay lost long after the limit was raised."""
     job, [task] = one_a_shard(some_videos, tmp_path / "out", 1)
 
-    def limited(path: Path) -> bytes:
+    def limited(path):
         raise OSError(number, os.strerror(number), str(path))
 
     with monkeypatch.context() as patch:
@@ -309,7 +295,7 @@ def test_a_shortage_of_the_machine_is_not_recorded_against_a_video(
 
 
 @pytest.mark.parametrize("mark", [b"", bytes(300), b"null", b"[" * 100_000, b'{"info": [], "failures": []}'])
-def test_a_damaged_mark_or_one_without_its_tar_does_not_count(some_videos: Path, tmp_path: Path, mark: bytes) -> None:
+def test_a_damaged_mark_or_one_without_its_tar_does_not_count(some_videos, tmp_path, mark):
     job, tasks = one_a_shard(some_videos, tmp_path / "out", 2)
     result, other = (pack_shard(job, task) for task in tasks)
     path, shard = job.staging.folder / "train-000000.done", tasks[0].file
@@ -324,13 +310,13 @@ def test_a_damaged_mark_or_one_without_its_tar_does_not_count(some_videos: Path,
     assert job.staging.done(shard) is None
 
 
-def fatal_probe(payload: bytes) -> Video:
+def fatal_probe(payload):
     if payload == b"fatal":
         raise MemoryError
     return frames.probe(payload)
 
 
-def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_videos: Path, tmp_path: Path) -> None:
+def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_videos, tmp_path):
     job, [task] = one_a_shard(some_videos, tmp_path / "out", 1)
     (some_videos / task.sources[0].path).write_bytes(b"fatal")
     with pytest.raises(MemoryError):
@@ -351,8 +337,8 @@ OTHER_PLANS = [
 
 @pytest.mark.parametrize(("options", "difference"), OTHER_PLANS)
 def test_a_data_set_of_another_plan_is_refused_with_the_difference_and_replaced_on_demand(
-    videos: Path, dataset: Path, tmp_path: Path, options: list[object], difference: str
-) -> None:
+    videos, dataset, tmp_path, options, difference
+):
     out = shutil.copytree(dataset, tmp_path / "out")
     (out / "notes.txt").write_text("mine")
     arguments = [videos, "--out", out, "--shard-size", "128KiB", *options]
@@ -364,7 +350,7 @@ def test_a_data_set_of_another_plan_is_refused_with_the_difference_and_replaced_
     assert contents(out) == contents(tmp_path / "new") | {"notes.txt": b"mine"}
 
 
-def test_changed_sources_are_another_plan(some_videos: Path, tmp_path: Path) -> None:
+def test_changed_sources_are_another_plan(some_videos, tmp_path):
     assert pack_here(some_videos, "--out", tmp_path / "out") == 0
     labels = some_videos / "labels/labels.json"
     labels.write_text(labels.read_text().replace("}", ', "A new class": "4"}'))
@@ -372,7 +358,7 @@ def test_changed_sources_are_another_plan(some_videos: Path, tmp_path: Path) -> 
         pack_here(some_videos, "--out", tmp_path / "out")
 
 
-def test_shards_of_unknown_origin_are_not_touched(videos: Path, tmp_path: Path) -> None:
+def test_shards_of_unknown_origin_are_not_touched(videos, tmp_path):
     (tmp_path / "train-000099.tar").write_bytes(b"precious")
     with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar, and no dataset\.json"):
         pack_here(videos, "--out", tmp_path)
@@ -381,7 +367,7 @@ def test_shards_of_unknown_origin_are_not_touched(videos: Path, tmp_path: Path) 
     assert not (tmp_path / "train-000099.tar").exists()
 
 
-def test_a_damaged_dataset_json_is_replaced_only_on_demand(videos: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_damaged_dataset_json_is_replaced_only_on_demand(videos, dataset, tmp_path):
     out = shutil.copytree(dataset, tmp_path / "out")
     (out / "dataset.json").write_text("{")
     with pytest.raises(CommandError, match=r"dataset\.json: damaged .*--overwrite"):
@@ -419,9 +405,7 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("case", MISUSES)
-def test_a_usage_error_is_one_line_and_exit_code_2(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
-) -> None:
+def test_a_usage_error_is_one_line_and_exit_code_2(videos, tmp_path, monkeypatch, capsys, case):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     words = [word.replace("VIDEOS", str(videos)).replace("ROOT", str(tmp_path)) for word in MISUSES[case]]
@@ -436,5 +420,5 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(("text", "expected"), [("auto", None), ("64KiB", 65536), ("256 MiB", 256 << 20)])
-def test_sizes_are_read(text: str, expected: int | None) -> None:
+def test_sizes_are_read(text, expected):
     assert pack.parse(["root", "--shard-size", text]).shard_size == expected

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_tools.pack.plan import MIB, Plan, auto_shard_bytes, make_plan
+from shard_tools.pack.plan import MIB, auto_shard_bytes, make_plan
 from shard_tools.video.sources import Source
 
 SOURCES = [
@@ -20,13 +20,13 @@ SOURCES = [
 SIZES = {source.key: 1000 + 97 * n for n, source in enumerate(SOURCES)}
 
 
-def plan(sources: list[Source] = SOURCES, sizes: dict[str, int] = SIZES, **changed: object) -> Plan:
+def plan(sources=SOURCES, sizes=SIZES, **changed):
     arguments = {"encoding": "source", "seed": 0, "shard_bytes": 128 << 10} | changed
     name, classes = arguments.pop("name", "name"), arguments.pop("classes", ["a", "b"])
     return make_plan(name, sources, classes, sizes, **arguments)
 
 
-def test_every_source_is_in_one_shard_of_its_split() -> None:
+def test_every_source_is_in_one_shard_of_its_split():
     tasks = plan().tasks
     placed = [source for task in tasks for source in task.sources]
     assert sorted(placed, key=lambda s: s.key) == SOURCES
@@ -35,14 +35,14 @@ def test_every_source_is_in_one_shard_of_its_split() -> None:
     assert [t.file for t in tasks if t.split == "test"][:2] == ["test-000000.tar", "test-000001.tar"]
 
 
-def test_the_order_in_which_sources_were_found_does_not_matter() -> None:
+def test_the_order_in_which_sources_were_found_does_not_matter():
     shuffled = SOURCES.copy()
     random.Random(1).shuffle(shuffled)
     assert plan(shuffled) == plan()
 
 
 @given(st.integers(64 << 10, 1 << 20), st.lists(st.integers(0, 1 << 21), min_size=1, max_size=60))
-def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, sizes: list[int]) -> None:
+def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target, sizes):
     sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
     for task in plan(sources, {str(n): size for n, size in enumerate(sizes)}, shard_bytes=target).tasks:
         total = sum(sizes[int(source.key)] for source in task.sources)
@@ -59,11 +59,11 @@ def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target: int, s
      {"sources": [SOURCES[0]._replace(placeholders=("cup",)), *SOURCES[1:]]}],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
-def test_whatever_changes_the_data_set_changes_the_hash(changed: dict) -> None:
+def test_whatever_changes_the_data_set_changes_the_hash(changed):
     assert plan(**changed).hash != plan().hash
 
 
-def test_another_seed_mixes_otherwise_and_classes_are_mixed() -> None:
+def test_another_seed_mixes_otherwise_and_classes_are_mixed():
     first, second = ([s.key for t in plan(seed=seed).tasks for s in t.sources] for seed in (0, 1))
     assert first != second
     labels = [s.label for t in plan().tasks if t.split == "train" for s in t.sources]
@@ -77,5 +77,5 @@ def test_another_seed_mixes_otherwise_and_classes_are_mixed() -> None:
     ("total", "expected"),
     [(0, 16), (4096 * MIB - 1, 16), (8192 * MIB, 32), (19_400_000_000, 64), (160 * 10**9, 256), (10**15, 256)],
 )
-def test_the_automatic_shard_size_is_the_largest_that_gives_256_shards(total: int, expected: int) -> None:
+def test_the_automatic_shard_size_is_the_largest_that_gives_256_shards(total, expected):
     assert auto_shard_bytes(total) == expected * MIB

@@ -10,16 +10,13 @@ import signal
 import socket
 import sys
 import types
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, RunModule, contents, pack_job, wait_until
+from conftest import REPOSITORY, contents, pack_job, wait_until
 from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import WorkerDiedError, run_local
-from shard_tools.format.sample import Video
 from shard_tools.pack import __main__ as pack
 from shard_tools.pack.plan import make_plan
 from shard_tools.pack.ray_executor import check_address, ray_cluster, run_ray
@@ -38,7 +35,7 @@ ON_RAY = [*SHARDS, "--executor", "ray", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[int]:
+def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(
             "PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/pack")])
@@ -48,11 +45,11 @@ def cluster() -> Iterator[int]:
             yield workers
 
 
-def square(number: int) -> int:
+def square(number):
     return number * number
 
 
-def die_at_three(folder: Path, number: int) -> int:
+def die_at_three(folder, number):
     if number == 3:
         with (folder / "tries").open("a") as file:
             file.write("x")
@@ -60,19 +57,19 @@ def die_at_three(folder: Path, number: int) -> int:
     return number
 
 
-def full_disk(number: int) -> None:
+def full_disk(number):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/where")
 
 
 @pytest.mark.slow
-def test_every_task_comes_back_with_its_result(cluster: int) -> None:
+def test_every_task_comes_back_with_its_result(cluster):
     assert cluster == 2
     assert dict(run_ray(square, range(20), cluster)) == {n: n * n for n in range(20)}
     assert list(run_ray(square, [], cluster)) == []
 
 
 @pytest.mark.slow
-def test_a_task_that_kills_its_process_is_tried_twice_and_the_others_finish(cluster: int, tmp_path: Path) -> None:
+def test_a_task_that_kills_its_process_is_tried_twice_and_the_others_finish(cluster, tmp_path):
     results = dict(run_ray(functools.partial(die_at_three, tmp_path), range(8), cluster))
     assert isinstance(results.pop(3), WorkerDiedError)
     assert results == {n: n for n in range(8) if n != 3}
@@ -80,14 +77,14 @@ def test_a_task_that_kills_its_process_is_tried_twice_and_the_others_finish(clus
 
 
 @pytest.mark.slow
-def test_an_exception_of_a_task_is_raised_here_as_it_was(cluster: int) -> None:
+def test_an_exception_of_a_task_is_raised_here_as_it_was(cluster):
     with pytest.raises(OSError, match="No space left") as caught:
         list(run_ray(full_disk, range(3), cluster))
     assert (type(caught.value), caught.value.errno, caught.value.filename) == (OSError, errno.ENOSPC, "/some/where")
 
 
 @pytest.mark.slow
-def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_this_program_is_one_line(cluster, monkeypatch):
     here_only = types.ModuleType("here_only")
     here_only.square = types.FunctionType(square.__code__, {"__name__": "here_only"}, "square")
     here_only.square.__module__ = "here_only"
@@ -96,7 +93,7 @@ def test_a_node_without_this_program_is_one_line(cluster: int, monkeypatch: pyte
         list(run_ray(here_only.square, range(3), cluster))
 
 
-def crashing_probe(payload: bytes) -> Video:
+def crashing_probe(payload):
     """A decoding library that takes the whole process with it on some files."""
     if payload.startswith(b"crash"):
         os.abort()
@@ -104,9 +101,7 @@ def crashing_probe(payload: bytes) -> Video:
 
 
 @pytest.mark.slow
-def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(
-    cluster: int, videos: Path, tmp_path: Path
-) -> None:
+def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(cluster, videos, tmp_path):
     root = tmp_path / "root"
     (root / "class").mkdir(parents=True)
     for number, path in enumerate(sorted(videos.rglob("*.webm"))[:4]):
@@ -128,7 +123,7 @@ def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(
 
 
 @pytest.fixture(scope="module")
-def packed_locally(videos: Path, tmp_path_factory: pytest.TempPathFactory, run_module: RunModule) -> dict[str, bytes]:
+def packed_locally(videos, tmp_path_factory, run_module):
     out = tmp_path_factory.mktemp("local") / "out"
     run_module("shard_tools.pack", videos, "--out", out, *SHARDS)
     return contents(out)
@@ -136,9 +131,7 @@ def packed_locally(videos: Path, tmp_path_factory: pytest.TempPathFactory, run_m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_pack_interrupted_on_ray_goes_on_locally(
-    videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule, number: int
-) -> None:
+def test_a_pack_interrupted_on_ray_goes_on_locally(videos, packed_locally, tmp_path, run_module, number):
     packing = PackProcess(videos, tmp_path / "out", *ON_RAY)
     packing.wait_for(1)
     assert packing.stop(number, group=True) == 130
@@ -149,7 +142,7 @@ def test_a_pack_interrupted_on_ray_goes_on_locally(
 
 
 @pytest.mark.slow
-def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Path) -> None:
+def test_sigterm_while_ray_starts_is_an_interrupt_too(videos, tmp_path):
     packing = PackProcess(videos, tmp_path / "out", *ON_RAY)
     wait_until(lambda: len(packing.look()) >= 3, timeout=60)
     assert packing.stop(signal.SIGTERM, group=True) == 130
@@ -157,9 +150,7 @@ def test_sigterm_while_ray_starts_is_an_interrupt_too(videos: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_pack_begun_locally_is_finished_by_ray_with_the_same_bytes(
-    videos: Path, packed_locally: dict[str, bytes], tmp_path: Path, run_module: RunModule
-) -> None:
+def test_a_pack_begun_locally_is_finished_by_ray_with_the_same_bytes(videos, packed_locally, tmp_path, run_module):
     out = tmp_path / "out"
     run_module("shard_tools.pack", videos, "--out", out, *SHARDS, "--task", "1/3")
     done = run_module("shard_tools.pack", videos, "--out", out, *SHARDS, "--executor", "ray", "--workers", "2")
@@ -168,7 +159,7 @@ def test_a_pack_begun_locally_is_finished_by_ray_with_the_same_bytes(
     assert contents(out) == packed_locally
 
 
-def test_without_ray_it_is_one_line(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_it_is_one_line(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CommandError, match=r"Ray is not installed; pip install 'salt-wds\[ray\]'"):
         pack.main([str(videos), "--out", str(tmp_path / "out"), "--executor", "ray"])
@@ -178,14 +169,12 @@ def test_without_ray_it_is_one_line(videos: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "address", ["somewhere", "ray://127.0.0.1:10001", ":6379", "127.0.0.1:x", "127.0.0.1:99999999"]
 )
-def test_an_address_that_is_none_is_one_line(address: str) -> None:
+def test_an_address_that_is_none_is_one_line(address):
     with pytest.raises(CommandError, match=r"RAY_ADDRESS=.*HOST:PORT|no Ray cluster answers there"):
         check_address(address)
 
 
-def test_a_cluster_that_does_not_answer_is_one_line(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_that_does_not_answer_is_one_line(videos, tmp_path, monkeypatch):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"

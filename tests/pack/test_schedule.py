@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, one_a_shard, pack_here, serially
@@ -20,9 +19,7 @@ from shard_tools.video.sources import Source
 SHARDS = ["--shard-size", "64KiB"]
 
 
-def test_a_log_gets_a_line_with_all_figures_at_an_interval(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_gets_a_line_with_all_figures_at_an_interval(videos, tmp_path, monkeypatch, capsys):
     pack_here(videos, "--out", tmp_path / "quick", *SHARDS)
     assert "clips/s" not in capsys.readouterr().out  # done before the first interval is over
     monkeypatch.setattr(schedule, "LOG_INTERVAL_S", 0.0)
@@ -37,9 +34,7 @@ def test_a_log_gets_a_line_with_all_figures_at_an_interval(
     assert {int(match[2]) for match in found if match} == {done[-1]} == {total}
 
 
-def test_the_figures_are_those_of_the_work_done_now(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_figures_are_those_of_the_work_done_now(monkeypatch, capsys):
     """Shards of an earlier try count as done, and not as speed."""
     tasks = tuple(
         ShardTask(
@@ -59,9 +54,7 @@ def test_the_figures_are_those_of_the_work_done_now(
     )
 
 
-def test_half_a_shard_is_removed_before_the_free_room_is_checked(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_shard_is_removed_before_the_free_room_is_checked(videos, tmp_path, monkeypatch):
     """A power cut may leave a nearly full disk of shards without marks."""
     job, tasks = one_a_shard(videos, tmp_path / "out", 3)
     folder = job.staging.folder
@@ -74,7 +67,7 @@ def test_half_a_shard_is_removed_before_the_free_room_is_checked(
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_a_bar_with_all_figures(videos: Path, tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar_with_all_figures(videos, tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "shard_tools.pack", videos, "--out", tmp_path / "out", *SHARDS]
     termios.tcsetwinsize(theirs, (50, 200))  # a new one has no columns

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import av
 import pytest
-from conftest import REPOSITORY, RunModule, contents, serially, wait_until
+from conftest import RunModule, contents
 from damage import find_problems, flip
+from indexed import command, failures_of, rows_of
 from video_maker import make_video
 
 from shard_tools import bench
 from shard_tools.common.cli import CommandError
 from shard_tools.describe import __main__ as describe
-from shard_tools.format import ledger
-from shard_tools.format.dataset import DATASET_FILE, FAILURES_FILE, index_name, read_dataset
-from shard_tools.format.index import index_bytes, read_index
+from shard_tools.format.dataset import DATASET_FILE, FAILURES_FILE, read_dataset
+from shard_tools.format.index import index_bytes
 from shard_tools.format.sample import Video
 from shard_tools.format.tar import BLOCK
 from shard_tools.index import __main__ as index
 from shard_tools.index import indexing
 from shard_tools.index.scan import ScanJob
 from shard_tools.repair import __main__ as repair
-from shard_tools.repair import repair as repairing
 from shard_tools.verify import __main__ as verify
-from shard_tools.verify import inspection
 from shard_tools.video.probe import probe
 
 Sample = dict[str, object]
@@ -43,14 +38,6 @@ Sample = dict[str, object]
 @pytest.fixture(scope="module")
 def webm() -> bytes:
     return make_video(48, 32, 6)
-
-
-def command(module: object, *args: object) -> int:
-    """Run a command in this process; its exit code."""
-    with contextlib.ExitStack() as stack:
-        for place in (indexing, inspection, repairing):
-            stack.enter_context(mock.patch.object(place, "run_local", serially))
-        return module.main([str(arg) for arg in args])
 
 
 def write_tar(path: Path, samples: list[Sample]) -> Path:
@@ -73,14 +60,6 @@ def tars(webm: bytes, tmp_path: Path) -> Path:
     for name in ("train-0.tar", "train-1.tar", "val-0.tar"):
         write_tar(tmp_path / "tars" / name, samples(webm, 3, cls=1))
     return tmp_path / "tars"
-
-
-def rows_of(folder: Path, tar: str) -> list[dict]:
-    return read_index(folder / index_name(tar)).to_pylist()
-
-
-def failures_of(folder: Path) -> list[tuple[str | None, str | None, str]]:
-    return [(f.shard, f.key, f.message) for f in ledger.read(folder / FAILURES_FILE)[0]]
 
 
 # --- the result -----------------------------------------------------------------------------------------------------
@@ -108,11 +87,6 @@ def test_shards_of_webdatasets_writer_become_a_data_set(webm: bytes, tmp_path: P
     assert run_module("shard_tools.index", tmp_path / "tars", "--workers", 1).stdout == done.stdout
     assert contents(tmp_path) == after
     assert run_module("shard_tools.verify", tmp_path / "tars").stdout.endswith("every byte is as it was indexed\n")
-
-
-def test_our_own_data_sets_keep_their_bytes(dataset: Path) -> None:
-    assert b"foreign" not in (dataset / DATASET_FILE).read_bytes()
-    assert read_dataset(dataset).to_json() == (dataset / DATASET_FILE).read_bytes()
 
 
 def test_the_same_key_may_be_in_two_tars(tars: Path) -> None:
@@ -172,7 +146,7 @@ def test_what_cannot_be_a_sample_is_skipped_by_name(
     os.mkfifo(folder / "fifo.tar")
     assert command(index, folder) == 1
     assert [row["key"] for row in rows_of(folder, "a.tar")] == ["good", "nested"]
-    assert failures_of(folder) == [
+    assert [(f.shard, f.key, f.message) for f in failures_of(folder)] == [
         ("a.tar", "none", "no video in it, only json, txt"),
         ("a.tar", "empty", "the file is empty (0 bytes)"),
         ("a.tar", "cut", f"cut short: the container declares {len(webm)} bytes, the file has {len(webm) - 9}"),
@@ -391,22 +365,6 @@ def test_stopped_before_any_write_there_is_a_whole_data_set_or_none(tars: Path, 
     assert steps == 4  # three indexes and dataset.json
     assert contents(tars).keys() == old.keys()
     assert command(verify, tars) == 0
-
-
-@pytest.mark.slow
-def test_killed_it_can_be_run_again(webm: bytes, tmp_path: Path, run_module: RunModule) -> None:
-    for number in range(12):
-        write_tar(tmp_path / f"tars/{number:02}.tar", samples(webm, 20))
-    folder = tmp_path / "tars"
-    process = subprocess.Popen([sys.executable, "-m", "shard_tools.index", folder, "--workers", "2"], cwd=REPOSITORY)
-    wait_until(lambda: process.poll() is not None or list(folder.glob("*.parquet")))
-    process.kill()
-    process.wait()
-    if (folder / DATASET_FILE).exists():
-        assert command(verify, folder) == 0
-    run_module("shard_tools.index", folder)
-    assert command(verify, folder) == 0
-    assert not list(folder.glob(".*"))
 
 
 # --- verify, repair, describe, bench --------------------------------------------------------------------------------

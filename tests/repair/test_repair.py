@@ -111,28 +111,30 @@ def test_many_faults_at_once_are_repaired_by_the_command(
     assert contents(copy.folder) == contents(dataset)
 
 
-def test_what_is_still_good_needs_no_source(copy: Copy, dataset: Path) -> None:
+def test_what_is_still_good_needs_no_source(copy: Copy, dataset: Path, capsys: Capture) -> None:
     copy.flip(copy.rows[0]["payload_offset"] - BLOCK)  # a header: its data is whole
     copy.edit(lambda data: data.__setitem__(slice(0, 0), b"inserted"))  # everything is elsewhere
+    before = contents(copy.folder)
     assert repair_here(copy.folder) == 1  # the member with the damaged header is at no known place
+    assert "name the folder of the videos with --source" in capsys.readouterr().out
+    assert contents(copy.folder) == before
     copy.edit(lambda data: data.__delitem__(slice(0, 8)))
+    assert repair_here(copy.folder, "--dry-run") == 1
+    assert "can be repaired byte for byte" in capsys.readouterr().out
     assert repair_here(copy.folder) == 0
     copy.edit(lambda data: data.__setitem__(slice(0, 0), b"inserted"))
     assert repair_here(copy.folder) == 0
     assert contents(copy.folder) == contents(dataset)
 
 
-def test_tar_and_index_both_gone_are_rebuilt_from_the_plan(copy: Copy, videos: Path, dataset: Path) -> None:
-    copy.tar.unlink()
-    copy.parquet.unlink()
-    assert repair_here(copy.folder, "--source", videos) == 0
-    assert contents(copy.folder) == contents(dataset)
-
-
-def test_tar_and_index_both_damaged(copy: Copy, videos: Path, dataset: Path) -> None:
-    copy.flip(copy.rows[1]["payload_offset"] + 50)
-    copy.flip(copy.rows[2]["json_offset"] + 50)
-    copy.flip(copy.rows[3]["json_offset"] - 400)
+@pytest.mark.parametrize("gone", [True, False])
+def test_tar_and_index_both_lost_or_damaged(copy: Copy, videos: Path, dataset: Path, gone: bool) -> None:
+    if gone:
+        copy.tar.unlink()
+    else:
+        copy.flip(copy.rows[1]["payload_offset"] + 50)
+        copy.flip(copy.rows[2]["json_offset"] + 50)
+        copy.flip(copy.rows[3]["json_offset"] - 400)
     copy.parquet.write_bytes(b"no parquet")
     assert repair_here(copy.folder, "--source", videos) == 0
     assert contents(copy.folder) == contents(dataset)
@@ -188,22 +190,6 @@ def test_sources_that_are_gone_or_changed_are_named_and_nothing_changes(
             "key",
         ]
         assert contents(copy.folder) == before
-
-
-def test_without_a_source_folder_the_option_is_named(copy: Copy, capsys: Capture) -> None:
-    copy.flip(copy.rows[0]["payload_offset"])
-    before = contents(copy.folder)
-    assert repair_here(copy.folder) == 1
-    assert "--source" in capsys.readouterr().out
-    assert contents(copy.folder) == before
-
-
-def test_dry_run_says_what_would_be_done(copy: Copy, videos: Path, capsys: Capture) -> None:
-    copy.tar.unlink()
-    before = contents(copy.folder)
-    assert repair_here(copy.folder, "--source", videos, "--dry-run") == 1
-    assert "can be repaired byte for byte" in capsys.readouterr().out
-    assert contents(copy.folder) == before
 
 
 def die(*args: object) -> None:

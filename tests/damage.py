@@ -88,12 +88,10 @@ class Copy:
         starts.append(last + -last % BLOCK)
         return [data[a:b] for a, b in itertools.pairwise(starts)]
 
-    def rebuild(self, members: list[bytes], consistent: bool = False) -> None:
-        """Make a tar of these members; `consistent`: with a dataset.json that fits, as a forger would."""
+    def rebuild(self, members: list[bytes]) -> None:
+        """Make a tar of these members."""
         data = b"".join(members) + bytes(2 * BLOCK)
         self.tar.write_bytes(data + bytes(-len(data) % (20 * BLOCK)))
-        if consistent:
-            self.forge(xxh3=xxhash.xxh3_64_hexdigest(self.tar.read_bytes()), bytes=self.tar.stat().st_size)
 
     def write_index(self, rows: Rows, consistent: bool = False) -> None:
         self.parquet.write_bytes(index_bytes(rows))

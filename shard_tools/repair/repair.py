@@ -34,8 +34,10 @@ from shard_tools.pack import staging
 from shard_tools.repair import salvage as salvaging
 from shard_tools.repair.rebuild import DamagedShard, sources_by_key
 from shard_tools.verify.hashes import check_hashes
-from shard_tools.verify.inspection import CheckJob, Task, check_shards
+from shard_tools.verify.inspection import CheckJob, check_shards
 from shard_tools.verify.problems import PACK_AGAIN, Problem, check_dataset, restore_tar
+
+Task = tuple[str, ShardInfo]  # split, shard
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,10 @@ def _repair_shards(job: RepairJob, workers: int) -> int:
 def _find_damage(job: RepairJob, workers: int) -> dict[Task, list[Problem]]:
     """The damaged shards in the order of dataset.json, with their problems."""
     intact = check_hashes(job.folder, job.dataset, workers)
+    damaged = [info for info in job.dataset.shards if info.file not in intact]
+    found = dict(check_shards(CheckJob(job.folder, job.dataset.foreign), damaged, workers))
     splits = job.dataset.splits.items()
-    tasks = [(split, info) for split, content in splits for info in content.shards if info.file not in intact]
-    check = CheckJob(job.folder, job.dataset.classes, job.dataset.foreign)
-    found = {task: report.problems for task, report in check_shards(check, tasks, workers)}
-    return {task: found[task] for task in tasks}
+    return {(split, info): found[info] for split, content in splits for info in content.shards if info in found}
 
 
 def _report(file: str, problems: list[Problem], outcome: Outcome) -> None:

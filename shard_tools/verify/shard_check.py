@@ -47,15 +47,12 @@ class ShardCheck(ABC):
 
     Args:
         folder: of the data set.
-        classes: those in dataset.json.
-        split: the split that dataset.json lists the shard in.
+        info: what dataset.json says of the shard.
     """
 
-    def __init__(self, folder: Path, classes: tuple[str, ...], split: str, info: ShardInfo) -> None:
-        self.split, self.info, self.classes = split, info, classes
-        self.path = folder / info.file
+    def __init__(self, folder: Path, info: ShardInfo) -> None:
+        self.info, self.path = info, folder / info.file
         self.problems: list[Problem] = []
-        self.found_keys: set[str] = set()
         self.rows: dict[str, dict[str, Any]] = {}
         self.has_index = self.index_intact = False
 
@@ -152,7 +149,6 @@ class ShardCheck(ABC):
         for member in self._indexed():
             if member.name in seen or damage.offset == member.offset:  # checked, or just reported
                 continue
-            self.found_keys.add(member.key)
             if not self._is_within(member, total):
                 continue
             file.seek(member.offset - BLOCK)
@@ -205,7 +201,6 @@ class PackedCheck(ShardCheck):
             if member.name in seen:
                 self.report("duplicate_key", member.key, member.offset, f"{member.name} occurs twice")
             seen.add(member.name)
-            self.found_keys.add(member.key)
             if head is not None and (member.ext == "json" or member.key != head.key):
                 self._report_lonely(head)
                 head = None
@@ -249,7 +244,7 @@ class PackedCheck(ShardCheck):
             self._check_json(member, row)
 
     def _check_json(self, member: Member, row: dict[str, Any]) -> None:
-        """Compare the content of KEY.json with the index row and with dataset.json."""
+        """Compare the content of KEY.json with the index row."""
         try:
             sample = parse_sample(member.data)
         except ValueError:
@@ -258,9 +253,3 @@ class PackedCheck(ShardCheck):
         if wrong := [name for name, value in sample.in_index().items() if row[name] != value]:
             detail = f"the index row contradicts {member.name}: {', '.join(wrong)}"
             self.report("index_mismatch", member.key, member.offset, detail)
-        if sample.split != self.split:
-            detail = f"{member.name} belongs to split {sample.split}, the shard to {self.split}"
-            self.report("dataset_mismatch", member.key, member.offset, detail)
-        if sample.label is not None and not 0 <= sample.label < len(self.classes):
-            detail = f"label {sample.label} is none of the {len(self.classes)} classes in dataset.json"
-            self.report("dataset_mismatch", member.key, member.offset, detail)

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from salt_wds.train.diagnostics import PositionMean, effective_rank
+from salt_wds.train.ema import Ema
 
 # Two clips, two of three tokens masked, one channel: position 0 has the targets 2 and 4, position 2 has 6, 1 has 8.
 TARGETS = torch.tensor([[[2.0], [6.0]], [[4.0], [8.0]]])
@@ -100,3 +102,21 @@ def test_effective_rank_by_hand():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert effective_rank(features).item() == pytest.approx(math.exp(entropy))
     assert effective_rank(features.bfloat16()).item() == pytest.approx(math.exp(entropy))
+
+
+def test_ema_is_the_weighted_mean_of_the_parameters_and_a_skipped_update_counts_them_once_more():
+    """Weights fall by the decay, and the first parameters have no part."""
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2).requires_grad_(False))
+    ema, seen = Ema(model, 0.8), []
+    for step in range(1, 6):
+        if step != 4:
+            with torch.no_grad():
+                model[0].weight.add_(torch.randn(2, 3))
+        ema.update(step)
+        seen.append(model[0].weight.detach().clone())
+        if step == 1:
+            assert torch.equal(ema.tensors()["0.weight"], seen[0])
+    weights = [0.8 ** (5 - step) for step in range(1, 6)]
+    expected = sum(w * p for w, p in zip(weights, seen, strict=True)) / sum(weights)
+    assert set(ema.tensors()) == {"0.weight"}
+    torch.testing.assert_close(ema.tensors()["0.weight"], expected)

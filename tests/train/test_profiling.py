@@ -38,11 +38,6 @@ def test_a_profile_is_written_and_changes_nothing(make_config, tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_a_run_that_ends_early_leaves_the_trace_of_what_there_was(make_config, tmp_path):
-    assert train(make_config("short", train__profile_steps=[4, 900], **SETTINGS)) == 0
-    assert [path.name for path in (tmp_path / "short/profile").iterdir()] == ["steps-4-5.json.gz"]
-
-
 def test_a_profile_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, caplog):
     (tmp_path / "profile").write_text("in the way")
     profiler = StepProfiler(tmp_path / "profile", (1, 1))

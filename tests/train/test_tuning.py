@@ -62,6 +62,7 @@ def test_each_mode_keeps_less():
     assert kept["full"] < 0.6 * kept["selective"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 def test_compiled_in_one_graph_each(checkpointing):
     torch._dynamo.reset()

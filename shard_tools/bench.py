@@ -1,4 +1,4 @@
-"""`python -m shard_tools.bench DIR`: how fast the drive under a data set reads its shards, and the clips in them.
+"""`python -m shard_tools.bench DIR`: how fast the drive reads shards, and single samples.
 
 It reads in two patterns: shards from start to end, and whole samples (JSON and payload, where the index has them) in
 random order. Each runs with 1 to N threads, one read in flight a thread. "cold" reads bytes for the first time after
@@ -54,7 +54,7 @@ class Reads:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `readers` threads read together in `seconds`, from the first one's start to the last one's end.
+    """What `readers` threads read together in `seconds`, from first start to last end.
 
     `samples` are whole samples; for shards read from start to end, the samples that so many bytes hold on average.
     """
@@ -173,7 +173,10 @@ def plan_reads(folder: Path, dataset: Dataset, seed: int) -> tuple[Reads, Reads]
 
 
 def _sample_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Where the samples of a shard begin and end. In foreign tars JSON and payload have any order, or there is none."""
+    """Where the samples of a shard begin and end.
+
+    In foreign tars JSON and payload have any order, or there is no JSON.
+    """
     index = read_index(path)
     names = ("json_offset", "json_size", "payload_offset", "payload_size")
     head, head_size, payload, payload_size = (index[name].to_numpy() for name in names)
@@ -182,7 +185,7 @@ def _sample_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shares(reads: Reads, readers: int, pattern: str) -> list[Reads]:
-    """The reads of each reader: of shards one stretch each with about equal bytes, of samples every n-th."""
+    """The reads of each reader: one stretch of the shards, or every n-th sample."""
     if pattern == "samples":
         tables = [reads.table[number::readers] for number in range(readers)]
     else:
@@ -222,7 +225,7 @@ class Done:
 
 
 def measure(shards: Reads, samples: Reads, readers: tuple[int, ...], seconds: float) -> Iterator[Measurement]:
-    """Measure every combination; the warm one reads again what the cold one before it has read last."""
+    """Measure every combination; "warm" reads again what "cold" before it has read last."""
     bytes_a_sample = float(shards.table[:, 2].sum() / len(samples.table))
     for count in readers:
         for pattern, reads in (("shards", shards), ("samples", samples)):

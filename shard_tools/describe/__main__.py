@@ -1,4 +1,4 @@
-"""`python -m shard_tools.describe DIR`: what is in a data set, and with --sheet a picture of some of its clips."""
+"""`python -m shard_tools.describe DIR`: what is in a data set, as text or as a picture."""
 
 from __future__ import annotations
 

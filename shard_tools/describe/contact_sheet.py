@@ -1,4 +1,4 @@
-"""The picture that `describe --sheet` writes: clips of a data set, each a row of frames below its key and label."""
+"""The picture that `describe --sheet` writes: clips, each a row of frames below its label."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ _FONTS = (
 
 @dataclass(frozen=True)
 class Clip:
-    """A sample as the sheet shows it: RGB frames (height, width, 3) uint8 with their numbers, or why there are none."""
+    """A sample as the sheet shows it.
+
+    RGB frames (height, width, 3) uint8 with their numbers, or an error instead.
+    """
 
     shard: str
     key: str
@@ -64,7 +67,7 @@ def choose_clips(samples: pa.Table, count: int, seed: int) -> list[dict[str, Any
 
 
 def load_clip(folder: Path, dataset: Dataset, row: dict[str, Any], count: int) -> Clip:
-    """The sample of an index row with up to `count` of its frames, evenly spaced from the first to the last."""
+    """The sample of an index row, with up to `count` evenly spaced frames of it."""
     label = row["label"]
     known = label is not None and 0 <= label < len(dataset.classes)
     text = dataset.classes[label] if known else "(no label)"

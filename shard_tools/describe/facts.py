@@ -25,7 +25,7 @@ _READ_SAMPLES = 64  # samples that are read
 
 
 def read_samples(folder: Path, dataset: Dataset) -> pa.Table:
-    """The indexes of all shards as one table, with the columns `split` and `shard` (a file name) before the others."""
+    """The indexes of all shards as one table, with two more columns: `split` and `shard`."""
     tables = []
     for split, content in dataset.splits.items():
         for info in content.shards:
@@ -39,7 +39,7 @@ def read_samples(folder: Path, dataset: Dataset) -> pa.Table:
 
 
 def describe_dataset(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple[dict[str, Any], list[str]]:
-    """Facts about a data set as --json prints them, and a line for each sample that could not be read."""
+    """Facts about a data set as --json prints them, and a line for each unreadable sample."""
     num_frames = samples["num_frames"].to_numpy()
     payload_sizes = samples["payload_size"].to_numpy()
     picture_sizes = Counter(zip(samples["width"].to_pylist(), samples["height"].to_pylist(), strict=True))
@@ -81,7 +81,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _classes(dataset: Dataset, samples: pa.Table) -> dict[str, Any]:
-    """Number of classes, those without a sample, the largest and smallest of the others; unlabelled samples a split."""
+    """How many classes there are, the largest and the smallest, and unlabelled samples."""
     labels = samples["label"].to_pylist()
     unlabelled = Counter(s for s, label in zip(samples["split"].to_pylist(), labels, strict=True) if label is None)
     counts = Counter(label for label in labels if label is not None)
@@ -103,7 +103,7 @@ def _classes(dataset: Dataset, samples: pa.Table) -> dict[str, Any]:
 
 
 def _read_videos(folder: Path, samples: pa.Table, foreign: bool) -> tuple[list[Video], list[str]]:
-    """The videos of some evenly spaced samples, and a line for each sample that could not be read."""
+    """The videos of some evenly spaced samples, and a line for each unreadable sample."""
     videos, errors = [], []
     for number in evenly_spaced(len(samples), _READ_SAMPLES):
         row = samples.slice(number, 1).to_pylist()[0]
@@ -115,7 +115,7 @@ def _read_videos(folder: Path, samples: pa.Table, foreign: bool) -> tuple[list[V
 
 
 def _seconds(num_frames: np.ndarray, videos: list[Video]) -> dict[str, Any] | None:
-    """Lengths in seconds: of all clips, or where frame rates differ, of the `clips` that were read."""
+    """Lengths in seconds: of all clips; if frame rates differ, of the clips that were read."""
     timed = [video for video in videos if video.fps]
     rates = {video.fps for video in timed}
     if not rates:

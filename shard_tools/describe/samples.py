@@ -1,4 +1,4 @@
-"""One sample of a data set read back: its JSON, its payload, and frames of it as RGB for the contact sheet."""
+"""One sample of a data set read back: its JSON, its payload, its frames as RGB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m shard_tools.synth OUT --clips 400`: generate a data set in which only motion tells the class.
+"""`python -m shard_tools.synth OUT`: generate videos in which only motion tells the class.
 
 Tests, the demo and benchmarks need videos that may be shared freely, of any number and size, and a task that an encoder
 cannot solve from one frame.

@@ -64,7 +64,7 @@ _ENCODER = {"lossless": "1", "deadline": "realtime", "cpu-used": "7", "lag-in-fr
 
 @dataclass(frozen=True)
 class Spec:
-    """What to generate: `clips` square clips of `size` (even) pixels and `frames` frames; the first `classes` motions.
+    """What to generate: square clips of `size` (even) pixels, of the first `classes` motions.
 
     With `dim` there are no textures, so no rotations either: at most MOST_DIM_CLASSES motions.
     """
@@ -90,7 +90,10 @@ class Clip:
 
 
 def plan_clip(spec: Spec, index: int) -> Clip:
-    """Everything about clip `index`. Its class is `index % spec.classes`, which decides nothing but the velocity."""
+    """Everything about clip `index`.
+
+    Its class is `index % spec.classes`, which decides nothing but the velocity.
+    """
     rng = default_rng([spec.seed, index])
     start, quickness = rng.random(4), rng.random()
     direction = np.array(MOTIONS[index % spec.classes][1])
@@ -128,7 +131,7 @@ def render(clip: Clip, frame: int) -> np.ndarray:
 
 
 def _draw_sprite(rng: Generator, texture: str, shape: str, side: int) -> np.ndarray:
-    """The object as (side, side, 4) uint8 RGBA. A wedge of a third colour makes every rotation visible."""
+    """The object as (side, side, 4) uint8 RGBA; a wedge makes every rotation visible."""
     axis = (np.arange(side) + 0.5) * 2 / side - 1
     u, v = np.meshgrid(axis, axis)
     r, theta = np.hypot(u, v), np.arctan2(v, u)
@@ -158,7 +161,7 @@ def _pattern(rng: Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.n
 
 
 def _inside(shape: str, r: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """How far inside the outline the point at polar `r`, `theta` lies, in circumscribed radii; negative outside."""
+    """How far inside the outline the point at polar `r`, `theta` lies, in circumradii."""
     if shape == "disc":
         return 0.95 - r
     if shape == "ring":
@@ -185,7 +188,7 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def encode(clip: Clip) -> bytes:
-    """The clip as a VP9 .webm file: yuv420p, 12 fps. One thread and no time stamps: same clip, same bytes."""
+    """The clip as a VP9 .webm file, yuv420p, 12 fps: the same clip gives the same bytes."""
     buffer = io.BytesIO()
     size = len(clip.background)
     with av.open(buffer, "w", format="webm", container_options={"fflags": "+bitexact"}) as container:

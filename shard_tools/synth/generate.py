@@ -24,7 +24,7 @@ VIDEO_FOLDER = "20bn-something-something-v2"
 
 
 def generate(out: Path, spec: Spec, workers: int = 1) -> dict[str, int]:
-    """Write the whole data set into `out`, which must be empty or absent; returns the number of clips of each split.
+    """Write a data set into `out`, which must be empty or absent; returns clips a split.
 
     Raises:
         CommandError: `out` is in use or cannot be written, or a worker process died.
@@ -53,8 +53,8 @@ def _prepare(out: Path) -> None:
 
 
 def _draw_ids(spec: Spec) -> list[str]:
-    """A unique number for each clip, in no order. Three words of seed make another stream than a clip's two."""
-    rng = default_rng([spec.seed, 0, 1])
+    """A unique number for each clip, in random order."""
+    rng = default_rng([spec.seed, 0, 1])  # three words of seed: another stream than a clip's two
     return [str(number + 1) for number in rng.choice(max(220_847, 4 * spec.clips), spec.clips, replace=False)]
 
 
@@ -81,9 +81,10 @@ def _write_clip(folder: Path, spec: Spec, task: tuple[int, str]) -> tuple[int, s
 
 
 def _write_labels(out: Path, spec: Spec, ids: list[str], placeholders: list[str]) -> dict[str, int]:
-    """Write the five label files, in a folder that gets its name when all are there; returns clips a split.
+    """Write the five label files; returns clips a split.
 
-    A split is a range of indices, and classes alternate with the index: every split is as balanced as possible.
+    Their folder gets its name when all are there. A split is a range of indices, and classes alternate with the index:
+    every split is as balanced as possible.
     """
     rows = [_label_row(MOTIONS[i % spec.classes][0], ids[i], placeholders[i]) for i in range(spec.clips)]
     first, second = round(0.75 * spec.clips), round(0.9 * spec.clips)

@@ -40,7 +40,7 @@ class DecodeError(Exception):
 class VideoInfo:
     """What decoding needs to know in advance: number of frames, size in pixels.
 
-    `colour` is an index into format.COLOURS; None takes it from the video file.
+    `colour` is an index into COLOURS (format/sample.py); None takes it from the video file.
     """
 
     num_frames: int
@@ -54,7 +54,7 @@ class VideoInfo:
 
 
 class Decoded(NamedTuple):
-    """The colour of the pictures (index into format.COLOURS), and one for each wanted frame, decoded on demand."""
+    """The colour (index into COLOURS), and a picture for each wanted frame, decoded on demand."""
 
     colour: int
     pictures: Iterator[Planes]
@@ -87,7 +87,10 @@ def get_decoder(ext: str, name: str = "pyav") -> Decoder:
 def payload_frames(
     payload: bytes, ext: str, sample: SampleInfo, numbers: Sequence[int] | None
 ) -> bytes | list[memoryview]:
-    """What a decoder takes of a payload: all of a video file, or the bytes of each wanted frame of a frame tier."""
+    """What a decoder takes of a payload.
+
+    It is all of a video file, or the bytes of each wanted frame of a frame tier.
+    """
     if ext not in FRAME_TIERS:
         return payload
     record: dict[str, Any] = {"video": vars(sample.video)}
@@ -154,7 +157,7 @@ def _decode_container(
 
 
 def decode_with_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
-    """Decode a video file with decord, which gives RGB only: converted back to YUV 4:2:0 (bt601 limited).
+    """Decode a video file with decord, whose RGB is converted back to YUV (bt601 limited).
 
     Raises:
         DecodeError: the video has fewer frames than its index says.

@@ -20,7 +20,9 @@ Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the siz
 
 
 def open_video(payload: bytes) -> av.container.InputContainer:
-    """The container in the bytes of a whole file, for the caller to close; its tags need not be UTF-8.
+    """The container in the bytes of a whole file, for the caller to close.
+
+    Its tags need not be UTF-8.
 
     Raises:
         av.FFmpegError: not a video, or in a container that is not accepted.
@@ -66,7 +68,7 @@ def padded_packet(data: bytes | memoryview) -> av.Packet:
 
 
 def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) -> Planes:
-    """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views without padding, valid as long as the frame is.
+    """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views, valid as long as it is.
 
     Another pixel format or size is converted; `colour_range` ("limited"|"full") is the frame's and is kept.
     """

@@ -71,7 +71,7 @@ def probe_with_ffmpeg(payload: bytes) -> Video:
 
 
 def _refuse_turned(payload: bytes) -> None:
-    """Phones store upright pictures on their side with a rotation flag, which decoders do not apply."""
+    """Refuse the rotation flag, by which phones store upright pictures on their side."""
     with open_video(payload) as container:
         for frame in container.decode(container.streams.video[0]):
             if frame.rotation % 360:
@@ -87,7 +87,7 @@ def _count_frames(container: av.container.InputContainer, stream: av.video.strea
 
 
 def declared_size(payload: bytes) -> int | None:
-    """Bytes that a Matroska/WebM or MP4/MOV file declares to have; None where it does not declare them.
+    """Bytes that a Matroska/WebM or MP4/MOV file declares to have; None if it does not.
 
     FFmpeg reads a file that was cut short without an error, and container durations are often wrong (clips cut from
     longer videos keep the old one). Only the lengths of the top-level elements are reliable.
@@ -101,7 +101,7 @@ def declared_size(payload: bytes) -> int | None:
 
 
 def _ebml_size(payload: bytes) -> int | None:
-    """End of the second top-level element (EBML header, then the Segment that holds everything)."""
+    """End of the second top-level element: EBML header, then the Segment with everything."""
     position = 0
     for _ in range(2):
         position += _vint_length(payload, position)  # the element's id
@@ -118,7 +118,7 @@ def _ebml_size(payload: bytes) -> int | None:
 
 
 def _vint_length(payload: bytes, position: int) -> int:
-    """Bytes of the variable-length integer at `position`: leading zero bits of its first byte, plus one."""
+    """Bytes of the variable-length integer at `position`: leading zeros of its first byte + 1."""
     first = payload[position] if position < len(payload) else 0x80
     return 9 - first.bit_length()
 

@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 @dataclass
 class SourceSet:
-    """The videos found, the class names in order of their label, and the names of what was skipped, by reason."""
+    """The videos found, the class names by label, and what was skipped, by reason."""
 
     layout: str
     sources: list[Source] = field(default_factory=list)
@@ -89,7 +89,7 @@ def find_sources(root: Path, layout: str, exclude: Path) -> SourceSet:
 
 
 def _ssv2_label_files(root: Path) -> dict[str, Path]:
-    """Split name -> label file, and "labels" -> the class list, of those that exist; empty without a split."""
+    """Split -> label file, and "labels" -> class list, if they exist; empty without a split."""
     found: dict[str, Path] = {}
     for name in (*SPLITS, "labels"):
         for folder in (root / "labels", root, root / "annotations"):
@@ -141,7 +141,10 @@ def _find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
 
 
 def _ssv2_videos(root: Path, folders: list[Path], found: SourceSet) -> dict[str, str]:
-    """Id -> path relative to the root. Of several files with one id the first folder, then .webm, takes precedence."""
+    """Id -> path relative to the root.
+
+    Of several files with one id, the first folder takes precedence, then .webm.
+    """
     videos: dict[str, str] = {}
     for folder in folders:
         prefix = "" if folder == root else folder.name + "/"
@@ -184,7 +187,7 @@ def _read_json(path: Path, kind: type[Content], expected: str) -> Content:
 
 
 def _read_test_answers(label_files: dict[str, Path]) -> dict[str, str]:
-    """Id -> class name from test-answers.csv (`id;label`), published after the challenge; empty without the file."""
+    """Id -> class name from test-answers.csv (`id;label`); empty without the file."""
     if "test" not in label_files:
         return {}
     for name in ("test-answers.csv", f"{_SSV2_PREFIX}test-answers.csv"):
@@ -200,7 +203,7 @@ def _read_test_answers(label_files: dict[str, Path]) -> dict[str, str]:
 
 
 def _ssv2_classes(label_files: dict[str, Path], rows: dict[str, list[_Row]]) -> list[str]:
-    """Class names in order of their number: from labels.json, or without it the sorted templates."""
+    """Class names in order of their number: labels.json, or without it the sorted templates."""
     if "labels" not in label_files:
         return sorted({_without_brackets(row.template) for entries in rows.values() for row in entries if row.template})
     path = label_files["labels"]
@@ -257,7 +260,7 @@ def _split_and_class(path: str, split_level: bool) -> tuple[str, str | None]:
 
 
 def _walk_videos(folder: Path, exclude: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Videos below a folder, except in the output folder, other packed data sets, and hidden files and folders.
+    """Videos below a folder, except hidden files and folders, and packed data sets.
 
     Links are followed, unless they lead back to a folder above them.
     """

@@ -150,7 +150,7 @@ def _to_mjpeg(pictures: list[Planes], video: Video, quality: int | None) -> Payl
 
 
 def _coarsest_jpegs(pictures: list[Planes], video: Video) -> list[bytes]:
-    """The pictures as JPEGs of the coarsest quality that is close enough, or of the best one if none is."""
+    """JPEGs of the coarsest quality that is close enough; of the best one if none is."""
     some = pictures[::_LOOK_EVERY]
     for quality in range(_COARSEST, BEST_QUALITY, -1):
         if _close(some, _jpegs(some, video, quality)):

@@ -1,7 +1,6 @@
 """AdamW with its two groups, and the learning rate as a pure function of the step.
 
-There is no scheduler object, hence no scheduler state: the step alone says the learning rate, so a resumed run has that
-of an undisturbed one.
+There is no scheduler and no scheduler state, so a resumed run has the learning rates of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -27,17 +26,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool) -> torch
         fused: one kernel for all parameters (CUDA).
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [p for name, p in trainable if p.ndim >= 2 and not name.endswith(_UNDECAYED_NAMES)]
+    no_decay = [p for name, p in trainable if p.ndim < 2 or name.endswith(_UNDECAYED_NAMES)]
     groups = [
-        {
-            "name": "decay",
-            "params": [p for name, p in trainable if _decays(name, p)],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "name": "no_decay",
-            "params": [p for name, p in trainable if not _decays(name, p)],
-            "weight_decay": 0.0,
-        },
+        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
+        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
@@ -45,14 +38,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool) -> torch
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
     """One line a group for the start of a run: name, tensors, parameters, weight decay."""
-    lines = []
-    for group in optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"])
-        lines.append(
-            f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters, "
-            f"weight decay {group['weight_decay']:g}"
-        )
-    return lines
+    return [
+        f"{group['name']}: {len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} parameters, "
+        f"weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    ]
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
@@ -62,9 +52,8 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     the end at `decay_steps`, or at `steps` where that is unset:
     cosine: half a cosine (SGDR, arXiv 1608.03983) down to min_lr at the end, then min_lr.
     constant: lr; there is no end.
-    wsd: lr until `wsd_decay_steps` before the end, then min_lr + (lr - min_lr) * (1 - sqrt(share of the decay done)),
-    then min_lr. The plan is MiniCPM's (warm-up, stable, decay, arXiv 2404.06395); of the decays' shapes 1 - sqrt was the
-    best in arXiv 2405.18392, ahead of the linear one.
+    wsd (warm-up, stable, decay; MiniCPM, arXiv 2404.06395): lr until `wsd_decay_steps` before the end, then
+    min_lr + (lr - min_lr) * (1 - sqrt(share of the decay done)) (best in arXiv 2405.18392), then min_lr.
     """
     if step < config.warmup_steps:
         return config.lr * ((step + 1) / config.warmup_steps)
@@ -74,6 +63,7 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     if step >= end:
         return config.min_lr
     if config.schedule == "wsd":
+        assert config.wsd_decay_steps is not None, "the configuration demands it"
         done = step - (end - config.wsd_decay_steps)
         if done <= 0:
             return config.lr
@@ -84,13 +74,9 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups; one that is a tensor (CUDA graphs read its address) is filled in place."""
+    """Set the learning rate of all groups; a tensor (CUDA graphs read its address) is filled in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-
-
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2 and not name.endswith(_UNDECAYED_NAMES)

@@ -144,8 +144,7 @@ class Encoder(nn.Module):
         self.embed_norm = image_patches.norm
         self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
         self.temporal_positions = nn.Parameter(_temporal_table(t, self.width))  # (t, 1, D)
-        self.norm_pre, self.norm = vit.norm_pre, cast(nn.Module, vit.norm)
-        self.blocks = cast(nn.Sequential, vit.blocks)
+        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, cast(nn.Module, vit.norm)
         self.heads = cast(int, next(m.num_heads for m in self.blocks.modules() if hasattr(m, "num_heads")))
         _fix_key_biases(self.blocks)
 

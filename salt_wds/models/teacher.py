@@ -9,7 +9,7 @@ Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
@@ -41,7 +41,7 @@ class Teacher(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, width: int, num_tokens: int, blocks: Sequence[nn.Module] = (), heads: int = 0
+        self, network: nn.Module, width: int, num_tokens: int, blocks: Iterable[nn.Module] = (), heads: int = 0
     ) -> None:
         super().__init__()
         self.network, self.width, self.num_tokens, self.heads = network, width, num_tokens, heads

@@ -1,14 +1,16 @@
-"""Kill, crash and stop workers at random moments, and compare the sequence of samples with that of an undisturbed run.
+"""Kill, crash and stop workers and their fork server at random moments; the sequence of samples must not change.
 
     python benchmarks/disturb_loader.py SHARDS --disturbances 100 --out benchmarks/results/disturb_loader.json
 
-Exit code 1 if the sequence differs, a disturbance is missing in the ledger, or a process, descriptor or piece of shared
-memory is left behind.
+One disturbance in six kills the fork server, and half of these its successor while it starts. The sequence is compared
+with that of an undisturbed run. Exit code 1 if it differs, a loss is missing in the ledger, or a process, descriptor or
+piece of shared memory is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -68,19 +70,32 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     sent: list[str] = []
     stop = threading.Event()
 
+    def send(pid: int, number: signal.Signals, name: str) -> None:
+        try:
+            if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                os.kill(pid, number)
+                sent.append(name)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            pass  # it is gone already: not a disturbance
+
     def enemy() -> None:
         while len(sent) < disturbances and not stop.is_set():
             time.sleep(rng.uniform(0.0, 2.0))
-            pid = int(in_flight[0]["pid"][rng.randrange(2)])
-            number = rng.choice(SIGNALS)
-            try:
-                if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-                    os.kill(pid, number)
-                    sent.append(number.name)
-            except (psutil.NoSuchProcess, ProcessLookupError):
-                continue  # it is gone already: not a disturbance
+            if rng.randrange(6):
+                number = rng.choice(SIGNALS)
+                send(int(in_flight[0]["pid"][rng.randrange(2)]), number, number.name)
+                continue
+            known = fork_servers()
+            for pid in known:
+                send(pid, signal.SIGKILL, "fork server")
+            deadline = time.monotonic() + (10.0 if rng.randrange(2) else 0.0)
+            while time.monotonic() < deadline and not stop.is_set():
+                if new := fork_servers() - known:
+                    send(new.pop(), signal.SIGKILL, "fork server that starts")
+                    break
+                time.sleep(0.01)
 
-    thread = threading.Thread(target=enemy)
+    thread = threading.Thread(target=enemy, daemon=True)
     started = time.monotonic()
     iterator = iter(loader)
     batches = [content(next(iterator))]
@@ -115,6 +130,16 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
         "same_sequence": batches == reference,
         "left_behind": {name: count for name, count in behind.items() if count > 0},
     }
+
+
+def fork_servers() -> set[int]:
+    """Process numbers of the fork servers of this process."""
+    found = set()
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "multiprocessing.forkserver" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
 
 
 def belongings() -> dict[str, int]:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _START_S = 60.0  # for a process to start, however short data.timeout_s
 _POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once
-_START_TRIES = 5  # of a process whose fork server is killed meanwhile
+_START_TRIES = 20  # of a process whose fork server is killed meanwhile
 
 
 class WorkerLostError(Exception):
@@ -129,8 +129,8 @@ class _WorkerProcess(ForkServerProcess):
         for _ in range(_START_TRIES):
             try:
                 return super().start()
-            except (EOFError, ConnectionError):
-                log.warning("the fork server was killed while it started a worker; starting another one")
+            except (EOFError, ConnectionError) as error:
+                log.warning("the fork server was killed while it started a worker (%r); starting another one", error)
                 time.sleep(0.1)  # until it can be waited for
         raise LoaderStopped(
             f"the fork server was killed {_START_TRIES} times while it started a worker; check memory (dmesg)"

@@ -144,7 +144,7 @@ def _refuse_to_overwrite(source: Path, out: Path, tars: Sequence[str], old: Data
                                "needs this name; add --out OUT for a folder of links")  # fmt: skip
     for path in _links(source, out, tars):
         if os.path.lexists(path) and not path.is_symlink():
-            raise CommandError(f"{path}: stands where a link to a tar is needed; name another folder with --out")
+            raise CommandError(f"{path}: exists, and a link to a tar needs this name; name another folder with --out")
     path = out / FAILURES_FILE
     if os.path.lexists(path) and (not path.is_file() or ledger.read(path)[1]):
         raise CommandError(f"{path}: not a failure record of shard_tools; add --out OUT for a folder of links")

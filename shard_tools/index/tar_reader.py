@@ -161,7 +161,7 @@ def _check_end_mark(stream: TarStream, start: int) -> None:
 
 
 def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, headers: list[_Header], total: int) -> None:
-    """Raise ShardDamage where nobody can say for sure which members follow this one."""
+    """Raise ShardDamage if readers disagree about which members follow this one."""
 
     def damaged(kind: str, detail: str) -> ShardDamage:
         return ShardDamage(kind, info.offset, f"{info.name!r} {detail}")
@@ -169,7 +169,7 @@ def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, headers: list[
     if sum(header.type in _PAX for header in headers) > 1:
         raise damaged("bad_header", "has two PAX headers")
     if (key := _harmful_record(tar.pax_headers)) is not None:
-        raise damaged("bad_header", f"stands behind a PAX header that changes the {key} of all members")
+        raise damaged("bad_header", f"is behind a PAX header that changes the {key} of all members")
     if info.size < 0 or tar.offset < info.offset_data:
         raise damaged("bad_header", "has a negative size")
     if info.size and info.type in tarfile.SUPPORTED_TYPES and not info.isreg():

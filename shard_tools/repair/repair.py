@@ -193,7 +193,7 @@ def repair_shard(job: RepairJob, task: Task) -> Outcome:
         try:
             _put_in_place(job, shard)
         except IsADirectoryError as error:
-            return Outcome("left", f"not repaired: a folder stands at {error.filename2 or info.file}; move it away")
+            return Outcome("left", f"not repaired: {error.filename2 or info.file} is a folder; move it away")
         done = "can be repaired" if job.dry_run else "repaired"
         return Outcome("repaired", f"{done} byte for byte, {shard.remade} of {info.samples} samples from their sources")
     if job.salvage and shard.rows is None and not shard.tar_intact:
@@ -229,7 +229,7 @@ def repair_foreign(job: RepairJob, task: Task) -> Outcome:
         again = f"python -m shard_tools.index {job.folder}"
         return Outcome("left", f"not repaired: the tar gives another index now (other versions?); index again: {again}")
     if index.is_dir():
-        return Outcome("left", f"not repaired: a folder stands at {index}; move it away")
+        return Outcome("left", f"not repaired: {index} is a folder; move it away")
     if not job.dry_run:
         write_atomic(index, data)
     done = "can be repaired" if job.dry_run else "repaired"

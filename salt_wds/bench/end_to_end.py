@@ -1,43 +1,36 @@
 """Loader and step together, against each alone, in one run (`python -m salt_wds.bench end-to-end`).
 
-Waiting is counted as the trainer counts it: the time until the loader hands over a batch. On a GPU the host runs ahead
-of the device, so what waiting really costs shows in the second figure: how much longer a step takes than without a
-loader.
+Waiting is counted as in training: the time until the loader hands over a batch. On a GPU the host runs ahead of the
+device, so the real cost of waiting is the second figure: how much longer a step takes than without a loader.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from salt_wds.bench.step import machine, make_update, time_updates
+from salt_wds.bench.step import ClipBatch, machine, make_update, synchronize, time_updates
 from salt_wds.config import Config
 from salt_wds.data.batches import Batch
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
 from salt_wds.train.tuning import synthetic_batch, tuned_step
 
-Update = Callable[[tuple[Tensor, Tensor, Tensor]], None]
-
 
 def bench_end_to_end(config: Config, steps: int) -> dict[str, Any]:
-    """Step alone, loader alone, both; `steps` steps (batches) of each, after all prefetched batches have been taken."""
+    """Step alone, loader alone, both; `steps` steps (batches) of each, after all prefetched batches were taken."""
     device, clips = pick_device(config.train.device), config.data.batch_size
     torch.manual_seed(config.train.seed)
     models = build_models(config, device)
     tuned = tuned_step(config, models, device, clips)
-    full_update = make_update(config, models.student, tuned)
-
-    def update(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        full_update(batch, None)
-
+    update = make_update(config, models.student, tuned)
     synthetic = synthetic_batch(config, clips, device)
     alone = time_updates(lambda: update(synthetic), steps, device)
     loader_alone, _, _ = _run(config, steps, device, None)
@@ -63,43 +56,36 @@ def bench_end_to_end(config: Config, steps: int) -> dict[str, Any]:
     }
 
 
-def _run(config: Config, steps: int, device: torch.device, update: Update | None) -> tuple[float, float, int]:
+def _run(
+    config: Config, steps: int, device: torch.device, update: Callable[[ClipBatch], None] | None
+) -> tuple[float, float, int]:
     """Seconds of `steps` batches, seconds waited for them, failures; without `update` batches are only taken."""
+
+    def use(batch: Batch) -> None:
+        if update is not None:
+            clips, colour, mask = (batch[name].to(device, non_blocking=True) for name in ("clips", "colour", "mask"))
+            update((clips, colour, mask))
+
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(config, Path(folder) / "failures.jsonl", copy=False)
-        batches = iter(loader)
-        for batch in islice(batches, 1 + loader.budget.workers * loader.budget.prefetch):
-            _use(batch, device, update)
-        _wait(device)
-        started, waited = time.perf_counter(), 0.0
-        for _ in range(steps):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            _use(batch, device, update)
-        _wait(device)
-        seconds = time.perf_counter() - started
-        _close(batches)
-        return seconds, waited, loader.policy.total
-
-
-def _use(batch: Batch, device: torch.device, update: Update | None) -> None:
-    if update is not None:
-        clips, colour, mask = (batch[name].to(device, non_blocking=True) for name in ("clips", "colour", "mask"))
-        update((clips, colour, mask))
-
-
-def _close(batches: Iterator[Batch]) -> None:
-    batches.close()  # ends the workers
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with closing(iter(loader)) as batches:
+            for batch in islice(batches, 1 + loader.budget.workers * loader.budget.prefetch):
+                use(batch)
+            synchronize(device)
+            started, waited = time.perf_counter(), 0.0
+            for _ in range(steps):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                use(batch)
+            synchronize(device)
+            return time.perf_counter() - started, waited, loader.policy.total
 
 
 def end_to_end_table(result: dict[str, Any]) -> str:
+    """The text for a person."""
     mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] is not None else ""
+    longer = f"{result['lost_to_loading']:.1%} longer than" if result["lost_to_loading"] else "no longer than"
     return "\n".join(
         (
             f"device    {result['device']}, torch {result['versions']['torch']}",
@@ -109,8 +95,6 @@ def end_to_end_table(result: dict[str, Any]) -> str:
             f"step      {result['step_clips_per_sec']:8.1f} clips/s alone, {result['step_alone_ms']:.1f} ms",
             f"loader    {result['loader_clips_per_sec']:8.1f} clips/s alone, {result['workers']} workers; "
             f"{result['failures']} failures",
-            f"waiting   {result['data_wait_share']:8.1%} of the time for data; a step takes "
-            f"{result['lost_to_loading']:.1%} longer than alone" if result["lost_to_loading"] else
-            f"waiting   {result['data_wait_share']:8.1%} of the time for data; a step takes no longer than alone",
+            f"waiting   {result['data_wait_share']:8.1%} of the time for data; a step takes {longer} alone",
         )
-    )  # fmt: skip
+    )

@@ -1,12 +1,11 @@
-"""What the loader gives, by stage, and what limits it (`python -m salt_wds.bench loader`).
+"""The loader's speed, by stage, and what limits it (`python -m salt_wds.bench loader`).
 
-Beside it, in the same run, the bare limit: as many processes as workers that read and decode the same clips up to the
-last wanted frame and keep nothing. And with --simulate-workers what a node with more cores would give.
+In the same run the bare limit is measured: as many processes as workers read and decode the same clips up to the last
+wanted frame and keep nothing. --simulate-workers forecasts a node with more cores.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import platform
@@ -15,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import av
 import torch
 
-from salt_wds.bench.forecast import ASSUMPTIONS, Forecast, Measured, forecast
 from salt_wds.config import Config
 from salt_wds.data.batches import TIMED, Batch
 from salt_wds.data.catalog import open_catalog
@@ -38,9 +36,12 @@ from shard_tools.format.sample import FRAME_TIERS
 from shard_tools.video.decode import DecodeError, get_decoder
 
 _BUSY = ("read", "decode", "crop", "augment", "collate")
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------
+ASSUMPTIONS = (
+    "every worker has a core of its own, as fast as one here while its neighbours are idle",
+    "memory bandwidth and caches do not slow many workers down (they do: expect less of y4m and mjpeg)",
+    "the drive gives what it has to, at once; measure it: python -m shard_tools.bench",
+    "the training process does nothing else while it takes a batch over",
+)
 
 
 def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
@@ -61,14 +62,12 @@ def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(config, Path(folder) / "failures.jsonl", copy=False)  # as train
         started = time.perf_counter()
-        iterator = iter(loader)
-        next(iterator)
-        first = time.perf_counter() - started
-        # What was prefetched while the first batch was waited for would flatter the rate.
-        for _ in islice(iterator, loader.budget.workers * loader.budget.prefetch):
-            pass
-        taken, elapsed = _take_for(iterator, seconds)
-        iterator.close()
+        with closing(iter(loader)) as batches:
+            next(batches)
+            first = time.perf_counter() - started
+            # What was prefetched while the first batch was waited for would flatter the rate.
+            deque(islice(batches, loader.budget.workers * loader.budget.prefetch), maxlen=0)
+            taken, elapsed = _take_for(batches, seconds)
     clips = sum(len(batch["keys"]) for batch in taken)
     ms: Counter[str] = Counter()
     for batch in taken:
@@ -106,21 +105,37 @@ def simulate(config: Config, also: list[Path], counts: tuple[int, ...], seconds:
     for shards in (config.data.shards, *map(str, also)):
         data = config.data.model_copy(update={"shards": shards, "num_workers": workers})
         result = measure_loader(config.model_copy(update={"data": data}), seconds)
-        busy = sum(result["ms"][stage] for stage in _BUSY)
-        measured.append(
-            Measured(result["tier"], busy, result["taking_ms"], result["bytes_a_clip"], result["batch_bytes"])
-        )
-    found = forecast(measured, counts, config.data.prefetch_factor)
+        kept = {name: result[name] for name in ("tier", "taking_ms", "bytes_a_clip", "batch_bytes")}
+        measured.append({**kept, "worker_ms": sum(result["ms"][stage] for stage in _BUSY)})
+    prefetch = config.data.prefetch_factor
     return {
-        "measured": [asdict(tier) for tier in measured],
-        "forecast": [asdict(item) for item in found],
+        "measured": measured,
+        "forecast": [forecast(tier, count, prefetch) for tier in measured for count in counts],
         "assumptions": list(ASSUMPTIONS),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }
 
 
+def forecast(tier: dict[str, Any], workers: int, prefetch: int) -> dict[str, Any]:
+    """The rate of so many workers: the slower of all workers together and the one training process.
+
+    Args:
+        tier: ms of a worker and of the training process a clip, bytes read a clip, bytes of a batch.
+    """
+    making, taking = workers * 1e3 / tier["worker_ms"], 1e3 / tier["taking_ms"]
+    rate = min(making, taking)
+    return {
+        "tier": tier["tier"],
+        "workers": workers,
+        "clips_per_sec": rate,
+        "limited_by": "workers" if making <= taking else "the training process taking batches over",
+        "drive_gb_per_s": rate * tier["bytes_a_clip"] / 1e9,
+        "memory_gb": tier["batch_bytes"] * workers * (prefetch + 1) / 1e9,
+    }
+
+
 def bare_limit(config: Config, seconds: float) -> float:
-    """Clips a second that as many processes as workers can read and decode when they keep nothing."""
+    """Clips a second that as many processes as workers read and decode when they keep nothing."""
     workers = config.data.num_workers
     context = multiprocessing.get_context(config.data.start_method)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
@@ -129,7 +144,7 @@ def bare_limit(config: Config, seconds: float) -> float:
 
 
 def _decode_only(config: Config, worker: int, seconds: float) -> float:
-    """Clips a second of one process over its share of the positions: the same clips that the loader's worker has."""
+    """Clips a second of one process over the positions of one of the loader's workers."""
     data = config.data
     catalog = open_catalog(data.folders, data.split)
     order, reader = make_order(catalog, data, config.train.seed), Reader(catalog, 0)
@@ -142,7 +157,7 @@ def _decode_only(config: Config, worker: int, seconds: float) -> float:
         rng = sample_rng(config.train.seed, position)
         frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
         numbers = sorted(set(frames.tolist()))
-        with contextlib.suppress(
+        with suppress(
             OSError, HashMismatchError, DecodeError, av.FFmpegError
         ):  # the loader was measured before, and named them
             record, payload = reader.read(place.shard, row, numbers)
@@ -152,10 +167,8 @@ def _decode_only(config: Config, worker: int, seconds: float) -> float:
     return clips / (time.perf_counter() - started)
 
 
-# --- what a person reads ------------------------------------------------------------------------------------------
-
-
 def loader_table(result: dict[str, Any]) -> str:
+    """The text for a person."""
     frames, size, stride = result["clip"]
     ms = result["ms"]
     busy = sum(ms[stage] for stage in _BUSY)
@@ -194,15 +207,16 @@ def _verdict(result: dict[str, Any], busy: float) -> str:
 
 
 def forecast_table(result: dict[str, Any]) -> str:
+    """The text for a person."""
     lines = [f"{'tier':<8}{'workers':>8}{'clips/s':>10}{'drive GB/s':>12}{'memory GB':>11}  limited by"]
-    for item in (Forecast(**record) for record in result["forecast"]):
-        lines.append(
-            f"{item.tier:<8}{item.workers:>8}{item.clips_per_sec:>10,.0f}{item.drive_gb_per_s:>12.2f}"
-            f"{item.memory_gb:>11.1f}  {item.limited_by}"
-        )
-    for tier in (Measured(**record) for record in result["measured"]):
-        lines.append(
-            f"measured  {tier.tier}: {tier.worker_ms:.2f} ms a clip of one worker, {tier.taking_ms:.3f} ms of the training "
-            f"process, {tier.bytes_a_clip / 1e3:.0f} kB read"
-        )
+    lines += [
+        f"{item['tier']:<8}{item['workers']:>8}{item['clips_per_sec']:>10,.0f}{item['drive_gb_per_s']:>12.2f}"
+        f"{item['memory_gb']:>11.1f}  {item['limited_by']}"
+        for item in result["forecast"]
+    ]
+    lines += [
+        f"measured  {tier['tier']}: {tier['worker_ms']:.2f} ms a clip of one worker, {tier['taking_ms']:.3f} ms of the "
+        f"training process, {tier['bytes_a_clip'] / 1e3:.0f} kB read"
+        for tier in result["measured"]
+    ]
     return "\n".join([*lines, *(f"assumed   {assumption}" for assumption in result["assumptions"])])

@@ -1,7 +1,7 @@
-"""What the step gives (`python -m salt_wds.bench step`): generated clips of the run's shapes, nothing read from a disk.
+"""The training step alone, on generated clips of the run's shapes (`python -m salt_wds.bench step`).
 
-Timed is what a training step does on the device: teacher, student, backward pass, clipping, AdamW. The rate of torch's
-own large matrix product is measured in the same run: no step can be faster, whatever a data sheet says.
+Timed is what a step does on the device: teacher, student, backward pass, clipping, AdamW. The rate of a large matrix
+product of torch is measured in the same run, as an upper limit for any step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from salt_wds.models.optim import build_optimizer
 from salt_wds.train.flops import matmul_rate
 from salt_wds.train.tuning import TunedStep, synthetic_batch, tuned_step
 
+ClipBatch = tuple[Tensor, Tensor, Tensor]  # clips, colour, mask
+Update = Callable[[ClipBatch], None]
 _WARM_UP = 3  # steps until everything is compiled, and CUDA graphs are recorded and replayed
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried, each with each."""
+    """The combinations to measure, each with each."""
 
     modes: tuple[str, ...]
     checkpointing: tuple[str, ...]
@@ -37,7 +39,7 @@ class Grid:
 
 
 def bench_step(config: Config, grid: Grid, steps: int) -> dict[str, Any]:
-    """One row of figures for each combination; one that runs out of memory is a row that says so."""
+    """One row of figures for each combination; one that runs out of memory has an `error` instead."""
     device = pick_device(config.train.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rate = matmul_rate(device, dtype)
@@ -79,13 +81,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def make_update(
-    config: Config, student: nn.Module, tuned: TunedStep
-) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor | None], None]:
-    """One training step of a fresh optimiser: `update((clips, colour, mask), targets or None)`."""
+def make_update(config: Config, student: nn.Module, tuned: TunedStep, targets: Tensor | None = None) -> Update:
+    """One training step with a new optimiser; without `targets` the teacher runs."""
     optimizer = build_optimizer(student, config.optim, fused=True)
 
-    def update(batch: tuple[Tensor, Tensor, Tensor], targets: Tensor | None = None) -> None:
+    def update(batch: ClipBatch) -> None:
         optimizer.zero_grad(set_to_none=True)
         tuned.step(*batch, targets)
         nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad_norm or float("inf"))
@@ -98,15 +98,20 @@ def time_updates(update: Callable[[], None], steps: int, device: torch.device) -
     """Seconds a step, after a warm-up."""
     for _ in range(_WARM_UP):
         update()
+    synchronize(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     for _ in range(steps):
         update()
+    synchronize(device)
+    return (time.perf_counter() - started) / steps
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that the device was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / steps
 
 
 def _measure(
@@ -120,8 +125,8 @@ def _measure(
             shape = (clips, tuned.utilisation.workload.masked, models.teacher.width)
             dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
             targets = torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
-        update = make_update(config, models.student, tuned)
-        seconds = time_updates(lambda: update(batch, targets), steps, device)
+        update = make_update(config, models.student, tuned, targets)
+        seconds = time_updates(lambda: update(batch), steps, device)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     flops = tuned.utilisation.workload.flops(teacher=online)
@@ -138,7 +143,7 @@ def _measure(
 
 
 def _free(models: Models, device: torch.device) -> None:
-    """Nothing of one combination lies in the memory of the next, or in its compiled code."""
+    """Free the memory and the compiled code of one combination before the next."""
     for p in models.student.parameters():
         p.grad = None
     torch._dynamo.reset()
@@ -153,10 +158,8 @@ def _with(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=changed)
 
 
-# --- what a person reads ------------------------------------------------------------------------------------------
-
-
 def step_table(result: dict[str, Any]) -> str:
+    """The text for a person."""
     frames, size = result["clip"]
     return "\n".join(
         (

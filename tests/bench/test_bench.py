@@ -1,57 +1,15 @@
-"""The benchmarks: figures that belong together, and a verdict; not a timed test."""
+"""The benchmarks of loader and step: figures that belong together, and a verdict; nothing depends on the time taken."""
 
 import json
 
 import pytest
 import torch
 
+from salt_wds.bench import __main__ as bench
 from salt_wds.bench import step as bench_step
+from salt_wds.bench.loader import forecast
 from salt_wds.config import load_config
-
-
-def test_figures_belong_together(run_module, dataset):
-    done = run_module(
-        "salt_wds.bench", "loader", "--config", "configs/tiny.toml", "--set", f"data.shards={dataset}",
-        "--set", "data.batch_size=4", "--seconds", 1, "--json",
-    )  # fmt: skip
-    result = json.loads(done.stdout)
-    assert result["clips_per_sec"] > 0
-    assert result["share_of_limit"] == pytest.approx(result["clips_per_sec"] / result["limit_clips_per_sec"])
-    assert result["ms"]["decode"] > result["ms"]["read"] > 0
-    assert result["ms"]["crop"] > 0
-    assert result["taking_ms"] > 0
-    assert result["bytes_a_clip"] > 1000
-    assert (result["workers"], result["batch_size"], result["tier"], result["failures"]) == (2, 4, "webm", 0)
-
-
-def test_text_ends_with_a_verdict(run_module, dataset):
-    arguments = ("loader", "--config", "configs/tiny.toml", "--set", f"data.shards={dataset}", "--seconds", 1)
-    assert "verdict " in run_module("salt_wds.bench", *arguments).stdout.splitlines()[-1]
-
-
-def test_a_node_is_simulated_for_each_tier(run_module, dataset, videos, tmp_path):
-    run_module("shard_tools.pack", videos, "--out", tmp_path / "y4m", "--frames", "y4m")
-    done = run_module(
-        "salt_wds.bench", "loader", "--config", "configs/tiny.toml", "--set", f"data.shards={dataset}",
-        "--seconds", 1, "--simulate-workers", "8,32", "--also", tmp_path / "y4m", "--json",
-    )  # fmt: skip
-    result = json.loads(done.stdout)
-    found = [(item["tier"], item["workers"]) for item in result["forecast"]]
-    assert found == [("webm", 8), ("webm", 32), ("y4m", 8), ("y4m", 32)]
-    assert result["forecast"][1]["clips_per_sec"] >= result["forecast"][0]["clips_per_sec"] > 0
-    assert result["assumptions"]
-
-
-def test_no_workers_is_refused(run_module, dataset):
-    done = run_module(
-        "salt_wds.bench", "loader", "--config", "configs/tiny.toml", "--set", f"data.shards={dataset}",
-        "--set", "data.num_workers=0", check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "data.num_workers = 0" in done.stderr
-
-
-# --- step ---
+from shard_tools.common.cli import CommandError
 
 SMALL = (
     "student.depth=1", "student.predictor_depth=1", "teacher.random_depth=1", "data.batch_size=2",
@@ -59,42 +17,96 @@ SMALL = (
 )  # fmt: skip
 
 
-def small_arguments():
-    return [part for setting in SMALL for part in ("--set", setting)]
+@pytest.fixture(autouse=True)
+def matmul_rate(monkeypatch):
+    """Measured elsewhere; it takes seconds."""
+    monkeypatch.setattr(bench_step, "matmul_rate", lambda *_: 1e12)
 
 
-def test_step_over_all_modes_without_data(run_module):
-    done = run_module(
-        "salt_wds.bench", "step", "--config", "configs/tiny.toml", *small_arguments(), "--steps", 1, "--json"
-    )
-    result = json.loads(done.stdout)
+@pytest.fixture
+def measure(repository, capsys):
+    """Run a part of the benchmark with tiny.toml in this process; what it printed."""
+
+    def measure(part, *options, settings=()):
+        words = [word for setting in settings for word in ("--set", setting)]
+        assert bench.main([part, "--config", str(repository / "configs/tiny.toml"), *words, *map(str, options)]) == 0
+        return capsys.readouterr().out
+
+    return measure
+
+
+def test_loader_figures_belong_together(measure, dataset):
+    settings = [f"data.shards={dataset}", "data.batch_size=4"]
+    result = json.loads(measure("loader", "--seconds", 0.5, "--json", settings=settings))
+    assert result["clips_per_sec"] > 0
+    assert result["share_of_limit"] == pytest.approx(result["clips_per_sec"] / result["limit_clips_per_sec"])
+    assert result["ms"]["decode"] > result["ms"]["read"] > 0
+    assert result["ms"]["crop"] > 0
+    assert result["taking_ms"] > 0
+    assert result["bytes_a_clip"] > 1000
+    assert (result["workers"], result["batch_size"], result["tier"], result["failures"]) == (2, 4, "webm", 0)
+    text = bench.loader_table(result)
+    assert text.splitlines()[-1].startswith("verdict ")
+
+
+def test_workers_add_up_until_the_training_process_limits():
+    tier = {"tier": "webm", "worker_ms": 20.0, "taking_ms": 1.0, "bytes_a_clip": 1e5, "batch_bytes": 10**8}
+    few, many = (forecast(tier, workers, prefetch=4) for workers in (8, 32))
+    assert (few["clips_per_sec"], few["limited_by"]) == (pytest.approx(400), "workers")
+    assert many["clips_per_sec"] == pytest.approx(1000)
+    assert many["limited_by"] == "the training process taking batches over"
+    assert few["drive_gb_per_s"] == pytest.approx(0.04)
+    assert few["memory_gb"] == pytest.approx(4.0)
+
+
+@pytest.mark.slow
+def test_a_node_is_simulated_for_each_tier(measure, run_module, dataset, videos, tmp_path):
+    run_module("shard_tools.pack", videos, "--out", tmp_path / "y4m", "--frames", "y4m")
+    options = ("--seconds", 0.5, "--simulate-workers", "8,32", "--also", tmp_path / "y4m", "--json")
+    result = json.loads(measure("loader", *options, settings=[f"data.shards={dataset}"]))
+    found = [(item["tier"], item["workers"]) for item in result["forecast"]]
+    assert found == [("webm", 8), ("webm", 32), ("y4m", 8), ("y4m", 32)]
+    assert len(bench.forecast_table(result).splitlines()) == 1 + 4 + 2 + len(result["assumptions"])
+
+
+def test_usage_errors(measure, capsys):
+    with pytest.raises(CommandError, match=r"data\.num_workers = 0"):
+        measure("loader", settings=["data.num_workers=0", *SMALL])
+    with pytest.raises(CommandError, match="--also: only with --simulate-workers"):
+        measure("loader", "--also", "nowhere")
+    with pytest.raises(SystemExit, match="2"):
+        measure("step", "--modes", "sparse")
+    assert "'sparse' is none of visible, dense" in capsys.readouterr().err
+
+
+def test_step_measures_every_combination_without_data(measure):
+    options = ("--steps", 1, "--json", "--checkpointing", "off,selective")
+    result = json.loads(measure("step", *options, settings=SMALL))
     rows = result["rows"]
-    assert len(rows) == 2 * 3 * 1 * 2  # tiny.toml compiles nothing, so "off" stands for both
-    assert {(r["mode"], r["checkpointing"], r["compile"], r["teacher"]) for r in rows} == {
-        (mode, checkpointing, "off", teacher)
+    assert [(r["mode"], r["checkpointing"], r["compile"], r["teacher"]) for r in rows] == [
+        (mode, checkpointing, "off", teacher)  # tiny.toml compiles nothing, so "off" stands for both
         for mode in ("visible", "dense")
-        for checkpointing in ("off", "selective", "full")
+        for checkpointing in ("off", "selective")
         for teacher in ("online", "given")
-    }
+    ]
     for row in rows:
         assert row["clips_per_sec"] == pytest.approx(2e3 / row["ms"])
         assert row["share_of_matmul"] == pytest.approx(
             row["clips_per_sec"] * row["gflop_a_clip"] / 1e3 / result["matmul_tflops"]
         )
         assert (row["mfu"], row["peak_gb"], row["ran"]) == (None, None, "off")
-    visible, given = rows[0], rows[1]
-    assert visible["gflop_a_clip"] > given["gflop_a_clip"] > 0
+    assert rows[0]["gflop_a_clip"] > rows[1]["gflop_a_clip"] > 0
 
 
-def test_a_combination_out_of_memory_is_a_row_that_says_so(repository, monkeypatch):
+def test_a_combination_out_of_memory_is_a_row_of_its_own(repository, monkeypatch):
     config = load_config(repository / "configs" / "tiny.toml", SMALL)
-    real = bench_step.time_updates
-    calls = iter(range(9))
+    outcomes = iter([torch.OutOfMemoryError("no memory"), 0.1])
 
-    def time_updates(*args):
-        if next(calls) == 0:
-            raise torch.OutOfMemoryError("no memory")
-        return real(*args)
+    def time_updates(*_):
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     monkeypatch.setattr(bench_step, "time_updates", time_updates)
     grid = bench_step.Grid(("dense",), ("off", "full"), ("off",), ("online",))
@@ -102,26 +114,18 @@ def test_a_combination_out_of_memory_is_a_row_that_says_so(repository, monkeypat
     assert result["rows"][0] == {
         "mode": "dense", "checkpointing": "off", "compile": "off", "teacher": "online", "error": "out of memory",
     }  # fmt: skip
-    assert result["rows"][1]["clips_per_sec"] > 0
+    assert result["rows"][1]["clips_per_sec"] == pytest.approx(20)
     table = bench_step.step_table(result).splitlines()
     assert table[-2].split() == ["dense", "off", "off", "online", "out", "of", "memory"]
     assert table[-1].startswith("dense    full")
 
 
-def test_a_word_that_is_no_mode_is_refused(run_module):
-    done = run_module("salt_wds.bench", "step", "--config", "configs/tiny.toml", "--modes", "sparse", check=False)
-    assert done.returncode == 2
-    assert "'sparse' is none of visible, dense" in done.stderr
-
-
-def test_end_to_end_against_each_alone(run_module, dataset):
-    done = run_module(
-        "salt_wds.bench", "end-to-end", "--config", "configs/tiny.toml", *small_arguments(),
-        "--set", f"data.shards={dataset}", "--steps", 3, "--json",
-    )  # fmt: skip
-    result = json.loads(done.stdout)
+def test_end_to_end_against_each_alone(measure, dataset):
+    settings = [*SMALL, f"data.shards={dataset}"]
+    result = json.loads(measure("end-to-end", "--steps", 3, "--json", settings=settings))
     assert result["clips_per_sec"] == pytest.approx(2e3 / result["step_ms"])
     assert result["step_clips_per_sec"] == pytest.approx(2e3 / result["step_alone_ms"])
     assert result["loader_clips_per_sec"] > 0
     assert 0 <= result["data_wait_share"] <= 1
     assert (result["workers"], result["steps"], result["failures"], result["checkpointing"]) == (2, 3, 0, "off")
+    assert "waiting " in bench.end_to_end_table(result)

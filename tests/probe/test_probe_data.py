@@ -14,7 +14,7 @@ from salt_wds.data.catalog import open_catalog
 from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.splits import open_probe_data, refuse_leaks
 from shard_tools.common.cli import CommandError
-from shard_tools.index import indexing as index
+from shard_tools.index import __main__ as index
 from shard_tools.pack import __main__ as pack
 from shard_tools.synth import __main__ as synth
 

@@ -33,7 +33,7 @@ def head_results(
     labels, curves = measured.labels, trained.loss_curves()
     accuracy = {k: top(measured.probabilities, labels, k) for k in (1, 5) if k < len(classes)}
     selection = top(held_back.probabilities, held_back.labels, 1).tolist() if held_back is not None else None
-    probes = [
+    probes: list[dict[str, Any]] = [
         {
             "lr": lr,
             "weight_decay": decay,

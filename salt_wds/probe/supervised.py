@@ -21,6 +21,7 @@ from salt_wds.data.catalog import Catalog
 from salt_wds.data.loader import Loader
 from salt_wds.models.frozen import FrozenEncoder, student_of
 from salt_wds.models.optim import build_optimizer, set_learning_rate
+from salt_wds.models.student import Student
 from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
 from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.fit import learning_rate_factor
@@ -45,6 +46,7 @@ def supervised_of(
     settings, seed = config.supervised, config.probe.seed
     encoder = student_of(run_dir, device)
     network = encoder.network.train().requires_grad_(True)
+    assert isinstance(network, Student)
     head = AttentiveProbes(1, encoder.width, config.probe.heads, classes, seed).to(device)
     learned = [*network.parameters(), *head.parameters()]
     rates = OptimConfig(lr=settings.lr, min_lr=0.0, weight_decay=settings.weight_decay)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -77,7 +78,7 @@ class Chart:
     def svg(self) -> bytes:
         """The picture."""
         scale = 100 if self.unit == "%" else 1
-        style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "axes.edgecolor": "#8a929c",
+        style: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "axes.edgecolor": "#8a929c",
                  "text.color": "#5a6470", "xtick.color": "#5a6470", "ytick.color": "#5a6470"}  # fmt: skip
         with matplotlib.rc_context(style):
             figure = Figure(figsize=(3.8, 2.1))

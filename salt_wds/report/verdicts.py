@@ -222,10 +222,9 @@ def token_spread(tokens_BND: Tensor) -> TokenSpread:  # noqa: N803
 def input_bound(record: RunRecord) -> Verdict:
     """Whether the device waits for data, and what would help."""
     title = "Does it wait for data?"
-    lines = [line for line in record.lines[1:] if "data_wait_share" in line]  # in the first one workers start
+    lines = _recent([line for line in record.lines[1:] if "data_wait_share" in line])  # in the first one workers start
     if not lines:
         return Verdict("open", title, "Too early to tell.")
-    lines = _recent(lines)
     share = statistics.fmean(finite_or(line["data_wait_share"], 0.0) for line in lines)
     rate = statistics.fmean(finite_or(line.get("clips_per_sec"), 0.0) for line in lines)
     text = f"{share:.0%} of the time was spent waiting, over the last {len(lines)} lines, at {rate:,.1f} clips/s"

@@ -1,4 +1,4 @@
-"""What the report says of a run is right: of a healthy one, of collapsed ones, of one that waits for data."""
+"""The verdicts on a run are right: healthy, collapsed, waiting for data, with failures."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from salt_wds.config import load_config
 from salt_wds.models.frozen import random_of
 from salt_wds.report.record import read_record
 from salt_wds.report.verdicts import (
-    Verdict,
     collapse,
     collapsed_tokens,
     failures,
@@ -28,8 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def record(tmp_path, repository):
-    """A run's folder, of 40 lines each 10 steps apart, with numbers that `make(name=value or function of the line)`
-    sets."""
+    """`make(name=value or function of the line)`: the record of a run with 40 lines, 10 steps apart."""
 
     def make(lines=40, settings=(), history=None, **numbers):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -95,6 +93,9 @@ def test_learning_rates_that_have_moved_nothing_are_not_judged(record):
     ("numbers", "kind", "words"),
     [
         ({}, "good", "effective rank of 30.0"),
+        ({"lines": 3, "prediction_std": 0.01}, "open", "early for the predictions"),  # every head starts at 0
+        ({"lines": 3, "effective_rank": 1.0}, "bad", "The encoder has collapsed"),
+        ({"settings": ["loss.target_norm=none"], "target_std": 0.01, "prediction_std": 0.008}, "good", "80%"),
         ({"effective_rank": 1.0}, "bad", "The encoder has collapsed"),
         ({"effective_rank": 1.9}, "bad", "The encoder has collapsed"),
         ({"prediction_std": 0.05}, "bad", "almost constant: their spread is 6% of the targets'"),
@@ -108,20 +109,6 @@ def test_collapse_is_seen_in_the_metrics(record, numbers, kind, words):
     verdict = collapse(record(**numbers))
     assert verdict.kind == kind
     assert words in verdict.text
-
-
-def test_predictions_that_are_constant_at_the_start_are_no_collapse(record):
-    """Every run begins so: its head starts at 0."""
-    assert collapse(record(lines=3, prediction_std=0.01)).kind == "open"
-
-
-def test_an_encoder_that_is_constant_from_the_start_is_called_so_at_once(record):
-    assert "The encoder has collapsed" in collapse(record(lines=3, effective_rank=1.0)).text
-
-
-def test_targets_of_any_scale_pass_where_nothing_normalises_them(record):
-    small = record(settings=["loss.target_norm=none"], target_std=0.01, prediction_std=0.008)
-    assert collapse(small).kind == "good"
 
 
 def tokens(clips=12, places=64, width=32, seed=0):
@@ -147,7 +134,7 @@ def test_tokens_are_called_what_they_are(made, word):
 
 
 def test_spread_of_tokens_is_that_of_how_they_were_made():
-    """Deviation 1 around a mean of size 2; a third of the variance from clips, of which a place knows nothing."""
+    """Deviation 1 around a mean of size 2; a third of the variance depends on the clip."""
     generator = torch.Generator().manual_seed(0)
     clips, places = (torch.randn(n, generator=generator) for n in ((400, 1, 8), (1, 400, 8)))
     made = 2 + math.sqrt(1 / 3) * clips + math.sqrt(2 / 3) * places
@@ -181,6 +168,9 @@ def test_an_encoder_that_sees_nothing_is_called_blind_or_constant(repository):
 def test_waiting_for_data_comes_with_the_remedy(record):
     start = {"event": "start", "time": 0, "step": 0, "cores": 16, "extensions": ["webm"], "folders": "/data/shards"}
     assert input_bound(record()).kind == "good"
+    assert (
+        input_bound(record(lines=3, data_wait_share=lambda n: 0.9 if n == 0 else 0.0)).kind == "good"
+    )  # workers start
     waits = input_bound(record(history=[start], data_wait_share=0.4))
     assert waits.kind == "doubt"
     assert "40% of the time" in waits.text
@@ -189,30 +179,31 @@ def test_waiting_for_data_comes_with_the_remedy(record):
     assert "python -m shard_tools.bench /data/shards" in reads.text
 
 
-def test_the_first_interval_does_not_count_as_waiting(record):
-    assert input_bound(record(lines=3, data_wait_share=lambda n: 0.9 if n == 0 else 0.0)).kind == "good"
+LOST = [Failure("decode", "E", "m", "substituted", shard="a.tar", key=str(n)) for n in range(32)]
+READ_AGAIN = Failure("read", "E", "E; went away when read again", None)
+LOST_WORKER = Failure("crash", "WorkerLostError", "killed", None)
+STOPPED = Failure("decode", "E", "m", None, shard="a.tar", key="k")
 
 
-def test_failures_are_counted_as_a_share_of_what_was_tried(record, tmp_path):
+@pytest.mark.parametrize(
+    ("records", "kind", "words"),
+    [
+        ([], "good", "No sample failed."),
+        ([READ_AGAIN, LOST_WORKER], "good", "No sample failed. 2 records cost no sample"),
+        ([*LOST, READ_AGAIN], "doubt", "32 times a sample failed, 0.50% of the 6,432 that were tried"),
+        (
+            [STOPPED, STOPPED, LOST_WORKER],
+            "doubt",
+            "2 samples failed in a batch that stopped the run; nothing replaced",
+        ),
+    ],
+)
+def test_failures_are_counted_by_what_they_cost(record, records, kind, words):
     run = record()
-    path = run.folder / "failures/rank0.jsonl"
-    lost = [Failure("decode", "E", "m", "substituted", shard="a.tar", key=str(n)) for n in range(32)]
-    ledger.append(path, [*lost, Failure("read", "E", "E; went away when read again", None)])
+    ledger.append(run.folder / "failures/rank0.jsonl", records)
     verdict = failures(read_record(run.folder))
-    assert verdict.kind == "doubt"
-    assert "32 times a sample failed, 0.50% of the 6,432 that were tried" in verdict.text
-    assert "1 record cost no sample" in verdict.text
-    assert failures(run) == Verdict("good", "Did data fail?", "No sample failed.")
-
-
-def test_samples_that_stopped_the_run_are_not_called_harmless(record):
-    run = record()
-    stopped = Failure("decode", "E", "m", None, shard="a.tar", key="k")
-    lost_worker = Failure("crash", "WorkerLostError", "killed", None)
-    ledger.append(run.folder / "failures/rank0.jsonl", [stopped, stopped, lost_worker])
-    verdict = failures(read_record(run.folder))
-    assert verdict.kind == "doubt"
-    assert "2 samples failed in a batch that stopped the run; nothing replaced them. 1 record cost no" in verdict.text
+    assert verdict.kind == kind
+    assert words in verdict.text
 
 
 @pytest.mark.parametrize(("student", "kind"), [(0.61, "good"), (0.56, "doubt"), (0.2, "doubt")])

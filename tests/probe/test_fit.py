@@ -1,4 +1,4 @@
-"""Probes on features whose answer is known, and what is made of their probabilities."""
+"""Probes and nearest neighbours on features whose answer is known; what is made of their probabilities."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from salt_wds.probe.config import HeadsConfig, NeighboursConfig
+from salt_wds.probe import knn
+from salt_wds.probe.config import HeadsConfig
 from salt_wds.probe.feature_store import Table
 from salt_wds.probe.features import Features
 from salt_wds.probe.fit import Measured, choose, confusion, learning_rate_factor, measure, pooled, top, train_probes
-from salt_wds.probe.results import head_results, neighbour_results, results_table
+from salt_wds.probe.knn import vote
+from salt_wds.probe.results import head_results, results_table
 
 CLASSES, TOKENS, WIDTH = 4, 6, 16
 HEADS = HeadsConfig(heads=2, epochs=30, lrs=(3e-3, 1e-3), weight_decays=(0.01, 0.1), warmup_epochs=1)
@@ -49,9 +51,7 @@ def test_shuffled_labels_are_at_chance():
 
 
 def test_every_encoder_learns_from_the_same_clips_in_the_same_order():
-    orders = []
-    for name in ("one", "two"):
-        orders.append([batch.keys for batch in table(70, seed=len(name), name=name).shuffled(32, 3, 1, 70, seed=5)])
+    orders = [[b.keys for b in table(70, seed=n, name=f"{n}").shuffled(32, 3, 1, 70, seed=5)] for n in (1, 2)]
     assert orders[0] == orders[1]
     epochs = [[key for keys in orders[0][start : start + 3] for key in keys] for start in range(0, 9, 3)]
     assert all(sorted(epoch, key=int) == [str(n) for n in range(70)] for epoch in epochs)
@@ -156,9 +156,47 @@ def test_of_many_classes_the_table_has_those_that_are_known_least():
     assert "class 61" not in text
 
 
-def test_neighbours_of_known_clusters():
-    labels = torch.arange(CLASSES).repeat(10)
-    features = torch.eye(WIDTH)[labels] + 0.01
-    bank = Measured(labels, features, torch.zeros(len(labels), 0, CLASSES))
-    result = neighbour_results(bank, bank, NeighboursConfig(k=5), tuple("abcd"))
-    assert result == {"top1": 1.0, "top5": None, "k": 5, "temperature": 0.07, "bank": 40}
+# --- nearest neighbours --------------------------------------------------------------------------------------------
+
+
+def clusters(clips: int, noise: float, seed: int):
+    """`clips` of each of 4 classes around directions at right angles, of any length: only the angle tells."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat(clips)
+    features = torch.eye(16)[labels] + noise * torch.randn(len(labels), 16, generator=rng)
+    return features * torch.rand(len(labels), 1, generator=rng).add(0.1), labels
+
+
+def test_known_clusters_are_all_found():
+    bank, labels = clusters(30, 0.05, seed=0)
+    queries, wanted = clusters(10, 0.05, seed=1)
+    assert torch.equal(vote(bank, labels, queries, 4, k=10, temperature=0.07).argmax(dim=1), wanted)
+
+
+def test_votes_are_those_of_the_formula(monkeypatch):
+    monkeypatch.setattr(knn, "_AT_ONCE", 2)  # several rounds of queries
+    rng = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(9, 5, generator=rng), torch.randn(5, 5, generator=rng)
+    labels = torch.randint(3, (9,), generator=rng)
+    found = vote(bank, labels, queries, 3, k=4, temperature=0.07)
+    for number, query in enumerate(queries):
+        similar = sorted(
+            (
+                (torch.cosine_similarity(query, row, dim=0).item(), label)
+                for row, label in zip(bank, labels.tolist(), strict=True)
+            ),
+            reverse=True,
+        )[:4]
+        expected = torch.zeros(3)
+        for similarity, label in similar:
+            expected[label] += math.exp((similarity - similar[0][0]) / 0.07)
+        torch.testing.assert_close(found[number], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.07, 1.0])
+def test_a_small_bank_and_any_temperature(temperature):
+    votes = vote(
+        torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.9, 0.0]]), 2, k=20, temperature=temperature
+    )
+    assert votes.isfinite().all()
+    assert votes[0, 0] > 0

@@ -9,6 +9,7 @@ Shapes: B clips, N tokens, D width.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -279,7 +280,8 @@ def probed(name: str, probe: Mapping[str, Any]) -> list[Verdict]:
         return []
     top1, errors = {}, {}
     for encoder, result in probe["encoders"].items():
-        accuracy, encoder = finite_or(result.get("top1"), math.nan), encoder.split(" ")[0]
+        encoder = re.split("[ _]", encoder)[0]  # student_ema, in earlier versions "student (mean)": the student
+        accuracy = finite_or(result.get("top1"), math.nan)
         if not math.isnan(accuracy):
             top1[encoder], errors[encoder] = accuracy, finite_or(result.get("top1_stderr"), 0.0)
     others = [encoder for encoder in ("teacher", "random") if encoder in top1]

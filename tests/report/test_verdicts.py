@@ -208,7 +208,7 @@ def test_failures_are_counted_by_what_they_cost(record, records, kind, words):
 
 @pytest.mark.parametrize(("student", "kind"), [(0.61, "good"), (0.56, "doubt"), (0.2, "doubt")])
 def test_a_probe_compares_beyond_chance(student, kind):
-    results = {"student": student, "teacher": 0.55, "random": 0.13}
+    results = {"student_ema": student, "teacher": 0.55, "random": 0.13}
     probe = {"encoders": {name: {"top1": top1, "top1_stderr": 0.01} for name, top1 in results.items()}}
     (verdict,) = probed("motion", probe)
     assert verdict.kind == kind

@@ -334,7 +334,7 @@ class Config(Section):
             end = optim.decay_steps or self.train.steps
             key = "decay_steps" if optim.decay_steps else "wsd_decay_steps"
             require(
-                optim.warmup_steps + optim.wsd_decay_steps <= end,
+                optim.warmup_steps + (optim.wsd_decay_steps or 0) <= end,
                 f"optim.{key}",
                 f"{optim.warmup_steps} steps of warm-up and {optim.wsd_decay_steps} of decay do not fit into {end}",
             )
@@ -433,7 +433,7 @@ def _valid_keys(root: type[Section]) -> list[str]:
 
 def resume_rules() -> dict[str, OnResume]:
     """The keys that a resumed run may change, by dotted name."""
-    rules = {}
+    rules: dict[str, OnResume] = {}
     for name, section in _sections(Config).items():
         for key, field in section.model_fields.items():
             marks = [mark for mark in field.metadata if isinstance(mark, OnResume)]

@@ -1,7 +1,7 @@
-"""`python -m salt_wds.preflight --config FILE`: before the long run, everything it will need, for a few minutes.
+"""`python -m salt_wds.preflight --config FILE`: try everything that a long run needs, in a few minutes.
 
-Four checks, each with its numbers: a single batch; the workers under stress; shared memory, measured against the forecast;
-teacher and student, one forward and backward pass. `tests/test_dataloader_preflight.py` runs the same functions.
+Three checks, each a line with its numbers: a single batch; the workers under stress, with their shared memory against
+the forecast; one forward and backward pass of teacher and student. tests/test_dataloader_preflight.py runs them, too.
 """
 
 from __future__ import annotations
@@ -26,33 +26,32 @@ from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import shared_memory_used
 from salt_wds.models.build import build_models, pick_device
 from salt_wds.train.tuning import tuned_step
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, run
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, positive_int, run
 from shard_tools.format.dataset import DATASET_FILE
 from shard_tools.format.sample import COLOURS
 
 STRESS_BATCHES = 30
-_SLACK = 64 << 20  # bytes; the index, and what other programs do meanwhile
+_SLACK = 64 << 20  # bytes: the index, and other programs
 
 
 class CheckFailed(Exception):
-    """A check did not hold; the message says what was expected and what was found."""
+    """A check failed; the message says what was expected and what was found."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m salt_wds.preflight",
-        description="Check data set, workers, shared memory and models before a long run.",
-        epilog="Exit codes: 0 all checks hold; 1 a check does not; 2 usage or configuration.",
+        "salt_wds.preflight",
+        "Check that data set, workers, shared memory and models work on this machine, before a long run.",
+        exit_codes="0 all checks passed; 1 a check failed; 2 usage or configuration; 130 interrupted",
+        page="when-it-fails",
     )
-    parser.add_argument("--config", type=Path, required=True, help="TOML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override; repeatable")
-    parser.add_argument("--batches", type=int, default=STRESS_BATCHES, help="batches of the worker stress (20 to 50)")
+    parser.add_config()
     parser.add_argument(
-        "--generated", action="store_true", help="use generated clips instead of data.shards (nothing packed yet)"
-    )
+        "--batches", type=positive_int, default=STRESS_BATCHES, metavar="N",
+        help=f"batches of the worker check (default {STRESS_BATCHES})",
+    )  # fmt: skip
+    parser.add_argument("--generated", action="store_true", help="use generated clips in place of data.shards")
     args = parser.parse_args(argv)
-    if args.batches < 1:
-        parser.error("--batches: at least 1")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(args.config, args.set)
     with tempfile.TemporaryDirectory(prefix="preflight-") as scratch:
@@ -84,11 +83,11 @@ def _run_checks(config: Config, ledger_path: Path, batches: int) -> int:
     return PROBLEMS if failed else OK
 
 
-# --- the checks: each returns its numbers in one line, or raises CheckFailed ---------------------------------------
+# --- the checks: each returns a line of numbers, or raises CheckFailed ----------------------------------------------
 
 
 def check_single_batch(config: Config, ledger_path: Path) -> str:
-    """One batch, made in this process: shapes, ranges, masks, a clip that is not blank."""
+    """Make one batch in this process, and check shapes, ranges, masks, and that not every clip is blank."""
     config = with_loader(config, num_workers=0)
     batch = next(iter(Loader(config, ledger_path)))
     _check_batch(batch, config)
@@ -100,7 +99,7 @@ def check_single_batch(config: Config, ledger_path: Path) -> str:
 
 
 def check_workers(config: Config, ledger_path: Path, batches: int) -> str:
-    """Many batches at the configured workers and prefetch; shared memory must stay at the forecast and be given back."""
+    """Make many batches with the configured workers; shared memory must stay within the forecast, and be freed."""
     before, shm_before = shared_memory_used(), dev_shm_used()
     loader = Loader(config, ledger_path)
     used, shm_used = [], []
@@ -121,13 +120,13 @@ def check_workers(config: Config, ledger_path: Path, batches: int) -> str:
     del loader, iterator
     left = shared_memory_used() - before
     numbers = (
-        f"shared memory first {used[0] / 1e6:.0f} MB, peak {max(used) / 1e6:.0f} MB, forecast {budget.total / 1e6:.0f} MB, "
-        f"{left / 1e6:.0f} MB left afterwards; /dev/shm peak {max(shm_used) / 1e6:.0f} MB"
+        f"shared memory first {used[0] / 1e6:.0f} MB, peak {max(used) / 1e6:.0f} MB, forecast "
+        f"{budget.total / 1e6:.0f} MB, {left / 1e6:.0f} MB left after it; /dev/shm peak {max(shm_used) / 1e6:.0f} MB"
     )
     if max(used) > budget.total + _SLACK:
-        raise CheckFailed(f"shared memory grows beyond the forecast: {numbers}; see what else uses it, then run again")
+        raise CheckFailed(f"shared memory grows beyond the forecast: {numbers}; see what else uses it, then try again")
     if left > _SLACK:
-        raise CheckFailed(f"shared memory was not given back: {numbers}")
+        raise CheckFailed(f"shared memory was not freed: {numbers}")
     return (
         f"{batches} batches of {config.data.batch_size} from {workers} workers, first after {first:.1f} s, "
         f"{rate:.1f} clips/s, {failures} failures; {numbers}"
@@ -135,12 +134,12 @@ def check_workers(config: Config, ledger_path: Path, batches: int) -> str:
 
 
 def dev_shm_used() -> int:
-    """Bytes in use on /dev/shm, where other loaders keep their batches and this one keeps none."""
+    """Bytes in use on /dev/shm, which this loader does not use, but torch's own workers do."""
     return shutil.disk_usage("/dev/shm").used
 
 
 def check_models(config: Config, ledger_path: Path) -> str:
-    """Teacher and student on one batch: loss and every gradient finite."""
+    """Run teacher and student forward and backward on one batch; the loss and every gradient must be finite."""
     device = pick_device(config.train.device)
     batch = next(iter(Loader(with_loader(config, num_workers=0), ledger_path)))
     torch.manual_seed(config.train.seed)
@@ -171,7 +170,7 @@ def _check_batch(batch: Batch, config: Config) -> None:
     if len(batch["keys"]) != data.batch_size:
         raise CheckFailed(f"{len(batch['keys'])} keys, expected {data.batch_size}")
     if not (batch["mask"].long().sort(dim=1).values == torch.arange(config.num_tokens)).all():
-        raise CheckFailed("a mask does not hold every token once")
+        raise CheckFailed("a mask does not contain every token once")
     if not ((batch["colour"] >= 0) & (batch["colour"] < len(COLOURS))).all():
         raise CheckFailed(f"colour outside 0..{len(COLOURS) - 1}")
     blank = [k for k, clip in zip(batch["keys"], batch["clips"], strict=True) if clip.min() == clip.max()]
@@ -189,7 +188,7 @@ def with_loader(config: Config, **changes: int) -> Config:
 
 
 def with_generated_data(config: Config, folder: Path, clips: int = 96) -> Config:
-    """The configuration on generated clips, made and packed under `folder` by the commands a user would type."""
+    """The configuration with generated clips as its data set, made and packed below `folder`."""
     root = folder / "generated"
     for command in (
         ["shard_tools.synth", str(root), "--clips", str(clips), "--frames", "40", "--size", "128"],

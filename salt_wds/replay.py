@@ -1,7 +1,4 @@
-"""`python -m salt_wds.replay RUN`: metrics.jsonl of a run as TensorBoard events, or as a run of Weights & Biases.
-
-The run itself depends on neither: its metrics.jsonl is the truth, this shows it elsewhere, at any time, as often as wanted.
-"""
+"""`python -m salt_wds.replay RUN`: write the metrics of a run to TensorBoard or Weights & Biases, at any time."""
 
 from __future__ import annotations
 
@@ -11,19 +8,20 @@ from typing import Any
 
 from salt_wds.runs.metrics import read_metrics
 from salt_wds.runs.tensorboard import Board, scalars
-from shard_tools.common.cli import OK, CommandError, Parser, one_line, run
+from shard_tools.common.cli import OK, CommandError, Parser, one_line, path, run
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m salt_wds.replay",
-        description="Show the metrics of a run in TensorBoard or Weights & Biases.",
-        epilog="Exit codes: 0 written; 2 usage, no metrics, or wandb missing or not reached.",
+        "salt_wds.replay",
+        "Write the metrics of a run to TensorBoard or Weights & Biases.",
+        exit_codes="0 written; 2 usage, no metrics, or wandb is missing or cannot be reached",
+        page="training",
     )
-    parser.add_argument("run", type=Path, help="folder of a run, or its metrics.jsonl")
-    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files into this folder")
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run, or its metrics.jsonl")
+    parser.add_argument("--tensorboard", type=path, metavar="DIR", help="write event files into this folder")
     parser.add_argument(
-        "--wandb", metavar="PROJECT", help="log a run to this project; with WANDB_MODE=offline into RUN/wandb only"
+        "--wandb", metavar="PROJECT", help="log to this project; with WANDB_MODE=offline only into RUN/wandb"
     )
     args = parser.parse_args(argv)
     if args.tensorboard is None and args.wandb is None:
@@ -41,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def to_tensorboard(lines: list[dict[str, Any]], folder: Path) -> None:
-    """Write event files, every number at its step and the time it was logged.
+    """Write event files, with every number at the step and the time it was logged.
 
     Raises:
-        CommandError: the folder has event files, which would be shown mixed with these.
+        CommandError: the folder has event files; TensorBoard would mix them with these.
     """
     if any(folder.glob("events.out.tfevents.*")):
         raise CommandError(f"{folder}: holds event files already; choose another folder, or remove them")
@@ -55,13 +53,13 @@ def to_tensorboard(lines: list[dict[str, Any]], folder: Path) -> None:
 
 
 def to_wandb(lines: list[dict[str, Any]], folder: Path, project: str) -> str:
-    """Log a run named as its folder, with its configuration; where it can be seen.
+    """Log a run with the name of its folder and its configuration; returns where to see it.
 
     Raises:
-        CommandError: wandb is not installed, or refuses (not logged in, not reached).
+        CommandError: wandb is not installed, not logged in, or cannot be reached.
     """
     try:
-        from wandb import Error, init  # by name: a folder wandb/, as it leaves them, can be imported, too
+        from wandb import Error, init  # names of it, because a folder wandb/ that it left can be imported as well
     except ImportError:
         raise CommandError("--wandb: wandb is not installed; pip install 'salt-wds[wandb]'") from None
     config = folder / "config.toml"

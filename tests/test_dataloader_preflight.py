@@ -1,7 +1,8 @@
 """Preflight as a test: `PREFLIGHT_CONFIG=configs/base.toml pytest tests/test_dataloader_preflight.py`.
 
-Without PREFLIGHT_CONFIG it checks this machine with configs/tiny.toml on generated clips. PREFLIGHT_SET holds overrides,
-separated by white space (`data.num_workers=8 teacher.weights=random`). The numbers are printed: add `-rP` to see them.
+Without PREFLIGHT_CONFIG it checks this machine with configs/tiny.toml on generated clips. PREFLIGHT_SET holds
+overrides, separated by white space (`data.num_workers=8 teacher.weights=random`), and PREFLIGHT_BATCHES the batches of
+the worker check. Add `-rP` to see the numbers.
 """
 
 import os
@@ -34,6 +35,7 @@ def test_a_single_batch_is_whole(config, ledger_path):
     print(preflight.check_single_batch(config, ledger_path))
 
 
+@pytest.mark.slow
 def test_workers_hold_under_stress_and_give_shared_memory_back(config, ledger_path):
     print(preflight.check_workers(config, ledger_path, BATCHES))
 

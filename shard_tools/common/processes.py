@@ -191,8 +191,8 @@ def _choose_socket_folder() -> None:
             finally:
                 tempfile.tempdir = before
     raise CommandError(
-        f"{tempfile.gettempdir()}: too long for the sockets of worker processes, and /tmp cannot be written to; set TMPDIR "
-        f"to a folder of at most {_LONGEST_TEMP_DIR} characters"
+        f"{tempfile.gettempdir()}: too long for the sockets of worker processes, and /tmp cannot be written to; set "
+        f"TMPDIR to a folder of at most {_LONGEST_TEMP_DIR} characters"
     )
 
 

@@ -54,7 +54,7 @@ class Failure:
             raise ValueError(f"action {self.action!r} is none of {', '.join(ACTIONS)}")
 
     def to_line(self) -> str:
-        """The record as one JSON line, its fields in the order of the contract; what UTF-8 cannot encode becomes `?`."""
+        """The record as one JSON line, its fields in the order of the contract; `?` for what UTF-8 cannot encode."""
         record = dataclasses.asdict(self)
         line = json.dumps({name: record[name] for name in _FIELD_ORDER}, ensure_ascii=False) + "\n"
         return line.encode(errors="replace").decode()

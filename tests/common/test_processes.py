@@ -113,7 +113,8 @@ def test_closing_the_iterator_ends_the_processes() -> None:
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import functools, pathlib, sys; sys.path[:0] = ['tests', 'tests/common']; import tasks\nfrom shard_tools.common.processes import run_local\n"
+        "import functools, os, pathlib, sys; sys.path[:0] = ['tests', 'tests/common']\n"
+        "import tasks\nfrom shard_tools.common.processes import run_local\n"
         "if __name__ == '__main__':\n"
         f"    task = functools.partial(tasks.tell_pid_and_wait, pathlib.Path({str(tmp_path)!r}))\n"
         "    list(run_local(task, range(4), 2))\n"
@@ -133,7 +134,8 @@ def test_a_long_tmpdir_does_not_matter(tmp_path: Path, writable: bool) -> None:
     folder = tmp_path / ("x" * max(1, 119 - len(str(tmp_path))))
     folder.mkdir()
     code = (
-        "import os, sys; sys.path[:0] = ['tests', 'tests/common']; import tasks\nfrom shard_tools.common.processes import run_local\n"
+        "import functools, os, pathlib, sys; sys.path[:0] = ['tests', 'tests/common']\n"
+        "import tasks\nfrom shard_tools.common.processes import run_local\n"
         "if __name__ == '__main__':\n"
         f"    os.access = lambda *_: {writable}\n"
         "    print(sorted(run_local(tasks.square, [3, 4], 2)))\n"
@@ -146,3 +148,32 @@ def test_a_long_tmpdir_does_not_matter(tmp_path: Path, writable: bool) -> None:
         assert done.stdout == "[(3, 9), (4, 16)]\n", done.stderr
     else:
         assert "set TMPDIR to a folder of at most 75 characters" in done.stderr
+
+
+GROUP_SCRIPT = """
+import multiprocessing, os, signal, threading
+from shard_tools.common.processes import GROUP_SIGNALS, start_fork_server
+
+if __name__ == "__main__":
+    received = []
+    for number in GROUP_SIGNALS:
+        signal.signal(number, lambda number, _: received.append(number))
+    start_fork_server(["slow_module"])
+    process = multiprocessing.get_context("forkserver").Process(target=print, args=("from a process",))
+    for number in GROUP_SIGNALS:  # while the server loads its modules
+        threading.Timer(0.2, os.killpg, (0, number)).start()
+    process.start()
+    process.join()
+    print(process.exitcode, sorted(received) == sorted(GROUP_SIGNALS))
+"""
+
+
+def test_signals_to_the_group_do_not_end_the_fork_server(tmp_path: Path) -> None:
+    """Ctrl-C on a terminal, or a scheduler that ends a job: the main process decides what ends."""
+    (tmp_path / "script.py").write_text(GROUP_SCRIPT)
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(1)\n")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], env={"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
+        capture_output=True, text=True, timeout=100, check=False, start_new_session=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["from a process", "0 True"], done.stderr

@@ -48,7 +48,7 @@ def test_any_text_is_one_line(message: str, key: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [b"no JSON", b"{}", FULL.to_line()[:40].encode(),
-     FULL.to_line().replace('"decode"', '"unheard of"').encode(), FULL.to_line().replace('"substituted"', '"x"').encode(),
+     FULL.to_line().replace('"decode"', '"x"').encode(), FULL.to_line().replace('"substituted"', '"x"').encode(),
      FULL.to_line().replace('"train-000012.tar"', '["list"]').encode(), FULL.to_line().replace("1536", '"x"').encode()],
 )  # fmt: skip
 def test_a_line_that_is_no_record_is_counted(tmp_path: Path, line: bytes) -> None:

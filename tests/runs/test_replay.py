@@ -1,4 +1,4 @@
-"""metrics.jsonl elsewhere: read back from real event files, and from a real offline run of Weights & Biases."""
+"""Metrics in TensorBoard and W&B: read back from real event files and from a real offline run of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_tensorboard_has_every_number_at_its_step_and_time(a_run, tmp_path, caps
 
 
 def test_what_the_run_writes_itself_is_the_same(tmp_path):
-    log = RunLog(tmp_path / "live", 0, trace_samples=False) if (tmp_path / "live").mkdir() is None else None
+    (tmp_path / "live").mkdir()
+    log = RunLog(tmp_path / "live", 0, trace_samples=False)
     for line in LINES:
         log.metrics(line)
     log.close()

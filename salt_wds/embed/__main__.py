@@ -15,6 +15,7 @@ from salt_wds.models.build import pick_device
 from salt_wds.models.exported import load_encoder
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, positive_int, run
 from shard_tools.common.files import write_atomic
+from shard_tools.video.sources import LAYOUTS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,9 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_device()
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on a GPU, 2 to 3 digits")
     parser.add_argument("--split", help="of a data set: only this split")
-    parser.add_argument(
-        "--layout", choices=("auto", "ssv2", "folders"), default="auto", help="of files: where labels are, as for pack"
-    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="of files: where labels are, as for pack")
     return parser.parse_args(argv)
 
 

@@ -18,6 +18,7 @@ from shard_tools.common.cli import (
 )
 from shard_tools.pack.packing import pack
 from shard_tools.pack.ray_executor import require_ray
+from shard_tools.video.sources import LAYOUTS
 from shard_tools.video.tiers import BEST_QUALITY, TIERS, WORST_QUALITY
 
 _LEAST_SHARD_BYTES = 64 << 10
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("root", type=path, metavar="ROOT", help="folder with the videos and labels")
     add("--out", type=path, metavar="DIR", help="output folder (default ROOT/shards)")
-    add("--layout", choices=("auto", "ssv2", "folders"), default="auto", help="default auto")
+    add("--layout", choices=LAYOUTS, default="auto", help="default auto")
     add("--frames", choices=TIERS, default="source", help="storage tier (default source)")
     quality = f"of mjpeg: {BEST_QUALITY} (best) to {WORST_QUALITY}, or auto"
     add("--quality", type=_quality, metavar="N", help=quality)

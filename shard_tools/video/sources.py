@@ -5,7 +5,7 @@ ssv2      labels as `labels/train.json`, `train.json` or `something-something-v2
 folders   CLASS/video.mp4, or SPLIT/CLASS/video.mp4 with splits train, validation (or val) and test;
           videos without a class folder become an unlabelled training split
 
-To add a layout, write a function like `_find_folders` and choose it in `find_sources`.
+To add a layout, name it in LAYOUTS, write a function like `_find_folders`, and choose it in `find_sources`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from shard_tools.common.cli import CommandError, one_line
 from shard_tools.format.dataset import DATASET_FILE, SPLITS
 from shard_tools.format.sample import make_key
 
+LAYOUTS = ("auto", "ssv2", "folders")
 VIDEO_SUFFIXES = frozenset((".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv"))
 NOT_TEXT = "name that is not UTF-8 text"  # a reason for skipping
 _SSV2_PREFIX = "something-something-v2-"
@@ -59,7 +60,7 @@ def find_sources(root: Path, layout: str, exclude: Path) -> SourceSet:
     """Videos and labels below `root`.
 
     Args:
-        layout: "ssv2", "folders", or "auto": ssv2 if its label files are there, else folders.
+        layout: one of LAYOUTS; "auto" is ssv2 if its label files are there, else folders.
         exclude: the output folder, which is never taken for input.
 
     Raises:

@@ -131,14 +131,17 @@ def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
     while True:
         try:
             task = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # closed, or the main process was killed
             return
         try:
             outcome = True, function(task)
         except Exception as error:
             error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
             outcome = False, error
-        pipe.send(outcome)
+        try:
+            pipe.send(outcome)
+        except ConnectionError:
+            return
 
 
 def _module_of(function: Callable[..., object]) -> str:

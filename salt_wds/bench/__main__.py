@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "salt_wds.bench",
         "Measure the loader, the step, or both together. Options of each: `... bench loader --help`.",
         exit_codes=_EXIT_CODES,
-        page="loader",
+        page="training",
     )
     parts = parser.add_subparsers(dest="part", required=True, metavar="{loader,step,end-to-end}")
     options = {"loader": _loader_options, "step": _step_options, "end-to-end": _end_to_end_options}

@@ -2,7 +2,7 @@
 
     python benchmarks/disturb_loader.py SHARDS --disturbances 100 --out benchmarks/results/disturb_loader.json
 
-One disturbance in six kills the fork server, and half of these its successor while it starts. The sequence is compared
+One disturbance in twelve kills the fork server, and half of these its successor while it starts. The sequence is compared
 with that of an undisturbed run. Exit code 1 if it differs, a loss is missing in the ledger, or a process, descriptor or
 piece of shared memory is left behind.
 """
@@ -81,7 +81,7 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     def enemy() -> None:
         while len(sent) < disturbances and not stop.is_set():
             time.sleep(rng.uniform(0.0, 2.0))
-            if rng.randrange(6):
+            if rng.randrange(12):
                 number = rng.choice(SIGNALS)
                 send(int(in_flight[0]["pid"][rng.randrange(2)]), number, number.name)
                 continue
@@ -94,6 +94,8 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
                     send(new.pop(), signal.SIGKILL, "fork server that starts")
                     break
                 time.sleep(0.01)
+            while not stop.is_set() and not all(p and psutil.pid_exists(p) for p in in_flight[0]["pid"].tolist()):
+                time.sleep(0.1)  # a server needs seconds to start: let it
 
     thread = threading.Thread(target=enemy, daemon=True)
     started = time.monotonic()

@@ -356,9 +356,9 @@ class Config(Section):
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a run, see `read_config`."""
-    return read_config(Config, path, overrides)
+    return read_config(Config, Path(path), overrides)
 
 
 def read_config(root: type[R], path: Path, overrides: Sequence[str] = ()) -> R:

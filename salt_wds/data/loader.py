@@ -65,7 +65,7 @@ class Loader:
     """
 
     def __init__(
-        self, config: Config, ledger_path: Path, *, rank: int = 0, world_size: int = 1, start: int = 0,
+        self, config: Config, ledger_path: Path | str, *, rank: int = 0, world_size: int = 1, start: int = 0,
         quarantine: Iterable[str] = (), views: Views | None = None, catalog: Catalog | None = None,
         stages: Sequence[Callable[[Sample], Sample]] = (), copy: bool = True,
     ) -> None:  # fmt: skip
@@ -81,7 +81,7 @@ class Loader:
         )
         self.budget = fit_budget(self.batch_bytes, data)
         workers = max(data.num_workers, 1)
-        earlier = earlier_failures(ledger_path)
+        earlier = earlier_failures(Path(ledger_path))
         resumed = views is None and start > 0
         self.spec = PipelineSpec(
             catalog=self.catalog,
@@ -102,7 +102,7 @@ class Loader:
         self.taking_s, self.taken_clips = 0.0, 0  # time this process spends on taking batches out of their slots
         self.num_positions = None if views is None else self.catalog.num_samples * views.count
         self.policy = FailurePolicy(data, self.catalog.folders)
-        self._ledger_path, self._copy = ledger_path, copy
+        self._ledger_path, self._copy = Path(ledger_path), copy
         self._recorded = {_event(failure) for failure in earlier}
         self._recoveries: deque[int] = deque(maxlen=data.max_recoveries + 1)
 

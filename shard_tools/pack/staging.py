@@ -85,7 +85,7 @@ class ShardResult:
         Raises:
             ValueError: not what `to_json` gives.
         """
-        return adapter(cls).validate_json(data, strict=True)
+        return adapter(ShardResult).validate_json(data, strict=True)
 
 
 @contextmanager

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, contents, pack_here, wait_until
+from conftest import contents, pack_here, wait_until
+from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
@@ -44,11 +43,8 @@ def plain(sources, tmp_path_factory):
     return contents(out)
 
 
-def start(sources, out, *options):
-    command = [sys.executable, "-m", "shard_tools.pack", sources, "--out", out, *SHARDS, "--workers", "1", *options]
-    return subprocess.Popen(
-        [*map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(sources, out, number):
+    return PackProcess(sources, out, *SHARDS, "--workers", 1, "--task", f"{number}/3").process
 
 
 def done_marks(out):
@@ -63,7 +59,7 @@ def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_p
     sources, plain, tmp_path, run_module
 ):
     out, rng = tmp_path / "out", random.Random(0)
-    slices = [start(sources, out, "--task", f"{number}/3") for number in range(3)]
+    slices = [start(sources, out, number) for number in range(3)]
     wait_until(lambda: len(done_marks(out)) >= 2)
     time.sleep(rng.random() / 20)
     for process in slices[:2]:
@@ -72,7 +68,7 @@ def test_slices_at_the_same_time_some_killed_and_run_again_give_the_bytes_of_a_p
         process.communicate()
     assert not [path for path in out.iterdir() if path.name != STAGING]  # nothing counts as finished yet
     kept = {name: (out / STAGING / name).stat().st_mtime_ns for name in done_marks(out)}
-    again = [start(sources, out, "--task", f"{number}/3") for number in range(2)]
+    again = [start(sources, out, number) for number in range(2)]
     outputs = [process.communicate()[0] for process in again]
     assert {name: (out / STAGING / name).stat().st_mtime_ns for name in kept} == kept
     assert all("slice " in text for text in outputs)
@@ -205,13 +201,6 @@ def test_slices_cover_every_shard_once_and_evenly(numbers, count):
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
-def test_a_dry_run_prints_the_part_of_a_slice(sources, plain, tmp_path, capsys):
-    total = len([name for name in plain if name.endswith(".tar")])
-    pack_here(sources, "--out", tmp_path / "out", *SHARDS, "--dry-run", "--task", "1/4")
-    assert f"slice 1/4: {len(range(1, total, 4))} of {total} shards, " in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
 # --- another plan ---------------------------------------------------------------------------------------------------
 
 
@@ -239,10 +228,3 @@ def test_slices_beside_an_old_data_set_replace_it_only_when_finished_with_overwr
     assert pack_here(sources, "--out", out, *SHARDS, "--finish", "--overwrite") == 1
     assert contents(out) == plain
     assert read_dataset(out).seed == 0
-
-
-def test_shards_of_unknown_origin_are_not_touched_by_slices(sources, tmp_path):
-    (tmp_path / "train-000099.tar").write_bytes(b"precious")
-    with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar"):
-        pack_here(sources, "--out", tmp_path, *SHARDS, "--task", "0/2")
-    assert contents(tmp_path) == {"train-000099.tar": b"precious"}

@@ -178,28 +178,16 @@ GIVEN = Estimate(
 )
 
 
+ALL, TWO = "source, mjpeg and y4m feed", "mjpeg and y4m feed"
+
+
 @pytest.mark.parametrize(
     ("free", "cores", "want", "expected"),
     [
-        (
-            200e9,
-            8,
-            400,
-            "source, mjpeg and y4m feed 400 clips/s with 8 cores; the smallest that fits is source (19.4 GB)",
-        ),
-        (200e9, 8, 401, "mjpeg and y4m feed 401 clips/s with 8 cores; the smallest that fits is mjpeg (160 GB)"),
-        (
-            100e9,
-            8,
-            401,
-            "mjpeg and y4m feed 401 clips/s with 8 cores, but not even mjpeg (160 GB) fits into the 100 GB",
-        ),
-        (
-            200e9,
-            1,
-            700,
-            "y4m feeds 700 clips/s with 1 core, but not even y4m (1.5 TB) fits into the 200 GB that are free",
-        ),
+        (200e9, 8, 400, f"{ALL} 400 clips/s with 8 cores; the smallest that fits is source (19.4 GB)"),
+        (200e9, 8, 401, f"{TWO} 401 clips/s with 8 cores; the smallest that fits is mjpeg (160 GB)"),
+        (100e9, 8, 401, f"{TWO} 401 clips/s with 8 cores, but not even mjpeg (160 GB) fits into the 100 GB"),
+        (200e9, 1, 700, "y4m feeds 700 clips/s with 1 core, but not even y4m (1.5 TB) fits into the 200 GB that"),
         (200e9, 1, 701, "no tier feeds 701 clips/s with 1 core; y4m needs the fewest, 2"),
     ],
 )

@@ -360,8 +360,9 @@ def test_changed_sources_are_another_plan(some_videos, tmp_path):
 
 def test_shards_of_unknown_origin_are_not_touched(videos, tmp_path):
     (tmp_path / "train-000099.tar").write_bytes(b"precious")
-    with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar, and no dataset\.json"):
-        pack_here(videos, "--out", tmp_path)
+    for options in ([], ["--task", "0/2"]):
+        with pytest.raises(CommandError, match=r"holds 1 shard files, such as train-000099\.tar, and no dataset\.json"):
+            pack_here(videos, "--out", tmp_path, *options)
     assert contents(tmp_path) == {"train-000099.tar": b"precious"}
     assert pack_here(videos, "--out", tmp_path, "--overwrite") == 0
     assert not (tmp_path / "train-000099.tar").exists()

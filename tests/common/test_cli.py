@@ -36,7 +36,8 @@ def run_main(body: str, **options: Any) -> subprocess.CompletedProcess[str]:
         "import errno, os, signal, sys, time\nfrom shard_tools.common.cli import CommandError, run\n"
         f"def main(argv):\n    {body}\nrun(main)\n"
     )
-    options = {"stdout": subprocess.PIPE} | options
+    defaults = {"stdout": subprocess.PIPE, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    options = defaults | options
     command = [sys.executable, "-W", "error", "-c", code]
     return subprocess.run(
         command, cwd=REPOSITORY, text=True, stderr=subprocess.PIPE, check=False, timeout=60, **options

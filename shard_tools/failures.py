@@ -1,4 +1,4 @@
-"""`python -m shard_tools.failures RUN_OR_FILE`: what failed, by stage, error, shard and worker, and the keys."""
+"""`python -m shard_tools.failures PATH`: count failure records by stage, error, shard and worker, and list the keys."""
 
 from __future__ import annotations
 

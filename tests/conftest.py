@@ -1,4 +1,4 @@
-"""What tests share: running a command as a user does, a generated data set, the same packed, a few real clips.
+"""What tests share: running commands, generated videos, the same packed, a few real clips.
 
 `videos`, `dataset` and `real_clips` are read-only: a test that damages something damages a copy of its own.
 """
@@ -30,10 +30,9 @@ from shard_tools.pack.plan import Plan, ShardTask, make_plan
 from shard_tools.pack.staging import PackPlan, Staging
 from shard_tools.video.sources import find_sources
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of parallel tests would wait for each other
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a background job (`nohup make test &`) ignores it, and children too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: parallel tests share the cores
+# A background job (`nohup make test &`) starts with SIGINT ignored, and processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"
@@ -62,7 +61,7 @@ def run_module(
 
 
 def serially(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Stands in for `executors.run_local` where processes are not what is tested: the same results, in this process."""
+    """Replaces `run_local` where processes are not what is tested: the same results, in this process."""
     for task in tasks:
         yield task, function(task)
 

@@ -6,14 +6,13 @@ wanted frame and keep nothing. --simulate-workers forecasts a node with more cor
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
 import platform
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
@@ -31,7 +30,8 @@ from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.spec import make_order
 from salt_wds.data.views import training_view
-from shard_tools.common.processes import end_with_parent
+from shard_tools.common.cli import CommandError
+from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.format.sample import FRAME_TIERS
 from shard_tools.video.decode import DecodeError, get_decoder
 
@@ -137,13 +137,13 @@ def forecast(tier: dict[str, Any], workers: int, prefetch: int) -> dict[str, Any
 def bare_limit(config: Config, seconds: float) -> float:
     """Clips a second that as many processes as workers read and decode when they keep nothing."""
     workers = config.data.num_workers
-    context = multiprocessing.get_context(config.data.start_method)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        rates = [pool.submit(_decode_only, config, worker, seconds) for worker in range(workers)]
-        return sum(rate.result() for rate in rates)
+    rates = [rate for _, rate in run_local(functools.partial(_decode_only, config, seconds), range(workers), workers)]
+    if lost := [rate for rate in rates if isinstance(rate, WorkerDiedError)]:
+        raise CommandError(f"the bare limit: {lost[0]}; check memory (dmesg)")
+    return sum(rate for rate in rates if isinstance(rate, float))
 
 
-def _decode_only(config: Config, worker: int, seconds: float) -> float:
+def _decode_only(config: Config, seconds: float, worker: int) -> float:
     """Clips a second of one process over the positions of one of the loader's workers."""
     data = config.data
     catalog = open_catalog(data.folders, data.split)

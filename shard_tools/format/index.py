@@ -1,7 +1,4 @@
-"""The index beside each shard (design, section 3): a parquet file with one row a sample, in file order.
-
-Apart from format.py, so that a process that only plans or commits does not load Arrow.
-"""
+"""The index beside each shard: a parquet file with one row a sample, in the order of the tar."""
 
 from __future__ import annotations
 

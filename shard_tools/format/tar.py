@@ -1,7 +1,7 @@
-"""The tar of a shard: its headers, byte for byte, and a reader that lets no damage pass.
+"""The tar of a shard: its headers, byte for byte, and a reader that reports any damage.
 
-Python's tarfile (and so webdataset) ends silently at a damaged header, and follows links, folders and extensions that
-have no place in a shard. Here a header is either exactly what `tar_header` writes, or damage.
+Python's tarfile (and so webdataset) stops silently at a damaged header, and accepts links, folders and extensions that
+do not belong in a shard. Here a header is either exactly what `tar_header` writes, or damage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import xxhash
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads archives to whole records
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits
-_NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}\.[A-Za-z0-9]{1,9}")  # KEY.EXT; see format.KEY_PATTERN
+_NAME = re.compile(rb"[A-Za-z0-9_-]{1,90}\.[A-Za-z0-9]{1,9}")  # KEY.EXT; see sample.KEY_PATTERN
 _SIZE = re.compile(rb"[0-7]{11}\0")
 _ZEROS = bytes(BLOCK)
 _CHUNK = 1 << 20

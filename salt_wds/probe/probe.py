@@ -7,6 +7,7 @@ reported; the evaluation split has no part in the choice.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 import time
@@ -25,10 +26,11 @@ from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.feature_store import FeatureStore
 from salt_wds.probe.features import Part
 from salt_wds.probe.fit import Measured, Trained, measure, train_probes
-from salt_wds.probe.results import head_results, neighbour_results, plot_confusion, write_results
+from salt_wds.probe.results import head_results, neighbour_results, plot_confusion
 from salt_wds.probe.splits import ProbeData, open_probe_data
 from salt_wds.probe.supervised import supervised_of
 from shard_tools.common.cli import CommandError
+from shard_tools.common.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def probe(
         "seconds": time.perf_counter() - started,
         "time": time.time(),
     }
-    write_results(folder / f"{name}.json", result)
+    write_atomic(folder / f"{name}.json", json.dumps(result, indent=1, allow_nan=False).encode())
     if not quiet:
         print(f"{result['seconds']:.0f} s; {folder / f'{name}.json'}\n")
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from salt_wds.probe.config import HeadsConfig, NeighboursConfig
 from salt_wds.probe.fit import Measured, Trained, choose, confusion, top
 from salt_wds.probe.knn import vote
-from shard_tools.common.files import write_atomic
 
 _SHOWN = 30  # classes that a table lists, and whose names a picture has room for
 
@@ -64,10 +62,6 @@ def neighbour_results(
     votes = vote(bank.pooled, bank.labels, measured.pooled, len(classes), config.k, config.temperature)[:, None]
     accuracy = {f"top{k}": top(votes, measured.labels, k).item() if k < len(classes) else None for k in (1, 5)}
     return {**accuracy, "k": config.k, "temperature": config.temperature, "bank": len(bank.labels)}
-
-
-def write_results(path: Path, result: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(result, indent=1, allow_nan=False).encode())
 
 
 def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ _CHARTS = (
     ("R2 by position", "", "0: mean of each position", ("r2_position",), True),
     ("Spread", "", "standard deviation", ("target_std", "prediction_std"), True),
     ("Effective rank", "", "of the encoder's tokens", ("effective_rank",), True),
+    ("Token spread", "%", "of the encoder's tokens, as a share of their size", ("token_spread",), True),
     ("k-NN top-1", "%", "", ("knn_top1",), True),
     ("Learning rate", "", "", ("lr",), True),
     ("Gradient norm", "", "", ("grad_norm",), True),

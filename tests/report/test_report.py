@@ -10,7 +10,6 @@ import torch
 
 from salt_wds.report import __main__ as report
 from salt_wds.report.gallery import label_agreement, nearest_clips
-from salt_wds.report.record import read_record
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
@@ -272,12 +271,3 @@ def test_neighbours_are_the_nearest_whatever_all_clips_share():
 def test_label_agreement_and_chance():
     nearest = torch.tensor([[1], [0], [0], [2]])
     assert label_agreement(nearest, ["a", "a", "b", "b"]) == (0.75, pytest.approx(1 / 3))
-
-
-def test_a_run_is_read_as_it_was_written(run_dir):
-    record = read_record(run_dir)
-    assert (record.step, record.steps, len(record.lines)) == (30, 40, 3)
-    assert record.series("val_r2") == [(10, 0.01)]
-    assert record.settings["student.mode"] == "visible"
-    assert len(record.failures) == 32
-    assert set(record.probes) == {"motion", "cut"}

@@ -63,7 +63,7 @@ def pack(args: argparse.Namespace) -> int:
         if args.finish:
             replace = args.overwrite and staging.is_begun()
             if replace or not staging.is_packed():
-                staging.is_begun()
+                staging.is_begun()  # refuses those of another plan
                 results = staging.results(task.file for task in tasks)
                 if len(results) < len(tasks):
                     return _report_missing(packing, results)
@@ -179,8 +179,7 @@ def _print_plan(packing: Packing, shown: int | None) -> None:
         f"{size:.3f} GB"
     )
     for split in SPLITS:
-        tasks = [t for t in plan.tasks if t.split == split]
-        if tasks:
+        if tasks := [t for t in plan.tasks if t.split == split]:
             samples = sum(len(t.sources) for t in tasks)
             labelled = sum(s.label is not None for t in tasks for s in t.sources)
             print(f"  {split:<10} {samples:>8,} videos, {labelled:>8,} with a label, {len(tasks):>4} shards")
@@ -207,10 +206,8 @@ def _print_estimate(args: argparse.Namespace, packing: Packing) -> None:
 
 def _report(out: Path) -> int:
     dataset = read_dataset(out)
-    samples = sum(split.samples for split in dataset.splits.values())
-    size = sum(split.bytes for split in dataset.splits.values())
-    shards = sum(len(split.shards) for split in dataset.splits.values())
-    content = f"{samples:,} samples in {shards} shards, {size / 1e9:.3f} GB"
+    samples, size = sum(info.samples for info in dataset.shards), sum(info.bytes for info in dataset.shards)
+    content = f"{samples:,} samples in {len(dataset.shards)} shards, {size / 1e9:.3f} GB"
     print(f"{out}: {content}; check: python -m shard_tools.verify {out}")
     path = out / FAILURES_FILE
     if not path.exists():

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ Result = TypeVar("Result")
 _STORE_BYTES = 100 << 20  # for objects on this machine: tasks and results are small, Ray would take a third of memory
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CONNECT_S = 10  # Ray itself tries for many minutes
+_LONGEST_TEMP_DIR = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # of a socket
 
 
 def require_ray() -> None:
@@ -52,6 +54,8 @@ def ray_cluster(workers: int | None) -> Iterator[int]:
         workers = workers or available_cores()
         options = {"address": "local", "num_cpus": workers, "num_gpus": 0, "include_dashboard": False,
                    "object_store_memory": _STORE_BYTES}  # fmt: skip
+        if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMP_DIR:
+            options["_temp_dir"] = "/tmp/ray"
     import ray
 
     try:

@@ -161,7 +161,7 @@ class Staging:
             frames = self.plan.frames if self.plan.frames.split()[0] == dataset.frames else dataset.frames
         failures = self.out / FAILURES_FILE
         failed = len(ledger.read(failures)[0]) if failures.exists() else 0
-        samples = sum(split.samples for split in dataset.splits.values())
+        samples = sum(info.samples for info in dataset.shards)
         shard_bytes = settings.shard_bytes if settings else None
         return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, frames, shard_bytes, samples + failed)
 
@@ -303,8 +303,7 @@ class Staging:
 
     def commit(self, dataset: Dataset, failures: Sequence[Failure]) -> None:
         """Move the finished shards into place. An old dataset.json is removed first, the new one is written last."""
-        shards = [info.file for split in dataset.splits.values() for info in split.shards]
-        files = [name for shard in shards for name in (index_name(shard), shard)]
+        files = [name for info in dataset.shards for name in (index_name(info.file), info.file)]
         (self.out / DATASET_FILE).unlink(missing_ok=True)
         for path in self._shard_files():
             if path.name not in files:

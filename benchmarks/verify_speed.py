@@ -3,10 +3,13 @@
     python benchmarks/verify_speed.py --clips CLIPS --source-files 60000 --y4m-files 900 \\
         --out benchmarks/results/verify_speed.json
 
-For the tiers source and y4m, in each round one after the other, with the shards in the page cache: `cat SHARDS >
-/dev/null`, as many processes as workers, each with its share of the bytes; `shard_tools.verify` of the data set; and
-`shard_tools.verify` of a data set of one sample, which is what starting the interpreter and the workers takes. The ratio
-is that of whole wall times, cat to verify, medians of the rounds; beside it, the ratio without the start.
+For the tiers source and y4m, in each round one after the other, with the shards in the page cache:
+
+- `cat SHARDS > /dev/null`, as many processes as workers, each with its share of the bytes;
+- `shard_tools.verify` of the data set;
+- `shard_tools.verify` of a data set of one sample, which is the time that starting Python takes.
+
+The ratio is that of whole wall times, cat to verify, medians of the rounds; beside it, the ratio without the start.
 
 Exit code 1 if the ratio is below 0.4 for source or 0.7 for y4m.
 """

@@ -1,8 +1,8 @@
 """Make a data set of tars that another tool wrote, without touching them.
 
-Each tar gets an index beside it, and dataset.json is written last: it makes the folder a data set for training, `verify`
-and the rest. If nothing may be written beside the tars, another folder receives links to them. The same tars give the
-same files, so the command may be killed at any moment and run again.
+Each tar gets an index beside it, and dataset.json is written last: it makes the folder a data set for training,
+`verify` and the rest. If nothing may be written beside the tars, another folder receives links to them. The same tars
+give the same files, so the command may be killed at any moment and run again.
 """
 
 from __future__ import annotations
@@ -261,8 +261,8 @@ def _commit(
 def _report(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> int:
     samples, size = (sum(getattr(info, name) for info in dataset.shards) for name in ("samples", "bytes"))
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in dataset.splits.items())
-    print(f"{out}: {samples:,} samples ({splits}) in {len(dataset.shards)} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes; "
-          f"check: python -m shard_tools.verify {out}")  # fmt: skip
+    contents = f"{len(dataset.shards)} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes"
+    print(f"{out}: {samples:,} samples ({splits}) in {contents}; check: python -m shard_tools.verify {out}")
     if not failures:
         return OK
     for failure in failures[:_SHOWN]:

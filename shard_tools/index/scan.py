@@ -64,13 +64,14 @@ class Scan:
 
     def fail(self, job: ScanJob, message: str, error: Exception, sample: Sample | None = None) -> None:
         """Record that a sample, or the whole tar, is left out. No time or process: the same tars give the same file."""
+        where = error.offset if isinstance(error, ShardDamage) and error.kind != "unreadable" else None
         self.failures.append(
             Failure(
                 stage="pack",
                 dataset=job.dataset,
                 shard=self.file,
                 key=sample.key if sample else None,
-                offset=sample.offset if sample else getattr(error, "offset", None),
+                offset=sample.offset if sample else where,
                 error=type(error).__name__.lstrip("_"),
                 message=message,
                 traceback=ledger.compact_traceback(error) if isinstance(error, BadVideoError) else None,
@@ -162,8 +163,10 @@ def _row(job: ScanJob, scan: Scan, sample: Sample, crashing: frozenset[int]) -> 
     head, record = _json(scan, parts.get("json"))
     number, text = _label(scan, parts.get("cls"), record)
     if number is not None and not 0 <= number < _MAX_CLASSES:
-        raise CommandError(f"{scan.file}: key {sample.key}: label {number} is not from 0 to {_MAX_CLASSES - 1}; "
-                           "number the classes from 0 (a sample without a label has no .cls and no \"label\")")  # fmt: skip
+        raise CommandError(
+            f"{scan.file}: key {sample.key}: label {number} is not from 0 to {_MAX_CLASSES - 1}; number the classes "
+            'from 0 (a sample without a label has no .cls and no "label")'
+        )
     if payload.offset in crashing:
         raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
     video = job.probe(payload.data)
@@ -199,7 +202,7 @@ def _json(scan: Scan, part: Part | None) -> tuple[Part | None, dict[str, Any]]:
 
 
 def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | None, str | None]:
-    """A sample's label as number or text: its .cls member, or "label" or "cls" in its JSON; (None, None) without one."""
+    """A sample's label as number or text: its .cls member, or "label" or "cls" in its JSON; None twice without one."""
     said: Any = next((record[name] for name in ("label", "cls") if record.get(name) is not None), None)
     if cls is not None:
         try:

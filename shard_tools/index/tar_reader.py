@@ -34,7 +34,7 @@ _TYPES = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 _EXTENSIONS = {
-    tarfile.GNUTYPE_LONGNAME: "its name is in a GNU extension (a long name); write it with --format=ustar, or a shorter name",
+    tarfile.GNUTYPE_LONGNAME: "its name is in a GNU extension (a long name); use --format=ustar, or a shorter name",
     tarfile.GNUTYPE_LONGLINK: "it has a GNU extension (a long link)",
 }
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)

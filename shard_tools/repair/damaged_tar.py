@@ -20,7 +20,7 @@ def fits(data: bytes, size: int, xxh3: int) -> bool:
 
 
 class DamagedTar:
-    """What can still be read of a tar. Reading never fails: what cannot be read is empty, and cut where the file ends."""
+    """What can still be read of a tar. Reading never fails: what cannot be read is empty."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -107,31 +107,31 @@ class DamagedShard:
         payload = self.remains.member(f"{key}.{ext}", row["payload_offset"], row["payload_size"], row["xxh3_payload"])
         if head is not None and payload is not None:
             return head, ext, payload
-        found = self._remake_payload(head, row) if head is not None else self._remake_both(row, payload)
+        found = self._remake(row, head, payload)
         self.remade += 1
         return found
 
-    def _remake_payload(self, head: bytes, row: Row) -> Members:
-        origin = parse_sample(head).source
-        data = self._read_source(origin.path)
-        if (len(data), xxhash.xxh3_64_hexdigest(data)) != (origin.bytes, origin.xxh3):
-            raise _LostError(f"its source {origin.path} has changed since it was packed")
-        for _, ext, payload in self._encode(None, origin.path, data, row):
-            if fits(payload, row["payload_size"], row["xxh3_payload"]):
-                return head, ext, payload
-        raise _LostError(f"its source {origin.path} is unchanged, but encodes to other bytes (another FFmpeg?)")
-
-    def _remake_both(self, row: Row, payload: bytes | None) -> Members:
-        """The JSON (and the payload, where it is None) from label files and source."""
-        source = self._source(row["key"])
-        if source is None:
-            raise _LostError(_NO_SOURCE)
-        data = payload if payload is not None and self.dataset.frames == "source" else self._read_source(source.path)
-        for head, ext, new in self._encode(source, source.path, data, row):
-            same = fits(new, row["payload_size"], row["xxh3_payload"])
-            if same and fits(head, row["json_size"], row["xxh3_json"]):
-                return head, ext, new
-        raise _LostError(f"its KEY.json is damaged, and source {source.path} or its label has changed")
+    def _remake(self, row: Row, head: bytes | None, payload: bytes | None) -> Members:
+        """Make the damaged members of a sample again from its source; the JSON from the label files, too."""
+        if head is not None:
+            origin = parse_sample(head).source
+            source, path = None, origin.path
+            data = self._read_source(path)
+            if (len(data), xxhash.xxh3_64_hexdigest(data)) != (origin.bytes, origin.xxh3):
+                raise _LostError(f"its source {path} has changed since it was packed")
+            otherwise = f"its source {path} is unchanged, but encodes to other bytes (another FFmpeg?)"
+        else:
+            source = self._source(row["key"])
+            if source is None:
+                raise _LostError(_NO_SOURCE)
+            path = source.path
+            data = payload if payload is not None and self.dataset.frames == "source" else self._read_source(path)
+            otherwise = f"its KEY.json is damaged, and source {path} or its label has changed"
+        for new_head, ext, new in self._encode(source, path, data, row):
+            right_head = head is not None or fits(new_head, row["json_size"], row["xxh3_json"])
+            if right_head and fits(new, row["payload_size"], row["xxh3_payload"]):
+                return new_head if head is None else head, ext, new
+        raise _LostError(otherwise)
 
     # without: the hash of the whole shard in dataset.json tells, or that label, source and remains agree
 

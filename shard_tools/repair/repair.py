@@ -212,8 +212,8 @@ def repair_shard(job: RepairJob, task: Task) -> Outcome:
     else:
         other = "index" if tar_restored else "tar"
         detail = (
-            f"not repaired: all {kept} samples are there, but the new {other} has other bytes (packed with other library "
-            "versions, or samples differ that no index row proves); accept what is proven with --salvage"
+            f"not repaired: all {kept} samples are there, but the new {other} has other bytes (packed with other "
+            "library versions, or samples differ that no index row proves); accept what is proven with --salvage"
         )
     return Outcome("left", detail, None, tuple(lost))
 

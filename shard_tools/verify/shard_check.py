@@ -1,7 +1,7 @@
 """Check one shard: every byte of its tar against headers, index and hashes, in one read.
 
-Three sources tell which file is wrong: the structure of the tar, the hash of each member in the index, and the hashes of
-both files in dataset.json.
+Three sources tell which file is wrong: the structure of the tar, the hash of each member in the index, and the hashes
+of both files in dataset.json.
 """
 
 from __future__ import annotations

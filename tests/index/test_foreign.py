@@ -210,11 +210,23 @@ HOSTILE: dict[str, tuple[Callable[[bytes, Path], bytes], str, str]] = {
     "pax-size": (lambda v, out: pax(size=str(len(v))) + header("bad.webm", 0) + v + padding(len(v)), "bad", "its size"),
     "pax-sparse": (lambda v, out: pax(GNU__sparse__major="1") + member("bad.webm", v), "bad", "GNU.sparse.major"),
     "gnu-long-name": (lambda v, out: gnu_long(b"L", "x" * 120 + ".webm") + member("x" * 99, v), "x" * 120, "long name"),
-    "gnu-long-link": (lambda v, out: gnu_long(b"K", "y" * 120) + header("bad.webm", 0, b"2", "y"), "bad", "a long link"),
-    "gnu-sparse": (lambda v, out: header("bad.webm", len(v), b"S", magic=b"ustar  \0") + v + padding(len(v)), "bad", "a sparse file"),
+    "gnu-long-link": (
+        lambda v, out: gnu_long(b"K", "y" * 120) + header("bad.webm", 0, b"2", "y"),
+        "bad", "a long link",
+    ),
+    "gnu-sparse": (
+        lambda v, out: header("bad.webm", len(v), b"S", magic=b"ustar  \0") + v + padding(len(v)),
+        "bad", "a sparse file",
+    ),
     "control-character": (lambda v, out: member("a\n\x1b[2Jb.webm", v), "a\n\x1b[2Jb", "not printable UTF-8"),
-    "pax-damaged": (lambda v, out: header("x", 9, b"x") + b"99 path=x" + padding(9) + member("bad.webm", v), "\0", "changes its path"),
-    "pickle": (lambda v, out: member("bad.pickle", pickle.dumps(Bomb(out / "evil.webm"))), "bad", "no video in it, only pickle"),
+    "pax-damaged": (
+        lambda v, out: header("x", 9, b"x") + b"99 path=x" + padding(9) + member("bad.webm", v),
+        "\0", "changes its path",
+    ),
+    "pickle": (
+        lambda v, out: member("bad.pickle", pickle.dumps(Bomb(out / "evil.webm"))),
+        "bad", "no video in it, only pickle",
+    ),
 }  # fmt: skip
 # After these, readers disagree about where the next member begins: the whole tar is left out.
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -331,8 +343,14 @@ def test_any_damage_of_a_tar_is_an_error_or_harmless(webm: bytes) -> None:
 def test_whatever_a_header_says_only_shard_damage_is_raised() -> None:
     """Headers changed at random, with checksums that fit: members and extensions that tarfile trips over."""
     rng = random.Random(0)
-    parts = [pax(mtime="1"), pax(GNU__sparse__major="1", GNU__sparse__minor="0"), pax(GNU__sparse__map="1,2", size="3"),
-             gnu_long(b"L", "y" * 120), member("a.webm", b"video"), header("s.webm", 5, b"S", magic=b"ustar  \0")]  # fmt: skip
+    parts = [
+        pax(mtime="1"),
+        pax(GNU__sparse__major="1", GNU__sparse__minor="0"),
+        pax(GNU__sparse__map="1,2", size="3"),
+        gnu_long(b"L", "y" * 120),
+        member("a.webm", b"video"),
+        header("s.webm", 5, b"S", magic=b"ustar  \0"),
+    ]
     outcomes = Counter[str]()
     for _ in range(2000):
         data = bytearray(b"".join(rng.choices(parts, k=4)) + bytes(2 * BLOCK))

@@ -90,8 +90,9 @@ def test_shards_of_webdatasets_writer_become_a_data_set(webm: bytes, tmp_path: P
 
 
 def test_names_say_the_split(webm: bytes, tmp_path: Path) -> None:
-    names = {"train.tar": "train", "trainer-0.tar": "test", "VAL_1.tar": "validation", "valid0.tar": "validation",
-             "validation-1.tar": "validation", "values.tar": "test", "test.0.tar": "test", "00000.tar": "test"}  # fmt: skip
+    splits = {"train": ["train.tar"], "validation": ["VAL_1.tar", "valid0.tar", "validation-1.tar"],
+              "test": ["trainer-0.tar", "values.tar", "test.0.tar", "00000.tar"]}  # fmt: skip
+    names = {name: split for split, files in splits.items() for name in files}
     for name in names:
         write_tar(tmp_path / "tars" / name, samples(webm, 1))
     assert command(index, tmp_path / "tars", "--split", "test") == 0

@@ -186,8 +186,8 @@ def test_sources_that_are_gone_or_changed_are_named_and_nothing_changes(
         assert says[1:4] == [
             f"{copy.shard}: lost: key {gone}: its source {FOLDER}/{gone}.webm no longer exists",
             f"{copy.shard}: lost: key {changed}: its source {FOLDER}/{changed}.webm has changed since it was packed",
-            f"{copy.shard}: lost: key {unlabelled}: its KEY.json is damaged, and the source folder has no video or label of this "
-            "key",
+            f"{copy.shard}: lost: key {unlabelled}: its KEY.json is damaged, and the source folder has no video "
+            "or label of this key",
         ]
         assert contents(copy.folder) == before
 
@@ -244,7 +244,7 @@ def test_a_pack_that_is_writing_is_not_disturbed(copy: Copy) -> None:
 
 
 def check_salvaged(copy: Copy, lost: dict[str, str]) -> None:
-    """The data set is whole without the lost samples (key -> shard), every other one is as it was, and each is named."""
+    """The data set is whole without the lost samples (key -> shard), which are named; the others are unchanged."""
     assert not find_problems(copy.folder)
     assert not (copy.folder / salvage.STAGING).exists()
     records, damaged = ledger.read(copy.folder / "failures.jsonl")

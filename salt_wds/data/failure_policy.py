@@ -1,4 +1,4 @@
-"""When failures are too many to be single samples: counting them, warning as they rise, stopping."""
+"""When failures are too many to be single samples: count them, warn as they repeat, stop the run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from shard_tools.format.ledger import Failure
 
 log = logging.getLogger(__name__)
 
-_RATE_SAMPLES = 256  # a failure rate over fewer samples says nothing
-_WINDOW_SAMPLES = 4096  # data.max_failure_rate is of so many: what went wrong long ago is over
-_RISING = 8  # fewer failures in a window than this are chance
+_RATE_SAMPLES = 256  # fewer samples give no rate
+_WINDOW_SAMPLES = 4096  # data.max_failure_rate refers to the last ones
 
 
 class LoaderStopped(Exception):
@@ -22,7 +21,7 @@ class LoaderStopped(Exception):
 
 
 class FailurePolicy:
-    """Counts failures, warns as they repeat and as they rise, and says when there are too many.
+    """Counts failures, warns as they repeat, and stops the run when there are too many.
 
     Args:
         folders: of the data sets, as a command line takes them.
@@ -33,7 +32,6 @@ class FailurePolicy:
         self._consecutive = 0
         self._recent: deque[tuple[int, int]] = deque()  # (tried, failed) of the last batches
         self._tried = self._failed = 0  # sums over them
-        self._stretch_tried = self._stretch_failed = self._stretch_before = 0
         self._next_warning = 1
         self.total = 0
         self.by_kind: Counter[str] = Counter()
@@ -53,7 +51,6 @@ class FailurePolicy:
         tried = len(batch["keys"]) + len(lost)
         self._check_consecutive(batch["positions"], lost)
         self._check_rate(tried, lost)
-        self._warn_of_rise(tried, len(lost))
 
     def count(self, failure: Failure) -> None:
         """Count one failure; warn at the first, the 2nd, 4th, 8th ... so that many do not drown the log."""
@@ -85,20 +82,6 @@ class FailurePolicy:
                 f"{self._failed} of the last {self._tried} samples failed, more than data.max_failure_rate = "
                 f"{self._data.max_failure_rate:g} allows; {self._advice(lost)}"
             )
-
-    def _warn_of_rise(self, tried: int, failed: int) -> None:
-        """Compare stretches of samples: twice the failures of the stretch before is a rise."""
-        self._stretch_tried += tried
-        self._stretch_failed += failed
-        if self._stretch_tried < _WINDOW_SAMPLES // 4:
-            return
-        if self._stretch_failed >= max(_RISING, 2 * self._stretch_before):
-            log.warning(
-                "failures are rising: %d of the last %d samples, %d of as many before, %d in all; see the ledger, and "
-                "check: python -m shard_tools.verify %s",
-                self._stretch_failed, self._stretch_tried, self._stretch_before, self.total, self._folders,
-            )  # fmt: skip
-        self._stretch_before, self._stretch_tried, self._stretch_failed = self._stretch_failed, 0, 0
 
     def _advice(self, failures: Sequence[Failure] = ()) -> str:
         names = ", ".join(f"{f.shard} {f.key}" for f in failures[-5:])

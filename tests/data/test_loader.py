@@ -329,7 +329,7 @@ def test_a_sample_that_fails_in_an_evaluation_is_marked(make_config, damaged, tm
         ),
         (10**7, 2 * 10**9, 4, 4, "batch 10.0 MB x 4 workers x (4 prefetched + 1) = 0.20 GB of 2.00 GB"),
         (10**7, 2 * 10**9, 0, 0, "batch 10.0 MB x 0 workers x (0 prefetched + 1) = 0.01 GB of 2.00 GB"),
-        (77_070_336, 10**9, 32, None, "32 workers x 2 batches of 77.1 MB = 4.93 GB.*num_workers to 5 or data.batch_size"),
+        (77_070_336, 10**9, 32, None, "32 workers x 2 batches of 77.1 MB = 4.93 GB.*num_workers to 5 or data.batch_"),
         (10**9, 10**9, 4, None, "4 workers x 2 batches of 1,000.0 MB = 8.00 GB.*; lower data.batch_size"),
         (10**9, 10**9, 0, None, "1 worker x 2 batches of 1,000.0 MB = 2.00 GB.*; lower data.batch_size"),
     ],

@@ -38,11 +38,6 @@ def test_jitter_moves_each_frame_within_its_own_stretch(num_frames, stride, seed
     assert (np.diff(jittered) >= 0).all()
 
 
-def test_jitter_differs_from_position_to_position():
-    drawn = {tuple(choose_frames(64, 16, 4, sample_rng(0, p), jitter=True) % 4) for p in range(50)}
-    assert len(drawn) == 50
-
-
 @given(st.integers(16, 500), st.integers(16, 300), st.integers(0, 9999))
 def test_crops_are_inside_aligned_with_chroma_and_of_the_asked_area(width, height, seed):
     crop = random_crop(width, height, (0.3, 1.0), (0.75, 4 / 3), False, np.random.default_rng(seed))

@@ -1,4 +1,4 @@
-"""What the benchmarks of packing and integrity do the same way: inputs, the machine, commands that are watched, results.
+"""What the benchmarks of packing and integrity share: inputs, the machine, watched commands, results.
 
 Inputs are copies of real clips, each written out, under a folder that the benchmark removes when it ends. Everything a
 ratio is made of is measured in one run, one after the other, with the files in the page cache.

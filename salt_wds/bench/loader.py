@@ -177,8 +177,8 @@ def loader_table(result: dict[str, Any]) -> str:
         (
             f"loader    {result['clips_per_sec']:8.1f} clips/s of {frames} frames of {size} at stride {stride}, "
             f"{result['workers']} workers, prefetch {result['prefetch']}, batches of {result['batch_size']}",
-            f"limit     {result['limit_clips_per_sec']:8.1f} clips/s, reading and decoding, keeping nothing: the loader "
-            f"has {result['share_of_limit']:.0%} of it",
+            f"limit     {result['limit_clips_per_sec']:8.1f} clips/s, reading and decoding, keeping nothing: the "
+            f"loader has {result['share_of_limit']:.0%} of it",
             f"a clip    {busy:8.2f} ms of one worker: "
             + ", ".join(f"{ms[stage]:.2f} {stage}" for stage in _BUSY)
             + f"; {ms['wait']:.2f} ms waiting for a free slot",

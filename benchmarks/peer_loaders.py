@@ -123,7 +123,7 @@ def loose_files(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
 
 
 def webdataset_float(inputs: Path, workers: int) -> Iterator[torch.Tensor]:
-    """webdataset as its documentation has it, batches made by `.batched` in the workers; decord: (B, T, 3, S, S) float32."""
+    """webdataset as its documentation shows it, batches made by the workers; decord: (B, T, 3, S, S) float32."""
     dataset = _webdataset(inputs, float_clip).map(_in_tuple).batched(BATCH)
     for (batch,) in _web_loader(dataset, workers, batch_size=None):
         yield batch

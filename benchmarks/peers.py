@@ -4,11 +4,11 @@
     python benchmarks/peers.py --clips CLIPS --out benchmarks/results/peers.json
 
 Every loader gives endless batches of 16 clips (16 frames at stride 2, random resized crop to 224); peer_loaders.py says
-how each is set up. In each round all of them run, one after the other, each in a process of its own that is bound to the
-same cores: it starts, gives its first batch (which is checked), what it had prefetched by then is thrown away, and then
-clips are counted for `--seconds`. The clips are in the page cache. Ratios are taken within a round, so that a machine
-that others use, too, slows both sides; what is quoted is the median round. `cpu_ms` is processor time a clip of all
-processes, which others disturb less, and `cores_busy` how much of the cores a loader used.
+how each is set up. In each round all of them run, one after the other, each in a process of its own that is bound to
+the same cores: it starts, gives its first batch (which is checked), what it had prefetched by then is thrown away,
+and then clips are counted for `--seconds`. The clips are in the page cache. Ratios are taken within a round, so that
+a machine that others use, too, slows both sides; what is quoted is the median round. `cpu_ms` is processor time a
+clip of all processes, which others disturb less, and `cores_busy` how much of the cores a loader used.
 
 `limit` is no loader: as many processes as workers, which decode up to the last wanted frame and keep nothing.
 

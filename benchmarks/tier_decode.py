@@ -1,11 +1,11 @@
-"""Clips a second of one core for each storage tier, from packed shards to the YUV planes of a batch; and picture quality.
+"""Clips a second of one core for each storage tier, from packed shards to YUV planes; and picture quality.
 
     python benchmarks/tier_decode.py --clips CLIPS --seconds 20 --out benchmarks/results/tier_decode.json
 
-The same real clips are packed as source, mjpeg and y4m. One process, pinned to one core, does what a loader's worker does
-(choose 16 frames at stride 2, read and check their bytes, decode, random resized crop to 224) for the same positions
-of the three tiers; the tiers take turns, so that a machine that others use, too, is as slow for each. Shards are in the
-page cache. Clips a second are of wall time, and of processor time beside it.
+The same real clips are packed as source, mjpeg and y4m. One process, pinned to one core, does what a loader's worker
+does (choose 16 frames at stride 2, read and check their bytes, decode, random resized crop to 224) for the same
+positions of the three tiers. The tiers take turns, so that other load on the machine slows each alike. Shards are in
+the page cache. Clips a second are of wall time, and of processor time beside it.
 
 Quality: luma of every frame of every clip, mjpeg against the decoded source in JPEG's range (PSNR: the worst frame, the
 mean over frames), and all planes of y4m, which must be equal.
@@ -64,8 +64,11 @@ def main() -> int:
               f"x {row['ratio']:.2f} source (at least {LEAST.get(tier, 1)}); {row['read_ms']:.2f} ms reading, "
               f"{row['decode_ms']:.2f} ms decoding and cropping")  # fmt: skip
     seen = result["quality"]
-    print(f"mjpeg luma {seen['mjpeg_luma_psnr_min']:.2f} dB at least (bar {LEAST_DB}), {seen['mjpeg_luma_psnr_mean']:.2f} "
-          f"dB mean over {seen['frames']:,} frames of {seen['clips']} clips; y4m lossless: {seen['y4m_lossless']}")  # fmt: skip
+    print(
+        f"mjpeg luma {seen['mjpeg_luma_psnr_min']:.2f} dB at least (bar {LEAST_DB}), "
+        f"{seen['mjpeg_luma_psnr_mean']:.2f} dB mean over {seen['frames']:,} frames of {seen['clips']} clips; "
+        f"y4m lossless: {seen['y4m_lossless']}"
+    )
     harness.save(result, args.out)
     slow = any(result["tiers"][tier]["ratio"] < least for tier, least in LEAST.items())
     return int(slow or seen["mjpeg_luma_psnr_min"] < LEAST_DB or not seen["y4m_lossless"])

@@ -8,7 +8,7 @@ order before and after is untouched.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import cv2
@@ -108,7 +108,7 @@ class BatchMaker:
         pipeline, failures, limit = self._pipeline, self._pipeline.failures, self._spec.data.max_consecutive_failures
         done: dict[int, Sample] = {}
         failed_before = 0  # the last success
-        todo = self._prefetching(requests, following)
+        todo: Iterable[Sample] = self._prefetching(requests, following)
         while True:
             for sample in pipeline.process(todo):
                 failed_before = len(failures)

@@ -149,7 +149,9 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
     Raises:
         DatasetError: not a data set, no such split, a shard or its index is missing, unreadable or of another length.
     """
-    parts, files, counts, tables, labels = [], [], [], [], []
+    parts: list[Part] = []
+    files: list[str] = []
+    counts, tables, labels = [], [], []
     classes: dict[str, int] = {}
     for folder in folders:
         dataset = read_dataset(folder)
@@ -218,7 +220,7 @@ def _to_shared(index: pa.Table, labels: np.ndarray) -> tuple[SharedArray, tuple[
     table = SharedArray((len(keys),), [*_NUMBERS.descr, ("key", keys.dtype)])
     rows = table.array
     rows["key"], rows["ext"], rows["label"] = keys, ext_numbers, labels
-    for name in _NUMBERS.names:
+    for name in _NUMBERS.names or ():
         if name not in ("ext", "label"):
             rows[name] = index[name].to_numpy()
     return table, tuple(str(name) for name in names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -46,7 +46,7 @@ class StageClock:
     """Seconds by stage. One stage runs at a time: an inner one stops the clock of the outer one."""
 
     def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._stage, self._since = "wait", time.perf_counter()
 
     def switch(self, stage: str) -> str:
@@ -72,7 +72,7 @@ class StageClock:
     def take(self) -> dict[str, float]:
         """Seconds by stage since the last call."""
         self.switch(self._stage)
-        seconds, self._seconds = dict(self._seconds), Counter()
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
 

@@ -7,6 +7,7 @@ hashes are in KEY.json.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import time
@@ -116,7 +117,7 @@ class Reader:
 
     def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[bytes]:
         for number in numbers:
-            yield self._with_retries(shard, lambda number=number: self._read_frame(shard, row, record, number))
+            yield self._with_retries(shard, functools.partial(self._read_frame, shard, row, record, number))
 
     def _read_frame(self, shard: int, row: Row, record: dict[str, Any], number: int) -> bytes:
         start, end = frame_span(record, number, row.payload_size)

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Workers:
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # torch draws a seed for workers; not from the generator of the run
             )
-            self._iterator = iter(loader)
+            self._iterator = cast(Any, iter(loader))  # torch declares none of what is used of it below
         self._watch = None
         if data.num_workers:
             # Without our copy of the pipe's writing end, the pipe ends when the last worker does.
@@ -140,7 +141,7 @@ class _WorkerProcess(ForkServerProcess):
 class _WorkerContext(ForkServerContext):
     Process = _WorkerProcess
 
-    def Event(self) -> _Flag:  # noqa: N802 - the only lock that DataLoader shares with its workers and waits for itself
+    def Event(self) -> Any:  # noqa: N802 - the only lock that DataLoader shares with its workers and waits for itself
         return _Flag()
 
 
@@ -192,7 +193,7 @@ class _Watch(threading.Thread):
         # First of all: when the fork server is killed, its workers only look dead, and still write to their slots.
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(cast(int, process.pid), signal.SIGKILL)
         if dead:
             self._lost = WorkerLostError("crash", {n: _exit_reason(self._processes[n].exitcode) for n in dead})
         elif hung is not None:
@@ -236,7 +237,7 @@ def _try_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
     process_one_sample(spec, position, attempt)
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     """In place of torch's conversion to tensors, which would travel through /dev/shm, one file descriptor each."""
     return batch
 

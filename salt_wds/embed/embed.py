@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +108,7 @@ def embed_catalog(
         outcome.failures += [failure for failure in found if (failure.position or 0) < positions]
 
 
-def _vectors(encoder: VideoEncoder, loader: Loader, bf16: bool) -> Iterator[np.ndarray | None]:
+def _vectors(encoder: VideoEncoder, loader: Loader, bf16: bool) -> Generator[np.ndarray | None, None, None]:
     """The mean over tokens of every view, (D,) fp32, in order; None for a view that failed."""
     device = next(encoder.parameters()).device
     with closing(iter(loader)) as batches:

@@ -12,7 +12,7 @@ import sys
 import types
 
 import pytest
-from conftest import REPOSITORY, contents, pack_job, wait_until
+from conftest import REPOSITORY, contents, pack_here, pack_job, wait_until
 from pack_process import PackProcess
 
 from shard_tools.common.cli import CommandError
@@ -122,23 +122,18 @@ def test_a_video_that_kills_its_process_is_named_and_the_rest_is_packed(cluster,
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def packed_locally(videos, tmp_path_factory, run_module):
-    out = tmp_path_factory.mktemp("local") / "out"
-    run_module("shard_tools.pack", videos, "--out", out, *SHARDS)
-    return contents(out)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_pack_interrupted_on_ray_goes_on_locally(videos, packed_locally, tmp_path, run_module, number):
-    packing = PackProcess(videos, tmp_path / "out", *ON_RAY)
+def test_a_pack_interrupted_on_ray_is_continued_with_the_bytes_of_a_local_one(videos, tmp_path, run_module):
+    out = tmp_path / "out"
+    packing = PackProcess(videos, out, *ON_RAY)
     packing.wait_for(1)
-    assert packing.stop(number, group=True) == 130
-    assert not (tmp_path / "out/dataset.json").exists()
-    done = run_module("shard_tools.pack", videos, "--out", tmp_path / "out", *SHARDS)
+    assert packing.stop(signal.SIGINT, group=True) == 130
+    assert not (out / "dataset.json").exists()
+    done = run_module("shard_tools.pack", videos, "--out", out, *ON_RAY)
     assert "continuing: " in done.stdout
-    assert contents(tmp_path / "out") == packed_locally
+    assert done.stderr == ""
+    pack_here(videos, "--out", tmp_path / "local", *SHARDS)
+    assert contents(out) == contents(tmp_path / "local")
 
 
 @pytest.mark.slow
@@ -147,16 +142,6 @@ def test_sigterm_while_ray_starts_is_an_interrupt_too(videos, tmp_path):
     wait_until(lambda: len(packing.look()) >= 3, timeout=60)
     assert packing.stop(signal.SIGTERM, group=True) == 130
     assert not list((tmp_path / "out").glob(".packing/*.done"))
-
-
-@pytest.mark.slow
-def test_a_pack_begun_locally_is_finished_by_ray_with_the_same_bytes(videos, packed_locally, tmp_path, run_module):
-    out = tmp_path / "out"
-    run_module("shard_tools.pack", videos, "--out", out, *SHARDS, "--task", "1/3")
-    done = run_module("shard_tools.pack", videos, "--out", out, *SHARDS, "--executor", "ray", "--workers", "2")
-    assert "continuing: " in done.stdout
-    assert done.stderr == ""
-    assert contents(out) == packed_locally
 
 
 def test_without_ray_it_is_one_line(videos, tmp_path, monkeypatch):

@@ -196,21 +196,9 @@ class PackedCheck(ShardCheck):
     """The check of a shard that `pack` wrote, whose members are found by name."""
 
     def _check_members(self, file: FileIO, hasher: xxhash.xxh3_64, seen: set[str]) -> None:
-        head: Member | None = None  # the KEY.json that waits for its payload
         for member in read_members(file, hasher, payloads=False):
-            if member.name in seen:
-                self.report("duplicate_key", member.key, member.offset, f"{member.name} occurs twice")
             seen.add(member.name)
-            if head is not None and (member.ext == "json" or member.key != head.key):
-                self._report_lonely(head)
-                head = None
-            if member.ext != "json" and head is None:
-                detail = f"{member.name} has no {member.key}.json before it"
-                self.report("missing_member", member.key, member.offset, detail)
             self._check_content(member)
-            head = member if member.ext == "json" else None
-        if head is not None:
-            self._report_lonely(head)
         for indexed in self._indexed():
             if indexed.name not in seen:
                 detail = f"{indexed.name} is in the index, not in the shard"
@@ -222,9 +210,6 @@ class PackedCheck(ShardCheck):
         except ShardDamage:
             right = False
         return None if right else f"the header of {member.name} is damaged"
-
-    def _report_lonely(self, head: Member) -> None:
-        self.report("missing_member", head.key, head.offset, f"{head.name} has no payload behind it")
 
     def _check_content(self, member: Member) -> None:
         """Compare a member with its index row: place, size, extension, hash; and the JSON's content with the row."""

@@ -196,9 +196,11 @@ class PackedCheck(ShardCheck):
     """The check of a shard that `pack` wrote, whose members are found by name."""
 
     def _check_members(self, file: FileIO, hasher: xxhash.xxh3_64, seen: set[str]) -> None:
+        expected = {indexed.name: indexed for indexed in self._indexed()}
         for member in read_members(file, hasher, payloads=False):
             seen.add(member.name)
-            self._check_content(member)
+            if self.has_index:
+                self._check_content(member, expected.get(member.name))
         for indexed in self._indexed():
             if indexed.name not in seen:
                 detail = f"{indexed.name} is in the index, not in the shard"
@@ -211,22 +213,17 @@ class PackedCheck(ShardCheck):
             right = False
         return None if right else f"the header of {member.name} is damaged"
 
-    def _check_content(self, member: Member) -> None:
-        """Compare a member with its index row: place, size, extension, hash; and the JSON's content with the row."""
-        if not self.has_index:
-            return
-        row = self.rows.get(member.key)
-        part = "json" if member.ext == "json" else "payload"
-        if row is None or (part == "payload" and member.ext != row["ext"]):
+    def _check_content(self, member: Member, indexed: IndexedMember | None) -> None:
+        """Compare a member with the index: place, size, hash; and the JSON's content with its row."""
+        if indexed is None:
             self.report("extra_member", member.key, member.offset, f"{member.name} is not in the index")
-        elif member.offset != row[f"{part}_offset"] or member.size != row[f"{part}_size"]:
+        elif (member.offset, member.size) != (indexed.offset, indexed.size):
             detail = f"the index has {member.name} at another offset or size"
             self.report("index_mismatch", member.key, member.offset, detail)
-        elif member.xxh3 != row[f"xxh3_{part}"]:
-            detail = f"{member.name} does not match its hash in the index"
-            self.report(f"{part}_mismatch", member.key, member.offset, detail)
-        elif part == "json":
-            self._check_json(member, row)
+        elif member.xxh3 != indexed.xxh3:
+            self._report_content(indexed)
+        elif indexed.part == "json":
+            self._check_json(member, self.rows[member.key])
 
     def _check_json(self, member: Member, row: dict[str, Any]) -> None:
         """Compare the content of KEY.json with the index row."""

@@ -72,7 +72,7 @@ class DataConfig(Section):
     batch_size: PositiveInt = 64
     """Global batch: clips in one optimiser step, over all ranks."""
     num_workers: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 32
-    """DataLoader worker processes a rank; 0 decodes in the training process (for debugging)."""
+    """DataLoader worker processes per rank; 0 decodes in the training process (for debugging)."""
     prefetch_factor: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 4
     """Batches that each worker prepares ahead. Lowered at start, with the arithmetic printed, if memory is short."""
     pin_memory: Annotated[bool, OnResume.MAY_CHANGE] = True
@@ -93,19 +93,19 @@ class DataConfig(Section):
     decoder: Literal["pyav", "decord"] = "pyav"
     """Video decoder. pyav keeps YUV planes (fast); decord goes through RGB and needs the decord package."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
-    """Area of the random resized crop as a share of the frame: [least, most]."""
+    """Area of the random resized crop as a share of the frame: [minimum, maximum]."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
-    """Aspect ratio (width / height) of the random resized crop: [least, most]."""
+    """Aspect ratio (width / height) of the random resized crop: [minimum, maximum]."""
     flip: bool = False
     """Mirror half of the clips. Off by default: labels of Something-Something-v2 depend on left and right."""
     window: PositiveInt = 16
     """Shards whose samples are shuffled together. More shards mean a better shuffle and more open files."""
     timeout_s: Annotated[PositiveFloat, OnResume.MAY_CHANGE] = 120.0
-    """Seconds without a batch after which a worker is taken to hang."""
+    """Seconds without a batch after which a worker counts as hung."""
     read_retries: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 2
     """How often to repeat a read whose error may be temporary (I/O error, time-out of a file server, wrong hash)."""
     max_consecutive_failures: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 64
-    """Stop after this many failed samples in a row: the data set is broken then, not a sample."""
+    """Stop when more than this many samples in a row failed: the data set is broken then, not a sample."""
     max_failure_rate: Annotated[Fraction, OnResume.MAY_CHANGE] = 0.05
     """Stop when a larger share of the last 4096 samples has failed (checked once 256 samples were read)."""
     max_recoveries: Annotated[NonNegativeInt, OnResume.MAY_CHANGE] = 50
@@ -169,7 +169,7 @@ class StudentConfig(Section):
     predictor_depth: PositiveInt = 12
     """Blocks of the predictor."""
     predictor_heads: PositiveInt = 6
-    """Attention heads of the predictor. Heads of 64 channels are fast, heads of 32 are slow on every GPU."""
+    """Attention heads of the predictor. Attention kernels are fast with 64 channels per head, slow with 32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -204,7 +204,7 @@ class OptimConfig(Section):
     lr: Annotated[PositiveFloat, OnResume.WARN] = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Annotated[Literal["cosine", "constant", "wsd"], OnResume.WARN] = "cosine"
-    """Learning rate after the warm-up. cosine: half a cosine down to min_lr. constant: lr for ever (resume as wsd to
+    """Learning rate after the warm-up. cosine: half a cosine down to min_lr. constant: lr throughout (resume as wsd to
     decay). wsd: lr, then down to min_lr over the last wsd_decay_steps, as 1 - sqrt of the progress."""
     min_lr: Annotated[NonNegativeFloat, OnResume.WARN] = 1e-6
     """Learning rate at the end of the decay, and after it. No effect with schedule = "constant"."""
@@ -282,8 +282,8 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 3
     """How many of the newest checkpoints to keep. Older ones are removed once a new one is complete."""
     keep_every: Annotated[PositiveInt | None, OnResume.MAY_CHANGE] = None
-    """Never remove the checkpoints of every so many steps (a multiple of checkpoint_every). Unset: remove them like
-    others."""
+    """Never remove checkpoints at multiples of this step (itself a multiple of checkpoint_every). Unset: none are kept
+    for good."""
     async_checkpoints: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Write checkpoints in the background, from a copy in main memory. Off: the run waits for the disk."""
     on_nonfinite: Annotated[Literal["stop", "skip"], OnResume.MAY_CHANGE] = "stop"

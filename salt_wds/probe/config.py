@@ -50,10 +50,10 @@ class ProbeDataConfig(Section):
     """Mirror half of the clips that probes learn from."""
     train_views: PositiveInt = 1
     """Random views (clip start, crop) of each clip whose features are kept; epochs use them in turn. Features that are
-    made anew have new views in every epoch."""
+    recomputed have new views in every epoch."""
     memory_gb: NonNegativeFloat = 4.0
     """Keep the features that probes learn from while the probe runs (in a temporary folder, see TMPDIR) if those of all
-    encoders take at most so many GB; otherwise the clips pass through the encoders in every epoch. With --cache all
+    encoders take at most this many GB; otherwise the clips pass through the encoders in every epoch. With --cache all
     features are kept, whatever their size."""
     segments: PositiveInt = 1
     """Evaluation: clips, evenly spaced over the length of a video."""

@@ -71,34 +71,27 @@ def tuned_step(
     attention = choose_attention(train.attention, work.teacher, work.student, clips, dtype, device)
     utilisation = Utilisation(work, peak_of(device, dtype) if device.type == "cuda" else None)
     lines = [attention.line, utilisation.line()]
-
     world = world or World(device)
-    called = models.student if network is None else network
-    mode = _compile_mode(train.compile, micro_batches, world.size)
+    mode, called = _compile_mode(train.compile, micro_batches, world.size), network or models.student
 
     def fresh() -> Step:
         forward = make_forward(config, models.teacher, called, device, position_mean)
         return Step(forward, mode, attention, network=called, micro_batches=micro_batches)
 
-    if train.checkpointing != "auto":
-        models.student.set_checkpointing(train.checkpointing)
-        return TunedStep(fresh(), utilisation, train.checkpointing, lines)
-    if device.type != "cuda":
-        models.student.set_checkpointing("off")
-        return TunedStep(fresh(), utilisation, "off", [*lines, "memory    checkpointing off: auto, on a CPU"])
+    if train.checkpointing != "auto" or device.type != "cuda":
+        fixed: Checkpointing = "off" if train.checkpointing == "auto" else train.checkpointing
+        models.student.set_checkpointing(fixed)
+        why = ["memory    checkpointing off: auto, on a CPU"] if train.checkpointing == "auto" else []
+        return TunedStep(fresh(), utilisation, fixed, lines + why)
 
+    trained = [p for p in models.student.parameters() if p.requires_grad]
+    later = 0 if optimizer and optimizer.state else _moment_bytes(trained)
     batch = synthetic_batch(config, clips * micro_batches, device)
     limit, tried = _usable_bytes(device), []
-    trained = [p for p in models.student.parameters() if p.requires_grad]
-    # A fresh AdamW allocates two moments for every parameter in its first step.
-    own = sum(p.numel() * p.element_size() for p in map(local_part, trained))
-    later = 0 if optimizer and optimizer.state else 2 * own
     for checkpointing in _FASTEST_FIRST:
         models.student.set_checkpointing(checkpointing)
         step = fresh()
-        peak = peak_bytes(step, trained, batch, device)
-        nowhere, most = world.largest(peak is None, (peak or 0) + later)  # one choice for all ranks
-        peak = None if nowhere else most
+        peak = _largest_peak(peak_bytes(step, trained, batch, device), later, world)
         tried.append(f"{checkpointing} {'does not fit' if peak is None else f'takes {peak / 1e9:.1f} GB'}")
         if peak is not None and peak <= limit:
             line = f"memory    checkpointing {checkpointing}: auto, {', '.join(tried)} of {limit / 1e9:.1f} GB usable"
@@ -110,6 +103,17 @@ def tuned_step(
         f"{clips} clips at a time do not fit {torch.cuda.get_device_name(device)}: {', '.join(tried)} of "
         f"{limit / 1e9:.1f} GB usable; set train.micro_batch, or lower data.batch_size"
     )
+
+
+def _moment_bytes(trained: Sequence[nn.Parameter]) -> int:
+    """Bytes that a fresh AdamW allocates in its first step: two moments for every parameter on this rank."""
+    return 2 * sum(p.numel() * p.element_size() for p in map(local_part, trained))
+
+
+def _largest_peak(peak: int | None, later: int, world: World) -> int | None:
+    """The largest peak of all ranks with `later` bytes more, so that all choose alike; None if one ran out."""
+    too_large, largest = world.largest(peak is None, (peak or 0) + later)
+    return None if too_large else largest
 
 
 def synthetic_batch(config: Config, clips: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

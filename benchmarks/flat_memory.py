@@ -3,9 +3,9 @@
     python benchmarks/flat_memory.py --clips CLIPS --out benchmarks/results/flat_memory.json
 
 The real trainer on packed copies of real clips, with the true clip shapes (16 frames of 224), workers and checkpoints.
---full takes base.toml's own models, with a teacher of random weights; on a CPU add --set train.compile=off and a small
---batch-size. Otherwise student and teacher are small: quick, and the loader is the same. Every 10 steps a line; the slope
-is a least-squares line through those after the first third, when buffers, caches and allocators have found their size.
+Student and teacher are small, unless --full takes the models of base.toml with a teacher of random weights; on a CPU
+add --set train.compile=off and a small --batch-size. The slope is a least-squares line through the steps after the
+first third, when buffers, caches and allocators have found their size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> int:
         lines = follow(module("salt_wds.train", "--config", "configs/base.toml", *settings), folder / "run", args.steps)
     result = setting("torch", "av", "webdataset") | {"steps": args.steps, "lines": lines} | summary(lines)
     print(
-        f"trainer {result['trainer_mb_per_100_steps']:+.1f} MB, workers {result['workers_mb_per_100_steps']:+.1f} MB in "
+        f"trainer {result['trainer_mb_per_100_steps']:+.1f} MB, "
+        f"workers {result['workers_mb_per_100_steps']:+.1f} MB in "
         f"100 steps; {lines[-1]['trainer_mb']:.0f} and {lines[-1]['workers_mb']:.0f} MB at step {lines[-1]['step']}"
     )
     save(result, args.out)

@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --out FOLDER --tiny        # the same on a CPU, small: does it run at all
 
 Parts: step-MODE-CHECKPOINTING (bench step over base.toml's shapes, max-autotune) and step-eager, data (y4m shards of
-generated clips) for end-to-end and flat-memory (200 steps), and tests (those that skip themselves without a GPU). A part that fails or runs out of its time
-leaves its output in the folder and does not keep the others from running. The teacher has random weights, which cost the
-same to compute.
+generated clips) for end-to-end and flat-memory (200 steps), and tests (those that skip themselves without a GPU). A
+part that fails or runs out of time leaves its output in the folder, and the others run all the same. The teacher has
+random weights, which cost the same to compute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kill a training run (-9) at random moments, resume it each time, and compare its end with that of an undisturbed run.
+"""Kill a training run (-9) at random moments, resume it, and compare its end with that of an undisturbed run.
 
     python benchmarks/kill_train.py SHARDS --kills 20 --out benchmarks/results/kill_train.json
 
@@ -29,7 +29,8 @@ from salt_wds.runs.metrics import read_metrics
 CHECKPOINT_EVERY = 2
 SETTINGS = [
     "data.batch_size=4", "teacher.random_width=64", "teacher.random_depth=2", "student.width=64", "student.depth=2",
-    "student.heads=1", "student.predictor_width=32", "student.predictor_depth=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
+    "student.heads=1", "student.predictor_width=32", "student.predictor_depth=1",
+    f"train.checkpoint_every={CHECKPOINT_EVERY}",
     "train.log_every=1", "train.async_checkpoints=true",
 ]  # fmt: skip
 

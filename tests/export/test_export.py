@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -119,18 +117,6 @@ def test_tokens_of_a_bf16_run_are_equal_under_its_autocast(tmp_path):
     assert torch.equal(tokens.float(), student_of(tmp_path / "run", CPU)(clips, colour))
 
 
-def test_loading_leaves_the_random_generator_alone(exported):
-    before = torch.get_rng_state()
-    salt_wds.load_encoder(str(exported))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_importing_the_package_is_light():
-    code = "import salt_wds, sys; assert callable(salt_wds.load_encoder); print(sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not any(f"'{name}'" in loaded for name in ("torch", "numpy", "pydantic", "timm", "av"))
-
-
 def test_it_can_be_trained_further(exported):
     encoder = salt_wds.load_encoder(exported).requires_grad_(True).train()
     encoder.pooled(random_clip(encoder.config)).square().sum().backward()
@@ -156,19 +142,16 @@ def test_frames_become_the_central_square_resized(exported):
 
 
 def test_frames_that_shrink_much_are_averaged(exported):
+    before = torch.get_rng_state()
     encoder = salt_wds.load_encoder(exported)
+    assert torch.equal(torch.get_rng_state(), before)
     frames = torch.randint(0, 256, (2, 4, 96, 130, 3), dtype=torch.uint8)
     video = encoder.preprocess(frames)
     x = (130 - 96) // 2 // 2 * 2
     block = frames[1, 2, 3 * 5 : 3 * 6, x + 3 * 7 : x + 3 * 8].float().mean(dim=(0, 1)) / 255  # pixel (5, 7)
     mean, std = torch.tensor(encoder.config.mean), torch.tensor(encoder.config.std)
     torch.testing.assert_close(video[1, :, 2, 5, 7], (block - mean) / std)
-
-
-def test_preprocessing_follows_the_type_of_the_weights(exported):
-    encoder = salt_wds.load_encoder(exported).to(torch.bfloat16)
-    video = encoder.preprocess(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8))
-    assert video.dtype == encoder(video).dtype == torch.bfloat16
+    assert encoder.to(torch.bfloat16).preprocess(frames).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 32, 32), (1, 3, 4, 48, 48), (1, 4, 3, 32, 32), (3, 4, 32, 32)])
@@ -233,16 +216,10 @@ def test_damaged_weights_are_refused(copied):
         salt_wds.load_encoder(copied)
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("change", [{"norm.bias": None}, {"head.bias": torch.zeros(3)}, {"norm.bias": torch.zeros(5)}])
 def test_weights_of_another_encoder_are_refused(copied, change):
     path = copied / "model.safetensors"
-    tensors = load_file(path)
-    if change == "missing":
-        del tensors["norm.bias"]
-    elif change == "unknown":
-        tensors["head.bias"] = torch.zeros(3)
-    else:
-        tensors["norm.bias"] = torch.zeros(5)
+    tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
     save_file(tensors, path)
     change_config(copied, weights=fingerprint(path).model_dump())
     with pytest.raises(

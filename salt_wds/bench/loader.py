@@ -45,7 +45,7 @@ ASSUMPTIONS = (
 
 
 def bench_loader(config: Config, seconds: float) -> dict[str, Any]:
-    """Run the loader, then the bare limit, `seconds` each; figures by name, times in ms a clip of one worker."""
+    """Run the loader, then the bare limit, `seconds` each; figures by name, times in ms per clip of one worker."""
     measured = measure_loader(config, seconds)
     limit = bare_limit(config, seconds)
     return {

@@ -22,7 +22,7 @@ from shard_tools.format.ledger import Failure
 
 Batch = dict[str, Any]
 
-TIMED = ("read", "decode", "crop", "augment", "collate", "wait")  # what `Batch["ms"]` has, in ms a clip of one worker
+TIMED = ("read", "decode", "crop", "augment", "collate", "wait")  # what `Batch["ms"]` has, in ms per clip of one worker
 
 
 class UnfillableError(Exception):

@@ -1,6 +1,6 @@
 """The index of one split as a single table in shared memory: every worker sees it, none has a copy.
 
-Read once from the shards' parquet files at launch; about 120 bytes a sample (26 MB for Something-Something-v2).
+Read once from the shards' parquet files at launch; about 120 bytes per sample (26 MB for Something-Something-v2).
 Several data sets make one catalog, their shards one after the other.
 """
 

@@ -1,7 +1,7 @@
-"""Pictures -> clip: crop and resize decoded planes into their places in a batch.
+"""Frames -> clip: crop and resize decoded planes into their slots in a batch.
 
 A clip is (T, S*S*3//2) uint8: for each frame the planes Y (S x S), U and V (S/2 x S/2) one after the other, 1.5 bytes
-a pixel. Nothing is converted to RGB or float here: the device does that much faster, and batches stay small.
+per pixel. Nothing is converted to RGB or float here: the device does that much faster, and batches stay small.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _resize(planes: tuple[np.ndarray, ...], crop: Crop, method: int, out: list[n
     """Crop and resize up to AT_ONCE planes into as many squares."""
     rows, columns = slice(crop.y, crop.y + crop.height), slice(crop.x, crop.x + crop.width)
     missing = AT_ONCE - len(planes)  # always four channels: OpenCV rounds other numbers of channels differently
-    # At an odd address: OpenCV writes aligned arrays past the cache, and reading them back would double the time.
+    # At an odd address: OpenCV's writes to aligned arrays bypass the cache, and reading back would double the time.
     merged = np.empty(crop.height * crop.width * AT_ONCE + 1, np.uint8)[1:].reshape(crop.height, crop.width, AT_ONCE)
     cv2.merge([plane[rows, columns] for plane in planes + missing * planes[-1:]], merged)
     resized = cv2.resize(merged, out[0].shape, interpolation=method)

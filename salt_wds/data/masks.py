@@ -19,7 +19,7 @@ from shard_tools.common.cli import CommandError
 
 Grid = tuple[int, int, int]
 
-_ASPECT = (0.75, 1.5)  # height : width of a block, least and most (V-JEPA)
+_ASPECT = (0.75, 1.5)  # height : width of a block, minimum and maximum (V-JEPA)
 
 
 def num_masked(grid: Grid, config: MaskConfig) -> int:
@@ -72,7 +72,7 @@ def _mask_cells(t: int, cells: np.ndarray, count: int, rng: np.random.Generator)
     """Mask cells of the frame in their order, each over all times, until `count` tokens are masked. (N,) bool.
 
     Blocks first, the other cells after them: a union that is too small is filled and one that is too large is thinned
-    by whole tubes. A token that is visible at one time tells too much about its cell at all others (V-JEPA, section
+    by whole tubes. A token that is visible at one time reveals too much about its cell at all others (V-JEPA, section
     on masking), so at most one cell is masked for only a part of the clip.
     """
     masked = np.zeros((t, len(cells)), dtype=bool)

@@ -1,6 +1,6 @@
 """YUV 4:2:0 clips to normalised RGB, on the device and inside the compiled step.
 
-Why here: 1.5 bytes a pixel cross shared memory and the bus instead of 3 (uint8 RGB) or 12 (float32 RGB), and the
+Why here: 1.5 bytes per pixel cross shared memory and the bus instead of 3 (uint8 RGB) or 12 (float32 RGB), and the
 arithmetic fuses into one kernel on the GPU, where it is free. The step copies nothing from the host for it: the colour
 of every clip is an index, and its coefficients are computed on the device.
 
@@ -58,7 +58,7 @@ def _channels(
     """Red, green and blue in 0..1, less `mean` and divided by `std`, each (B, T, S, S).
 
     All that is linear goes into one factor of luma and one summand at the chroma's resolution, so that where nothing is
-    compiled, too, full-size arrays are only passed three times a channel.
+    compiled, too, full-size arrays are only passed three times per channel.
     """
     luma, half = size * size, size // 2
     planes = clips.to(torch.float32)

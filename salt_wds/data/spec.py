@@ -53,7 +53,7 @@ class PipelineSpec:
 
     @property
     def clip_shape(self) -> tuple[int, int]:
-        """Frames, and bytes of a frame: YUV 4:2:0, 1.5 bytes a pixel."""
+        """Frames, and bytes of a frame: YUV 4:2:0, 1.5 bytes per pixel."""
         return self.data.num_frames, self.data.size**2 * 3 // 2
 
     def slot_views(self, worker: int, slot: int) -> tuple[np.ndarray, np.ndarray]:

@@ -108,7 +108,7 @@ class Workers:
 
 
 class _Flag:
-    """An event without a lock: a worker that is killed while it holds a lock would block the trainer for ever."""
+    """An event without a lock: a worker that is killed while it holds a lock would block the trainer forever."""
 
     def __init__(self) -> None:
         self._shared = SharedArray((1,), np.uint8)
@@ -149,7 +149,7 @@ class _Watch(threading.Thread):
     """Ends a whole generation when one of its workers dies, or is waited for too long.
 
     A worker that is killed while it writes leaves half a message and a lock behind, and torch then waits for the rest
-    for ever, whatever its timeout. When all workers are gone the pipe ends, and torch's wait with it.
+    forever, whatever its timeout. When all workers are gone the pipe ends, and torch's wait with it.
     """
 
     def __init__(

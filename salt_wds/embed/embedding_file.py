@@ -1,4 +1,4 @@
-"""The parquet file of embeddings: one row a video, in the order of the data."""
+"""The parquet file of embeddings: one row per video, in the order of the data."""
 
 from __future__ import annotations
 

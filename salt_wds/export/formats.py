@@ -70,7 +70,7 @@ def write_timm(encoder: VideoEncoder, path: Path) -> str:
 
 
 def timm_state(encoder: VideoEncoder) -> dict[str, Tensor]:
-    """The encoder as a state dict of timm's VisionTransformer, where an image stands for a clip without motion.
+    """The encoder as a state dict of timm's VisionTransformer, where an image is a clip without motion.
 
     The kernel of the patch embedding is summed over its two frames, which is exact for such a clip. The positions are
     the spatial ones plus the mean of the temporal ones, so the differences over time are lost.
@@ -95,7 +95,7 @@ def write_program(encoder: VideoEncoder, path: Path) -> str:
         ParityError: the program gives other tokens.
     """
     clip = random_clip(encoder.config)
-    example = clip.repeat(2, 1, 1, 1, 1)  # of one clip torch would take the number for fixed
+    example = clip.repeat(2, 1, 1, 1, 1)  # with one clip, torch would treat the batch size as static
     program = torch.export.export(encoder, (example,), dynamic_shapes={"video": {0: torch.export.Dim.DYNAMIC}})
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()

@@ -1,7 +1,7 @@
 """An exported encoder: a folder that needs no run, no teacher and no data set, and the module it loads into.
 
     model.safetensors   the encoder alone, fp32: patch_embed (Conv3d), spatial_ and temporal_positions, blocks, norm
-    config.json         sizes, what a clip must be, origin, size and hash of the weights (EncoderConfig)
+    config.json         sizes, the clips it takes, origin, size and hash of the weights (EncoderConfig)
     README.md           a model card
 
 Loading is strict and runs nothing from the folder: JSON and safetensors only.
@@ -58,7 +58,7 @@ class EncoderConfig(Section):
     tubelet: Literal[2] = 2
     patch: Literal[16] = 16
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """Tokens along time, height and width; a token's number is (time * height + row) * width + column."""
+    """Tokens along time, height and width; a token's index is (time * height + row) * width + column."""
     num_frames: PositiveInt
     frame_stride: PositiveInt
     """Source frames from one clip frame to the next, as in training."""
@@ -71,7 +71,7 @@ class EncoderConfig(Section):
     mode: Text
     """student.mode of the run; makes no difference to the encoder."""
     step: NonNegativeInt
-    """Of the checkpoint."""
+    """Training step of the checkpoint."""
     ema: bool
     """Whether the weights are the moving average of the student's."""
     weights: WeightsFile
@@ -118,8 +118,8 @@ class VideoEncoder(nn.Module):
     def preprocess(self, frames: Tensor) -> Tensor:
         """The input of `forward` from decoded frames: (B, 3, T, S, S) of the weights' type, on their device.
 
-        The largest central square of each frame is resized to S x S, bilinearly, or by area where it shrinks to less
-        than half. Evaluation does the same on YUV planes, so its pixels differ by the resizing of chroma.
+        The largest central square of each frame is resized to S x S, bilinearly, or by area averaging where it
+        shrinks to less than half. Evaluation does the same on YUV planes, so its pixels differ by the resizing of chroma.
 
         Args:
             frames: uint8 RGB (B, T, H, W, 3): every `config.frame_stride`-th frame of the video.
@@ -218,7 +218,7 @@ def save_encoder(folder: Path, network: Encoder, **described: Any) -> EncoderCon
     """Write weights and config.json into an existing folder; returns the content of config.json.
 
     Args:
-        described: the fields of EncoderConfig that the network does not tell.
+        described: the fields of EncoderConfig that the network does not determine.
 
     Raises:
         OSError: the disk is full or the folder not writable.

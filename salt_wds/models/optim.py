@@ -1,6 +1,6 @@
 """AdamW with its two groups, and the learning rate as a pure function of the step.
 
-There is no scheduler and no scheduler state, so a resumed run has the learning rates of an undisturbed one.
+There is no scheduler and no scheduler state, so a resumed run has the learning rates of an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The student: an image ViT of timm made into a video encoder, and what regresses the teacher's tokens from it.
+"""The student: timm's image ViT as a video encoder, and the predictor or head that regresses the teacher's tokens.
 
 Encoder: timm's VisionTransformer without class token. Its 2D patch embedding is inflated to two frames, its position
 table repeats over time and a temporal table is added, so it starts as the image model on every frame.
 mode = "visible": the encoder sees visible tokens only and a narrow predictor regresses the masked ones from them
-(SALT, arXiv 2509.24317; V-JEPA, arXiv 2404.08471). mode = "dense": mask tokens stand in the encoder's input and a linear
-head regresses (as SimMIM, arXiv 2111.09886); simpler, and every block sees all N tokens.
+(SALT, arXiv 2509.24317; V-JEPA, arXiv 2404.08471). mode = "dense": mask tokens are part of the encoder's input and a
+linear head regresses (as SimMIM, arXiv 2111.09886); simpler, and every block sees all N tokens.
 
 Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens, V visible, K masked,
 D width of the encoder, P width of the predictor.
@@ -42,7 +42,7 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
 
     Raises:
         CommandError: `student.arch` is not a timm VisionTransformer with patch 16, sizes do not fit each other, or
-            image weights were asked for and cannot be had.
+            image weights were asked for and are not available.
     """
     encoder = build_encoder(config, grid)
     predictor = None
@@ -81,7 +81,7 @@ class Student(nn.Module):
             self.head = _linear(encoder.width, target_width)
 
     def forward(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Predict the teacher's tokens at masked places.
+        """Predict the teacher's tokens at masked positions.
 
         Args:
             video: (B, 3, T, H, W), normalised.
@@ -96,13 +96,13 @@ class Student(nn.Module):
         return self.head(_take(self._with_mask_tokens(video, masked), masked))
 
     def features(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """The encoder's tokens at visible places in the forward pass: (B, V, D)."""
+        """The encoder's tokens at visible positions in the forward pass: (B, V, D)."""
         if self.predictor is not None:
             return self.encoder(video, visible)
         return _take(self._with_mask_tokens(video, masked), visible)
 
     def _with_mask_tokens(self, video: Tensor, masked: Tensor) -> Tensor:
-        """All tokens after the final norm, with mask tokens at masked places in the input: (B, N, D)."""
+        """All tokens after the final norm, with mask tokens at masked positions in the input: (B, N, D)."""
         embeddings, positions = self.encoder.embed(video)
         hidden = torch.zeros_like(embeddings[..., :1], dtype=torch.bool).scatter(1, masked[..., None], True)
         embeddings = torch.where(hidden, self.mask_token.to(embeddings.dtype), embeddings)
@@ -149,14 +149,14 @@ class Encoder(nn.Module):
         _fix_key_biases(self.blocks)
 
     def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
-        """Tokens of (B, 3, T, H, W) after the final norm: all N, or only the V of `index` (B, V), unaware of others."""
+        """Tokens of (B, 3, T, H, W) after the final norm: all N, or only the V of `index` (B, V), blind to the others."""
         embeddings, positions = self.embed(video, index)
         return self.transform(embeddings + positions)
 
     def embed(self, video: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Patch embeddings (B, N or V, D), and positions that broadcast against them.
 
-        The convolution's kernel is its stride, so it is written as one matrix product: 3D convolutions are slow in
+        The convolution's stride equals its kernel, so it is written as one matrix product: 3D convolutions are slow in
         bf16, and only the patches of `index` take part.
         """
         patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Narrow transformer over the visible tokens and a mask token for each masked place; source: V-JEPA."""
+    """Narrow transformer over the visible tokens and a mask token for each masked position; source: V-JEPA."""
 
     positions: Tensor
 
@@ -216,7 +216,7 @@ class QueryKeyValue(nn.Linear):
 
 
 def _fix_key_biases(blocks: Iterable[nn.Module]) -> None:
-    """Only in timm's plain attention; where the keys are normalised, for one, their bias does count."""
+    """Only in timm's plain attention: elsewhere, such as with normalised keys, the bias may matter."""
     for block in blocks:
         attention = getattr(block, "attn", None)
         if type(attention) is Attention and type(attention.k_norm) is nn.Identity and attention.qkv.bias is not None:
@@ -243,8 +243,8 @@ def _recompute(part: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     return checkpoint(part, tokens, use_reentrant=False, preserve_rng_state=False)
 
 
-# The two halves of a timm block, for "selective": the MLP's holds most of a block's activations (9 of about 16 widths a
-# token), and recomputing them takes only its first product, a third of the block's weights. A policy by operator
+# The two halves of a timm block, for "selective": the MLP's holds most of a block's activations (9 of about 16 widths
+# per token), and recomputing them takes only its first product, a third of the block's weights. A policy by operator
 # (create_selective_checkpoint_contexts) would have to name the operators of every kernel and precision.
 
 

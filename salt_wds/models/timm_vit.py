@@ -44,7 +44,7 @@ def image_vit(config: StudentConfig, grid: Grid) -> VisionTransformer:
         raise _wrong_arch(config.arch, "is not a model of timm")
     try:
         vit = timm.create_model(config.arch, **image_vit_arguments(config, grid))
-    except TypeError:  # other architectures do not know these arguments
+    except TypeError:  # other architectures do not accept these arguments
         raise _wrong_arch(config.arch, "is not a VisionTransformer") from None
     except (AssertionError, RuntimeError, ValueError) as error:
         sizes = {name: getattr(config, name) for name in ("width", "depth", "heads") if getattr(config, name)}
@@ -99,7 +99,7 @@ def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid
 
 
 def inflate(conv: nn.Conv2d) -> nn.Conv3d:
-    """A 2D patch embedding over two frames, half of it on each: on a static clip it gives what the 2D one gives."""
+    """A 2D patch embedding over two frames, half the kernel on each: on a static clip it equals the 2D one."""
     size = (TUBELET, PATCH, PATCH)
     inflated = nn.Conv3d(conv.in_channels, conv.out_channels, size, size, bias=conv.bias is not None)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Features of clips: kept in a folder and read again from there, or made anew each time they are asked for.
+"""Features of clips: kept in a folder and read back, or recomputed each time they are requested.
 
 What is kept is a small data set that says what it holds:
 
@@ -50,7 +50,7 @@ class FeatureStore:
         ledger: where samples that fail are recorded.
         folder: where features are kept.
         views: random views of each sample that are kept.
-        limit: bytes of features to keep at most: the features of a part that is larger are made anew in every epoch,
+        limit: bytes of features to keep at most: the features of a larger part are recomputed in every epoch,
             and those of a part that is read once are not kept either. None: keep all, for the next probe.
     """
 

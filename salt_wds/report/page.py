@@ -56,7 +56,7 @@ def build_page(
         found: the verdicts on each run.
         galleries: pictures of each run; None if they are left out.
         now: the time, which tells a running run from a stopped one.
-        written: when and by what, for the foot of the page.
+        written: when and by what, for the page footer.
     """
     names = [record.name for record in records]
     runs = zip(records, found, galleries, strict=True)
@@ -73,7 +73,7 @@ def build_page(
 
 
 def _environment() -> jinja2.Environment:
-    """Escapes all text; labels, keys, paths and messages come from anyone's files."""
+    """Escapes all text: labels, keys, paths and messages come from untrusted files."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("salt_wds.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

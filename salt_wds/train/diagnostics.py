@@ -1,6 +1,6 @@
 """Diagnostics beside the loss: R2 per position, and the effective rank of features.
 
-Targets have another mean at every position, so a model that has learned only these means soon reaches a high R2.
+Targets have a different mean at every position, so a model that has learned only these means soon reaches a high R2.
 `PositionMean` tracks them, and R2 against them is 0 for such a model. The effective rank shows features that collapse
 into few directions while the loss still falls.
 
@@ -31,7 +31,7 @@ class PositionMean(nn.Module):
     """The running mean of the targets at each token position, and R2 against it.
 
     The mean of a position is over all masked targets seen there, each with the weight 0.99^(steps since). The forward
-    pass only reads it and returns what the batch adds; `advance` takes that in after the step. Its state
+    pass only reads it and returns what the batch adds; `advance` adds that after the step. Its state
     belongs in the checkpoint (`tensors`, `load`).
     """
 
@@ -58,7 +58,7 @@ class PositionMean(nn.Module):
 
     @torch.no_grad()
     def advance(self, new_sums: Tensor) -> None:
-        """Take the targets of a step, of all ranks, into the means, unless one is not finite; no host sync.
+        """Add the targets of a step, of all ranks, to the means, unless one is not finite; no host sync.
 
         Args:
             new_sums: of `forward`, their mean over micro-batches.
@@ -113,8 +113,8 @@ def feature_diagnostics(
     `effective_rank`, and `token_spread`, their rms distance from their mean over their rms size: near 0, all tokens are
     the same but for noise, whose rank may be high.
 
-    A separate forward pass, not compiled, over enough clips for 8 tokens a channel: once an interval, that is cheaper
-    than returning features from every step.
+    A separate forward pass, not compiled, over enough clips for 8 tokens per channel: once per interval, that is
+    cheaper than returning features from every step.
     """
     num_visible = config.num_tokens - num_masked(config.grid, config.mask)
     clips = math.ceil(_TOKENS_A_CHANNEL * student.width / num_visible)

@@ -1,7 +1,7 @@
-"""The loss between predicted and target tokens, and the numbers that make it readable.
+"""The loss between predicted and target tokens, and the statistics that make it interpretable.
 
-A loss alone says little: its scale is the teacher's. R2 is the share of the targets' variance that is explained (0: no
-better than predicting the mean), and the two standard deviations show a collapse before the loss does.
+The loss alone says little: its scale depends on the teacher. R2 is the share of the targets' variance that is explained (0:
+no better than predicting the mean), and the two standard deviations show a collapse before the loss does.
 
 Shapes: B clips, N tokens, K masked tokens, D width.
 """
@@ -26,7 +26,7 @@ def gather_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:  # noqa: N803
 def normalise_targets(targets: Tensor, target_norm: str) -> Tensor:
     """Targets as the student regresses them, fp32, same shape.
 
-    layer: every token less its mean over channels, divided by its standard deviation (a LayerNorm without weights, as
+    layer: every token minus its mean over channels, divided by its standard deviation (a LayerNorm without weights, as
     V-JEPA, arXiv 2404.08471); none: the teacher's tokens as they are.
     """
     targets = targets.float()
@@ -37,9 +37,9 @@ def masked_loss(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig
     """Mean distance over masked tokens and channels, in fp32, whatever the precision of the inputs.
 
     Args:
-        predictions_BKD: the student's tokens at masked places.
+        predictions_BKD: the student's tokens at masked positions.
         targets_BKD: the teacher's, after `normalise_targets`; no gradient flows into them.
-        config: its `kind` is the distance; smooth_l1 turns from square to absolute at 1.
+        config: its `kind` is the distance; smooth_l1 is quadratic below 1 and linear above.
 
     Returns:
         The loss, a scalar; and detached fp32 scalars, left on the device:

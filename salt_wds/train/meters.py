@@ -30,12 +30,12 @@ class Meter:
         return {name: (total / self._count).item() for name, total in self._sums.items()}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint between two lines of metrics, so that the next line is that of an undisturbed run."""
+        """For a checkpoint between two lines of metrics, so that the next line is that of an uninterrupted run."""
         return {"count": self._count, "sums": {name: total.item() for name, total in self._sums.items()}}
 
     @staticmethod
     def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The state of a meter that has seen, in every step, the mean over these meters (one a rank)."""
+        """The state of a meter that has seen, in every step, the mean over these meters (one per rank)."""
         names = states[0]["sums"]
         return states[0] | {"sums": {name: sum(s["sums"][name] for s in states) / len(states) for name in names}}
 
@@ -57,7 +57,7 @@ class Clock:
         self.worker_ms: Counter[str] = Counter()
 
     def add(self, clips: int, wait_s: float, worker_ms: dict[str, float]) -> None:
-        """One step: its clips, seconds waited for its batch, and a worker's mean ms a clip by stage."""
+        """One step: its clips, seconds waited for its batch, and a worker's mean ms per clip by stage."""
         self._steps += 1
         self._clips += clips
         self._wait_s += wait_s
@@ -68,8 +68,8 @@ class Clock:
         self._started += seconds
 
     def rates(self) -> dict[str, float]:
-        """clips_per_sec; step_ms and data_wait_ms a step; data_wait_share of the time; read_ms, decode_ms and
-        crop_ms a clip, of one worker."""
+        """clips_per_sec; step_ms and data_wait_ms per step; data_wait_share of the time; read_ms, decode_ms and
+        crop_ms per clip, of one worker."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = max(self._steps, 1)
         return {

@@ -1,6 +1,6 @@
-"""The forward and backward pass of one rank's share of a batch: in micro-batches, compiled as far as it works.
+"""The forward and backward pass of one rank's share of a batch: in micro-batches, compiled where that works.
 
-    uint8 YUV clips -> RGB -> teacher (no gradient), or pixels -> targets at masked places
+    uint8 YUV clips -> RGB -> teacher (no gradient), or pixels -> targets at masked positions
     uint8 YUV clips -> RGB -> student, masked loss -> gradients
 
 Two compiled parts, because a single one would hand the teacher to the partitioner of the backward pass. Each converts
@@ -44,7 +44,7 @@ class Forward:
     """
 
     targets: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked places (B, K, D), before normalisation."""
+    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked positions, (B, K, D), not yet normalised."""
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], Result]
     """(clips, colour, mask, targets) -> loss and stats of the student."""
 
@@ -108,7 +108,7 @@ def count_micro_batches(config: Config, world_size: int) -> int:
 class Step:
     """Forward and backward pass over a batch, in `micro_batches` equal parts.
 
-    If one of the first passes fails, the next simpler compile mode takes over.
+    If one of the first passes fails, it falls back to the next simpler compile mode.
 
     Args:
         network: what the forward pass calls as the student; if it is shared by ranks, they average gradients after the
@@ -134,7 +134,7 @@ class Step:
         """Loss and stats, detached; gradients are added to the parameters. With `targets` the teacher does not run.
 
         The parts have equally many tokens, so their mean loss is that of the whole batch. Stats are means over the
-        parts, too: R2 and standard deviations are then about each part's own mean.
+        parts, too, so R2 and standard deviations refer to each part's own mean.
 
         Raises:
             torch.OutOfMemoryError: another mode would not help.
@@ -161,7 +161,7 @@ class Step:
                 return result
             except (torch.OutOfMemoryError, DistError):
                 raise
-            except Exception as error:  # compilers fail in every possible way; the step still runs without one
+            except Exception as error:  # compilers fail in many ways; the step still runs without one
                 failed, self.mode = self.mode, COMPILE_MODES[COMPILE_MODES.index(self.mode) + 1]
                 reason = " ".join(str(error).split())[:200]
                 log.warning(

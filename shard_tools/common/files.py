@@ -1,4 +1,4 @@
-"""Files that survive a crash: written beside and renamed, synced, locked, hashed, appended line by line."""
+"""Files that survive a crash: written to a temporary file, synced and renamed; locked, hashed, appended line by line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 4 << 20
 
 
 def sync_file(path: Path) -> None:
-    """Bring the content of a file to the disk, whichever process wrote it."""
+    """Flush the content of a file to the disk, whichever process wrote it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (new and renamed files) to the disk."""
+    """Flush a folder's entries (new and renamed files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -50,7 +50,7 @@ def sync_folder(folder: Path) -> None:
 def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path to write; at the end of the block it is synced and renamed to `path`.
 
-    So `path` only ever shows the whole content. An exception leaves the old file, and no temporary one. Without
+    So `path` always has the whole content, old or new. An exception leaves the old file, and no temporary one. Without
     `durable` a power cut before `sync_file` and `sync_folder` may leave the old file, none, or an empty one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -154,7 +154,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects in a file, one a line, and the number of lines that hold none (cut short, or damaged).
+    """The JSON objects in a file, one per line, and the number of lines that hold none (truncated or damaged).
 
     Raises:
         FileNotFoundError: there is no such file.

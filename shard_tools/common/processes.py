@@ -226,7 +226,7 @@ def end_with_parent() -> None:
     """Make this worker process end when the one that started it is gone.
 
     A worker started through a fork server keeps that server alive, and so never sees a parent change: after a SIGKILL
-    of the program its workers would wait for work for ever. The pipe behind `parent_process` closes in every case.
+    of the program its workers would wait for work forever. The pipe behind `parent_process` closes in every case.
     """
     threading.Thread(target=_wait_for_parent, name="end-with-parent", daemon=True).start()
 

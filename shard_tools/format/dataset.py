@@ -2,7 +2,7 @@
 
     dataset.json            written last: without it there is no data set
     SPLIT-000000.tar        USTAR; a sample is two adjacent members, KEY.json then KEY.EXT
-    SPLIT-000000.parquet    its index, one row a sample, in file order
+    SPLIT-000000.parquet    its index, one row per sample, in file order
     failures.jsonl          sources that could not be packed
 
 Tars of other tools get the same index and dataset.json (`foreign` is true then): with any file names, and the members

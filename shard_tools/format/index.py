@@ -1,4 +1,4 @@
-"""The index beside each shard: a parquet file with one row a sample, in the order of the tar."""
+"""The index beside each shard: a parquet file with one row per sample, in the order of the tar."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The failure ledger: one record type for every failed sample, wherever it failed.
 
-One JSON line a failure, one file a writer, append-only and fsynced: a record that was written survives a crash.
+One JSON line per failure, one file per writer, append-only and fsynced: a record that was written survives a crash.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Failure:
 
     `time` is ISO 8601 in UTC; `offset` is the payload's byte offset in the shard; `worker` the DataLoader worker id;
     `action` is None where a worker was lost but no sample (a kill from outside);
-    `position` the place in the training order (design, section 4); `attempt` counts tries for that position from 0.
+    `position` the place in the training order (data.order); `attempt` counts tries for that position from 0.
     """
 
     stage: str
@@ -89,7 +89,7 @@ def append(path: Path, failures: Iterable[Failure]) -> None:
 
 
 def read(path: Path) -> tuple[list[Failure], int]:
-    """All records of one ledger file, and the number of lines that are none (cut short, or damaged)."""
+    """All records of one ledger file, and the number of lines that are not records (truncated or damaged)."""
     records, damaged = read_json_lines(path)
     failures = []
     for record in records:

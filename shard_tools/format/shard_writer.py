@@ -1,7 +1,7 @@
-"""Write one shard and its index, so that their names only ever show whole files, whatever happens to the process.
+"""Write one shard and its index; a file under its final name is always whole, even if the process is killed.
 
-Other writers finish the file even when an exception passes through, so that the result of a crash looks whole. Here,
-leaving the `with` block with an exception removes what was written.
+Other writers finish the file even after an exception, so that what a crash leaves looks whole. Here, an exception
+in the `with` block removes what was written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BUFFER = 1 << 20
 
 
 class ShardWriter:
-    """Context manager: `add` samples; leaving the block brings tar and index to the disk and gives them their names.
+    """Context manager: `add` samples; leaving the block syncs tar and index and renames them into place.
 
     Afterwards `info` describes the shard. A shard without samples is not written, and its `info` is None.
     """
@@ -71,7 +71,7 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
     def _append_member(self, name: str, data: bytes) -> int:
-        """Append a member; the offset of its data in the tar."""
+        """Append a member; returns the offset of its data in the tar."""
         with self._naming_the_shard():
             self._append(tar_header(name, len(data)))
             offset = self._offset
@@ -84,7 +84,7 @@ class ShardWriter:
         self._offset += self._file.write(data)
 
     def _commit(self) -> None:
-        """End the tar and sync it, write the index, then rename: index before tar, so that no tar lacks its index."""
+        """End the tar and sync it, write the index, then rename: index before tar, so no tar is without its index."""
         end = 2 * BLOCK
         self._append(bytes(end + -(self._offset + end) % RECORD))
         self._file.flush()
@@ -103,7 +103,7 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def _naming_the_shard(self) -> Iterator[None]:
-        """Errors of a write or sync do not name the file: they leave this block with the shard's name."""
+        """Add the shard's path to errors of write and sync, which do not name the file."""
         try:
             yield
         except OSError as error:

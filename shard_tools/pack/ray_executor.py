@@ -84,7 +84,7 @@ def check_address(address: str) -> None:
 
 
 def _start(**options: Any) -> None:
-    """`ray.init`, with interrupts held back: it would swallow them, and replaces the handler of SIGTERM.
+    """`ray.init`, with interrupts blocked: it would swallow them, and replaces the handler of SIGTERM.
 
     The processes that Ray starts inherit the blocked signals, so that Ctrl-C reaches them through this process.
     """

@@ -1,4 +1,4 @@
-"""The index of one split as a single table in shared memory: every worker sees it, none has a copy.
+"""The index of one split as one table in shared memory, which every worker sees and none copies.
 
 Read once from the shards' parquet files at launch; about 120 bytes per sample (26 MB for Something-Something-v2).
 Several data sets make one catalog, their shards one after the other.
@@ -58,8 +58,7 @@ _NUMBERS = np.dtype(  # as in Row, and after them the extension's number
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of a catalog: its name, folder, plan, number of its first shard in the catalog, whether its tars are
-    of another tool."""
+    """One data set of a catalog; `foreign`: another tool wrote its tars."""
 
     name: str
     folder: str
@@ -70,8 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Catalog:
-    """One split of one or several data sets. `table` holds the rows of all shards; shard s has rows first[s] to
-    first[s + 1]. `classes` are the names of labels, of all data sets."""
+    """One split of one or several data sets. Shard s has the rows first[s] to first[s + 1] of `table`."""
 
     parts: tuple[Part, ...]
     split: str
@@ -88,7 +86,7 @@ class Catalog:
 
     @property
     def plan_hash(self) -> str:
-        """Of the data set, or of all of them in their order."""
+        """Identifies the content: the data set's plan hash, or one of all data sets together."""
         return joint_plan_hash([part.plan_hash for part in self.parts])
 
     @property
@@ -117,14 +115,14 @@ class Catalog:
         return Row(key.decode(), self.extensions[ext], *numbers)
 
     def only(self, keep: np.ndarray) -> Catalog:
-        """The samples for which `keep` (samples,) bool is true, in their order; shards may be left without any."""
+        """Only the samples for which `keep` (samples,) bool is true; a shard may have none left."""
         counts = [int(keep[start:end].sum()) for start, end in itertools.pairwise(self.first)]
         return self._with(
             self.table.array[keep], tuple(np.concatenate(([0], np.cumsum(counts))).tolist()), self.classes
         )
 
     def relabelled(self, classes: Sequence[str]) -> Catalog:
-        """The same samples with labels as numbers of `classes`, which has the names of all classes here."""
+        """The same samples, their labels renumbered by the order of `classes`, which has all class names here."""
         rows = self.table.array.copy()
         numbers = np.array([*map(classes.index, self.classes), -1], np.int32)  # the last is for -1: none
         rows["label"] = numbers[rows["label"]]
@@ -137,14 +135,14 @@ class Catalog:
 
 
 def joint_plan_hash(hashes: Sequence[str]) -> str:
-    """The plan hash of several data sets in their order; of a single one its own."""
+    """One plan hash for several data sets in this order; of a single one its own."""
     return hashes[0] if len(hashes) == 1 else xxhash.xxh3_64_hexdigest("".join(hashes).encode())
 
 
 def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
     """Read dataset.json and the index of one split of each data set.
 
-    Labels follow the class names: where data sets have classes of the same name, they have one label.
+    Labels follow the class names: classes of the same name in several data sets have one label.
 
     Raises:
         DatasetError: not a data set, no such split, a shard or its index is missing, unreadable or of another length.
@@ -156,7 +154,7 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
     for folder in folders:
         dataset = read_dataset(folder)
         twins = sum(part.name.partition("#")[0] == dataset.name for part in parts)
-        name = f"{dataset.name}#{twins + 1}" if twins else dataset.name  # two of one name are told apart in the ledger
+        name = f"{dataset.name}#{twins + 1}" if twins else dataset.name  # a second data set of the same name
         parts.append(Part(name, str(folder.resolve()), dataset.plan_hash, len(files), dataset.foreign))
         index = _read_split(folder, dataset, split)
         shards = dataset.splits[split].shards
@@ -176,7 +174,9 @@ def catalog_of_files(folder: Path, index: pa.Table, classes: Sequence[str]) -> C
     Args:
         index: a row a file, as INDEX_SCHEMA has them, with the path for a key.
     """
-    part = Part(folder.resolve().name, str(folder.resolve()), "", 0, foreign=True)  # foreign: nothing is told of colour
+    part = Part(
+        folder.resolve().name, str(folder.resolve()), "", 0, foreign=True
+    )  # foreign: nothing says which colours they have
     table, extensions = _to_shared(index, _labels(index, classes, {}))
     files = tuple(index["key"].to_pylist())
     return Catalog((part,), "", files, tuple(range(len(files) + 1)), extensions, tuple(classes), table)
@@ -205,7 +205,7 @@ def _read_split(folder: Path, dataset: Dataset, split: str) -> pa.Table:
 
 
 def _labels(index: pa.Table, names: Sequence[str], classes: dict[str, int]) -> np.ndarray:
-    """Labels (samples,) int32 as numbers of `classes`, which takes in the new names; -1 for none."""
+    """Labels (samples,) int32 by the numbers in `classes`, which gets the new names; -1 for none."""
     numbers = np.array([classes.setdefault(name, len(classes)) for name in names] + [-1], np.int32)
     labels = index["label"].fill_null(-1).to_numpy()
     if not ((labels >= -1) & (labels < len(names))).all():

@@ -88,9 +88,9 @@ def principal_components(tokens_BND: Tensor) -> tuple[Tensor, float]:  # noqa: N
 
 
 def matched(scores: Tensor, reference: Tensor) -> Tensor:
-    """The components in that order and with those signs in which they agree best with another encoder's.
+    """The components, reordered and with signs changed to agree best with another encoder's.
 
-    An order and signs are arbitrary; so chosen, the same colour means about the same in both pictures.
+    Order and signs are arbitrary; matched, the same colour means about the same in both pictures.
     """
     own, other = scores.flatten(0, 1), reference.flatten(0, 1)
     norms = own.norm(dim=0)[:, None] * other.norm(dim=0)
@@ -127,7 +127,7 @@ def encoded(picture: np.ndarray, kind: str, quality: int = 82) -> bytes:
 def write_first_batch(run_dir: Path, config: Config, batch: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Write the first 8 clips of a run's first batch with their masks as `first_batch.png`: key, label, row of frames.
 
-    A disk that does not take it is reported, and no reason to end the run.
+    A full disk is logged, and does not end the run.
 
     Args:
         classes: names of the labels.

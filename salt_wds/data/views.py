@@ -1,7 +1,7 @@
-"""Which frames and which part of the picture become a clip: pure functions of a video's size, the settings and a view.
+"""Which frames and which part of the picture become a clip; pure functions.
 
-In training everything is drawn from the generator of the position; in evaluation views are laid out evenly over time
-and along the longer side. Both give the same two things, frame numbers and a crop, so decoding knows no difference.
+In training everything is drawn from the generator of the position; in evaluation views are spread evenly over time and
+along the longer side. Both give frame numbers and a crop, so decoding is the same.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _frames_from(start: int, num_frames: int, clip_frames: int, stride: int) -> 
 
 
 def _spread(room: int, count: int, number: int) -> int:
-    """The place of one of `count` stretches that lie evenly within `room`: the first at 0, the last at its end."""
+    """Start of stretch `number` of `count`, spread evenly over `room`: the first at 0, the last at its end."""
     return room // 2 if count == 1 else round(room * number / (count - 1))
 
 

@@ -135,7 +135,7 @@ def forecast(tier: dict[str, Any], workers: int, prefetch: int) -> dict[str, Any
 
 
 def bare_limit(config: Config, seconds: float) -> float:
-    """Clips a second that as many processes as workers read and decode when they keep nothing."""
+    """Clips per second that data.num_workers processes read and decode, without keeping anything."""
     workers = config.data.num_workers
     rates = [rate for _, rate in run_local(functools.partial(_decode_only, config, seconds), range(workers), workers)]
     if lost := [rate for rate in rates if isinstance(rate, WorkerDiedError)]:

@@ -95,7 +95,7 @@ def make_update(config: Config, student: nn.Module, tuned: TunedStep, targets: T
 
 
 def time_updates(update: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Seconds a step, after a warm-up."""
+    """Seconds per step, after a warm-up."""
     for _ in range(_WARM_UP):
         update()
     synchronize(device)

@@ -1,4 +1,4 @@
-"""When failures are too many to be single samples: count them, warn as they repeat, stop the run."""
+"""Count failures, warn as they repeat, and stop the run when there are too many."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FailurePolicy:
         self.by_kind: Counter[str] = Counter()
 
     def observe(self, batch: dict[str, Any]) -> None:
-        """Take in one batch.
+        """Count the failures of one batch.
 
         Raises:
             LoaderStopped: over `max_consecutive_failures` or `max_failure_rate`, or a place that nothing could fill.

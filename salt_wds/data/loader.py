@@ -1,8 +1,8 @@
 """What the trainer sees: an endless iterator of batches that survives its workers.
 
-A torch DataLoader runs the pipeline in worker processes. This file fits their prefetching into the memory there is,
-starts fresh workers at the next undelivered batch when one died or hangs, writes the failure ledger, and stops the run
-when failures are too many to be single samples.
+A torch DataLoader runs the pipeline in worker processes. This file fits their prefetching into the available
+memory, starts fresh workers at the next undelivered batch when one died or hangs, writes the failure ledger, and stops
+the run when there are too many failures.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Loader:
     positions, failures, bytes, ms (see BatchMaker.batches).
 
     Args:
-        ledger_path: where failed samples are recorded. What it says of an earlier part of the run stays in force.
+        ledger_path: where failed samples are recorded. Its records of an earlier part of the run still apply.
         start: number of the first batch; with the configuration it is the whole state of the loader.
         quarantine: samples (`identity`) to skip, besides those that the ledger has quarantined.
         views: for an evaluation: every sample of the split in order, `views.count` clips each, and then the end. The
-            last batch is full, too; rows to leave out have `substituted` set.
-        catalog: the split, or a part of it (`Catalog.only`), if it is open already; data.shards and data.split are not
-            read then.
-        stages: functions of the user that each sample passes after decoding. Workers run them, so they must be
+            last batch is padded; rows to leave out have `substituted` set.
+        catalog: the split, or a part of it (`Catalog.only`), if it is open already; data.shards and data.split are then
+            ignored.
+        stages: user functions applied to each sample after decoding. Workers run them, so they must be
             importable by name. A sample has `clip` (T, S*S*3//2) uint8, to be changed in place, `json` and `colour`; an
             exception costs the sample, like any other failure.
         copy: False hands out clips and masks in the worker's memory, which is valid until the next batch is requested.
@@ -61,7 +61,7 @@ class Loader:
 
     Raises:
         CommandError: not a data set, or not enough memory.
-        LoaderStopped: while iterating, when failures are too many.
+        LoaderStopped: while iterating, when there are too many failures.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Loader:
                 assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
                 try:
                     self.policy.observe(batch)
-                except LoaderStopped:  # nothing took the place of these samples: the run may go on after a repair
+                except LoaderStopped:  # these samples were not replaced: the run may go on after a repair
                     self._record([replace(failure, action=None) for failure in batch["failures"]])
                     raise
                 self._record(batch["failures"])
@@ -259,7 +259,7 @@ class Loader:
 
 
 def earlier_failures(ledger_path: Path) -> list[Failure]:
-    """What the ledgers of all ranks say of an earlier part of the run."""
+    """Records of an earlier part of the run in the ledgers of all ranks."""
     paths = {ledger_path, *ledger_path.parent.glob("rank*.jsonl")}
     return [failure for path in sorted(paths) if path.exists() for failure in ledger.read(path)[0]]
 

@@ -126,7 +126,7 @@ def fit_budget(batch_bytes: int, data: DataConfig) -> Budget:
 
 
 def available_memory() -> tuple[int, str]:
-    """Bytes that may still be allocated, and what bounds them: the machine, or the control group's limit."""
+    """Bytes that may still be allocated, and what bounds them: the machine, or the cgroup's limit."""
     free, limited_by = _meminfo("MemAvailable"), "machine"
     for limit_file, used_file, stat_file in _CGROUPS:
         try:

@@ -143,7 +143,7 @@ class InOrder:
         self.num_positions = int(self._ends[-1]) * views
 
     def epoch(self, position: int) -> int:
-        """How many times the data set has been gone through before."""
+        """Passes over the data set completed before."""
         return position // self.num_positions
 
     def locate(self, position: int, attempt: int = 0) -> Place:

@@ -1,4 +1,4 @@
-"""What a worker does with a sample: request -> read -> decode -> stages of the user, as a WebDataset pipeline.
+"""What a worker does with a sample: request -> read -> decode -> user stages, as a WebDataset pipeline.
 
 A sample that fails in any stage is recorded with shard, key, worker and position, and leaves the pipeline. What takes
 its place is decided in batches.py.

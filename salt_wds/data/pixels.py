@@ -55,7 +55,7 @@ def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
 def _channels(
     clips: Tensor, colour: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> list[Tensor]:
-    """Red, green and blue in 0..1, less `mean` and divided by `std`, each (B, T, S, S).
+    """Red, green and blue in 0..1, minus `mean` and divided by `std`, each (B, T, S, S).
 
     All that is linear goes into one factor of luma and one summand at the chroma's resolution, so that where nothing is
     compiled, too, full-size arrays are only passed three times per channel.

@@ -48,7 +48,7 @@ class WorkerLostError(Exception):
 
 
 class Workers:
-    """One generation of DataLoader workers: it gives batches until a worker is lost, then none any more."""
+    """One generation of DataLoader workers: yields batches until a worker is lost, then no more."""
 
     def __init__(self, spec: PipelineSpec, prefetch: int, start: int) -> None:
         data = spec.data
@@ -98,7 +98,7 @@ class Workers:
         return batch
 
     def stop(self) -> None:
-        """End all workers at once; batches in progress are made again by the next generation."""
+        """Stop all workers immediately; the next generation makes unfinished batches again."""
         if self._watch is not None:
             self._watch.end()
             self._iterator._shutdown_workers()

@@ -130,7 +130,7 @@ def command(module: str, *arguments: object) -> None:
 
 
 def _summary(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Top-1 of the attentive probe and of k-NN over seeds: each value, mean, least and most."""
+    """Top-1 of the attentive probe and of k-NN over seeds: each value, mean, minimum and maximum."""
     values = {"attentive": [r["top1"] for r in results], "knn": [r["knn"]["top1"] for r in results]}
     return {
         probe: {"seeds": top1, "mean": statistics.mean(top1), "least": min(top1), "most": max(top1)}

@@ -1,4 +1,4 @@
-"""`python -m salt_wds.embed ENCODER VIDEOS --out embeddings.parquet`: one vector a video, of files or of a data set."""
+"""`python -m salt_wds.embed ENCODER VIDEOS --out embeddings.parquet`: one vector per video, of files or of a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One vector a video: the mean over tokens, then over views.
+"""One vector per video: the mean over tokens, then over views.
 
 Decoding, views and protection from bad samples are those of the loader; a video that fails is named, and has no row.
 """
@@ -53,7 +53,7 @@ class Outcome:
 def find_catalogs(
     videos: Path, split: str | None, layout: str, out: Path, workers: int, outcome: Outcome
 ) -> Iterator[Catalog]:
-    """What is to be embedded: the splits of a data set, or the files of a folder.
+    """What to embed: the splits of a data set, or the files of a folder.
 
     Raises:
         CommandError: no videos, no such split, unreadable labels.

@@ -17,7 +17,7 @@ _ROWS = 1024  # of a row group
 
 
 def write_embeddings(path: Path, width: int, about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows with the columns below to `path`, which appears when all are written; how many they were.
+    """Write rows with the columns below to `path`, which appears when all are written; returns their number.
 
     Args:
         width: D, of the embeddings, (D,) fp32.

@@ -25,7 +25,7 @@ _TOLERANCE = 1e-3  # of a token, which a norm has brought to a scale of 1
 
 
 class ParityError(Exception):
-    """What was written does not give the tokens of the encoder it was made from."""
+    """A written file does not give the tokens of the encoder it was made from."""
 
 
 def check_parity(file: str, difference: float) -> None:

@@ -112,14 +112,14 @@ class VideoEncoder(nn.Module):
         return self.network(video)
 
     def pooled(self, video: Tensor) -> Tensor:
-        """One vector a clip, (B, D): the mean over its tokens."""
+        """One vector per clip, (B, D): the mean over its tokens."""
         return self(video).mean(dim=1)
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """The input of `forward` from decoded frames: (B, 3, T, S, S) of the weights' type, on their device.
 
         The largest central square of each frame is resized to S x S, bilinearly, or by area averaging where it
-        shrinks to less than half. Evaluation does the same on YUV planes, so its pixels differ by the resizing of chroma.
+        shrinks to less than half. Evaluation does the same on YUV planes, so its pixels differ by chroma resizing.
 
         Args:
             frames: uint8 RGB (B, T, H, W, 3): every `config.frame_stride`-th frame of the video.

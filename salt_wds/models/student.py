@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         _fix_key_biases(self.blocks)
 
     def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
-        """Tokens of (B, 3, T, H, W) after the final norm: all N, or only the V of `index` (B, V), blind to the others."""
+        """Tokens of (B, 3, T, H, W) after the final norm: all N, or only the V at `index` (B, V), unaware of others."""
         embeddings, positions = self.embed(video, index)
         return self.transform(embeddings + positions)
 

@@ -288,7 +288,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU, of sharded tensors the whole; without `keep`, only take part in gathering them."""
+    """Copies on the CPU, gathered if sharded; without `keep`, only take part in gathering them."""
     copies = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

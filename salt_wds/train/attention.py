@@ -39,7 +39,7 @@ class Attention:
     teacher: str | None
     student: str | None
     line: str
-    """For the start of a run: what was chosen, and why."""
+    """What was chosen and why, to print at the start of a run."""
 
 
 UNPINNED = Attention(None, None, "attention torch's own choice")

@@ -139,7 +139,7 @@ class Utilisation:
         return clips_per_sec * self.workload.flops() / (self.peak.flops_per_sec * devices)
 
     def line(self) -> str:
-        """For the start of a run."""
+        """What to print at the start of a run."""
         teacher, student = self.workload.teacher_flops(), self.workload.student_flops()
         peak = (
             f"peak {self.peak.flops_per_sec / 1e12:.0f} TFLOP/s ({self.peak.source})"

@@ -1,7 +1,7 @@
 """The loss between predicted and target tokens, and the statistics that make it interpretable.
 
-The loss alone says little: its scale depends on the teacher. R2 is the share of the targets' variance that is explained (0:
-no better than predicting the mean), and the two standard deviations show a collapse before the loss does.
+The loss alone says little: its scale depends on the teacher. R2 is the share of the targets' variance that is explained
+(0: no better than predicting the mean), and the two standard deviations show a collapse before the loss does.
 
 Shapes: B clips, N tokens, K masked tokens, D width.
 """

@@ -19,7 +19,7 @@ class Meter:
         self._count = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Take in one step's scalars."""
+        """Add one step's scalars."""
         self._count += 1
         for name, value in values.items():
             value = value.detach().double()

@@ -110,7 +110,7 @@ class LossWatch:
         self._losses = deque(losses, maxlen=_LINES)
 
     def observe(self, step: int, loss: float) -> bool:
-        """Take in the loss of a line; returns True, and logs a warning, if it is a spike."""
+        """Add the loss of a line; returns True, and logs a warning, if it is a spike."""
         level, limit = self._usual()
         self._losses.append(loss)
         if loss <= limit:

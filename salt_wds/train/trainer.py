@@ -42,7 +42,7 @@ def train(config: Config, *, resume: bool = False, dry_run: bool = False, stop: 
         stop: signals that have been listened to since the process started.
 
     Raises:
-        CommandError: a mistake in configuration, data set or weights, or an earlier run in the way.
+        CommandError: a mistake in configuration, data set or weights, or an earlier run in the folder.
     """
     stop, run_dir = stop or StopSignals(), Path(config.train.run_dir)
     try:

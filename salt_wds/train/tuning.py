@@ -40,7 +40,7 @@ class TunedStep:
     utilisation: Utilisation
     checkpointing: str
     lines: list[str]
-    """For the start of a run."""
+    """What to print at the start of a run."""
 
 
 def tuned_step(

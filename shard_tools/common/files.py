@@ -1,4 +1,4 @@
-"""Files that survive a crash: written to a temporary file, synced and renamed; locked, hashed, appended line by line."""
+"""Files that survive a crash: written to a temporary file, synced, renamed; locked, hashed, appended by lines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file so that its name only ever shows the whole content; see `replace_file`."""
+    """Write a file atomically; see `replace_file`."""
     with replace_file(path, durable=durable) as temporary:
         temporary.write_bytes(data)
 

@@ -1,4 +1,4 @@
-"""`python -m shard_tools.index DIR`: make a data set of tars that another tool wrote, without touching them."""
+"""`python -m shard_tools.index DIR`: make a data set from tars that another tool wrote, without changing them."""
 
 from __future__ import annotations
 

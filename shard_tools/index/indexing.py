@@ -1,4 +1,4 @@
-"""Make a data set of tars that another tool wrote, without touching them.
+"""Make a data set from tars that another tool wrote, without changing them.
 
 Each tar gets an index beside it, and dataset.json is written last: it makes the folder a data set for training,
 `verify` and the rest. If nothing may be written beside the tars, another folder receives links to them. The same tars

@@ -57,7 +57,7 @@ class TierEstimate:
     shards: int
     bytes: int
     pack_seconds: float
-    decoded: float  # clips a second that one core decodes
+    decoded: float  # clips per second that one core decodes
     fed: float  # the same, with the resize
 
 
@@ -203,7 +203,7 @@ def clip_frames(num_frames: int) -> list[int]:
 
 
 def _measure_writing(folder: Path, free: int) -> float:
-    """Bytes a second that a file without a name takes in this folder, the sync included.
+    """Write speed of an unnamed file in this folder, in bytes per second, including the sync.
 
     Raises:
         OSError: the folder cannot be written to, the disk is full, or the like.

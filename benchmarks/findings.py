@@ -4,8 +4,8 @@
     python benchmarks/findings.py runs/motion --out benchmarks/results/findings.json
 
 Takes the clips and the first seed's teacher of a finished benchmark, trains a teacher and students that differ from the
-benchmark's in one setting, and probes each student (attentive probe on unseen clips). Losses of different targets cannot
-be compared, so the probes are compared with R2. The benchmark's own students count among the runs.
+benchmark's in one setting, and probes each student (attentive probe on unseen clips). Losses of different targets
+cannot be compared, so the probes are compared with R2. The benchmark's own students count among the runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main() -> int:
         accuracy = f"student {100 * run['top1']:.1f} %  its teacher {100 * run['teacher_top1']:.1f} %"
         print(f"{name:<28} R2 {run['r2']:.3f}  {accuracy}")
     print(
-        f"R2 of the loss and probe accuracy over {len(rows)} runs: r = {correlation:.2f}, r squared {correlation**2:.2f}"
+        f"R2 of the loss and probe accuracy over {len(rows)} runs: r = {correlation:.2f}, "
+        f"r squared {correlation**2:.2f}"
     )
     result = harness.setting("torch") | {"plan": plan, "seed": seed, "runs": runs, "r2_to_top1": correlation}
     harness.save(result, args.out)

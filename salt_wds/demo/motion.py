@@ -1,8 +1,8 @@
 """The motion benchmark: does an encoder learn what only motion shows? Run by `python -m salt_wds.demo`.
 
-Clips of `shard_tools.synth` (8 motions; a single frame does not show the class), SALT's two stages on them without labels,
-then attentive probes and k-NN on the frozen encoders: a random one, the teacher, the student, and the student fine-tuned
-with labels. Probes learn from the training clips and are measured on clips of another seed of the generator.
+Clips of `shard_tools.synth` (8 motions; a single frame does not show the class), SALT's two stages on them without
+labels, then attentive probes and k-NN on the frozen encoders: a random one, the teacher, the student, and the student
+fine-tuned with labels. Probes learn from the training clips and are measured on clips of another seed of the generator.
 """
 
 from __future__ import annotations

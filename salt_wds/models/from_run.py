@@ -84,8 +84,8 @@ def load_run_teacher(weights: Path, config: Config) -> tuple[Teacher, str] | Non
     ):
         if wanted != native:
             raise CommandError(
-                f"{path}: a teacher for clips of data.{key} = {native}, this run has {wanted}; its positions are learned, "
-                f"so set data.{key} = {native}, or train a teacher for {wanted}"
+                f"{path}: a teacher for clips of data.{key} = {native}, this run has {wanted}; its positions are "
+                f"learned, so set data.{key} = {native}, or train a teacher for {wanted}"
             )
     encoder.norm = nn.Identity()
     teacher = Teacher(encoder, encoder.width, encoder.num_tokens, encoder.blocks, encoder.heads)

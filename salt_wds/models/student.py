@@ -206,8 +206,8 @@ class QueryKeyValue(nn.Linear):
     """timm's product for query, key and value, without a gradient for the key's bias.
 
     That bias adds the same number to all scores of a query, which softmax removes (BEiT and VideoMAE have none), so its
-    gradient is only rounding error. AdamW divides by the size of gradients and would turn it into whole steps that differ
-    with the number of ranks.
+    gradient is only rounding error. AdamW divides by the size of gradients and would turn it into whole steps that
+    differ with the number of ranks.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -267,11 +267,11 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _init_as_mae(student: Student) -> None:
-    """Initialise as MAE (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, query, key and value as one matrix each
-    (MoCo v3), the patch embedding as a linear layer with a kernel of its own for each frame of a tubelet.
+    """Initialise as MAE (arXiv 2111.06377, facebookresearch/mae): Xavier-uniform, every kernel on its own.
 
-    timm's standard deviation of 0.02 suits widths of about 768. In narrow models its blocks add almost nothing at first,
-    and motion, which only products of features show, is learned late.
+    Query, key and value count as one matrix each (MoCo v3), and each frame of a tubelet has a kernel of its own. timm's
+    standard deviation of 0.02 suits widths of about 768. In narrow models its blocks add almost nothing at first, and
+    motion, which only products of features show, is learned late.
     """
     for name, module in student.named_modules():
         if isinstance(module, nn.Linear):

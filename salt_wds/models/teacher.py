@@ -1,7 +1,7 @@
 """The frozen teacher, whose tokens the student regresses: published VideoMAE weights, an earlier run, or plain pixels.
 
-Published weights go into transformers' own `VideoMAEModel`; no remote code runs. The target is the tokens after the last
-block, before any norm (SALT, arXiv 2509.24317; MVD, ruiwang2021/mvd), so a checkpoint's later layers are left out.
+Published weights go into transformers' own `VideoMAEModel`; no remote code runs. The target is the tokens after the
+last block, before any norm (SALT, arXiv 2509.24317; MVD, ruiwang2021/mvd): a checkpoint's later layers are left out.
 
 Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens, D width.
 """

@@ -72,7 +72,8 @@ def locate_weights(weights: str) -> tuple[Path, Path | None]:
         found = [path / name for name in _WEIGHT_FILES if (path / name).is_file()]
         if not found:
             raise CommandError(
-                f"{path}: expected {' or '.join(_WEIGHT_FILES)} in this folder, or a run with checkpoints (teacher.weights)"
+                f"{path}: expected {' or '.join(_WEIGHT_FILES)} in this folder, or a run with checkpoints "
+                "(teacher.weights)"
             )
         file = found[0]
     elif path.is_file():
@@ -240,7 +241,8 @@ _STATED = {  # field of Architecture: its name in config.json of OpenGVLab, of H
     "num_frames": ("num_frames", "num_frames"),
 }
 # Keys that would change the tokens and have no place in VideoMAEModel, with the value that changes nothing.
-_UNSUPPORTED = {"cos_attn": False, "use_learnable_pos_emb": False, "init_values": 0, "qk_scale": None, "hidden_act": "gelu"}  # fmt: skip
+_UNSUPPORTED = {"cos_attn": False, "use_learnable_pos_emb": False, "init_values": 0, "qk_scale": None}
+_UNSUPPORTED |= {"hidden_act": "gelu"}
 
 
 def read_architecture(weights: Weights, config_file: Path | None) -> Architecture:

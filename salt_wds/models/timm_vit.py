@@ -79,10 +79,11 @@ def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid
     try:
         source = cast(VisionTransformer, timm.create_model(config.arch, pretrained=True, num_classes=0))
     except (OSError, RuntimeError, ValueError) as error:
+        fetch = f"import timm; timm.create_model('{config.arch}', pretrained=True)"
         raise CommandError(
-            f"student.pretrained: no image weights for {config.arch} ({one_line(error)[:300] or type(error).__name__}); "
-            f"where there is a network, run `python -c \"import timm; timm.create_model('{config.arch}', pretrained=True)\"` "
-            "and copy the folder ~/.cache/huggingface here, or set student.pretrained = false"
+            f"student.pretrained: no image weights for {config.arch} ({one_line(error)[:300] or type(error).__name__})"
+            f'; where there is a network, run `python -c "{fetch}"` and copy the folder ~/.cache/huggingface here, or '
+            "set student.pretrained = false"
         ) from None
     patches = cast(PatchEmbed, source.patch_embed)
     state, wanted = source.state_dict(), vit.state_dict()

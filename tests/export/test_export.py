@@ -188,7 +188,7 @@ def test_other_folders_are_refused_in_a_line(run, tmp_path):
     ("changes", "message"),
     [
         ({"model_type": "x"}, "model_type: Input should be 'salt-wds-encoder'"),
-        ({"format_version": 2}, r"format_version: Input should be 1\); export the run again, or use the salt_wds that wrote"),
+        ({"format_version": 2}, r"format_version: Input should be 1\); export the run again, or use"),
         ({"depth": "x"}, "depth: Input should be a valid integer"),
         ({"colours": "x"}, "colours: Extra inputs are not permitted"),
         ({"num_frames": 6}, r"grid \(2, 2, 2\) is not that of 6 frames of 32"),
@@ -319,9 +319,11 @@ def test_the_card_names_data_teacher_settings_and_numbers(dataset, tmp_path):
     splits = ", ".join(f"{name} {split.samples}" for name, split in read_dataset(dataset).splits.items())
     for words in (
         "CC-BY-NC-4.0", "no commercial use", "| teacher | OpenGVLab/VideoMAEv2-Base |", "| objective | latents |",
-        f"{splits} videos, 4 classes", plan_hash, "| mask | tube, 75% of the tokens |", "| steps | 20 of 40, batches of 16 |",
+        f"{splits} videos, 4 classes", plan_hash, "| mask | tube, 75% of the tokens |",
+        "| steps | 20 of 40, batches of 16 |",
         "| masked loss in training | 0.75 | 20 |", "| R2 of the masked tokens (0: predicting the mean) | 0.1875 | 20 |",
-        "| held-out loss | 0.95 | 10 |", "Probe `motion`: 4 classes, trained on 90 clips, measured on 1,000, 2 x 3 views, in percent.",
+        "| held-out loss | 0.95 | 10 |",
+        "Probe `motion`: 4 classes, trained on 90 clips, measured on 1,000, 2 x 3 views, in percent.",
         "| student | 20 | 71.2 | 1.5 | - | 50.0 | - |", "| random | - | 25.0 | 1.2 | - | - | - |",
         "Probe `older`: its file cannot be read.", "crops of 0.5 to 1.0 of the picture", "Made by salt_wds ",
     ):  # fmt: skip

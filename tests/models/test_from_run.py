@@ -104,7 +104,7 @@ def test_stage_2_trains_on_it(make_config, folder, capsys, caplog):
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ("data.num_frames=8", r"step-00000020: a teacher for clips of data\.num_frames = 4, this run has 8; .*so set data"),
+        ("data.num_frames=8", r"step-00000020: a teacher for clips of data\.num_frames = 4, this run has 8; .*so set"),
         ("data.size=64", r"a teacher for clips of data\.size = 32, this run has 64"),
     ],
 )  # fmt: skip

@@ -42,7 +42,8 @@ def test_only_matrices_and_kernels_decay():
     assert (no_decay["name"], no_decay["weight_decay"]) == ("no_decay", 0.0)
     assert names_of(model, decay) == {"kernel.weight", "linear.weight"}
     assert names_of(model, no_decay) == {
-        "kernel.bias", "linear.bias", "norm.weight", "norm.bias", "spatial_positions", "temporal_positions", "mask_token",
+        "kernel.bias", "linear.bias", "norm.weight", "norm.bias", "spatial_positions", "temporal_positions",
+        "mask_token",
     }  # fmt: skip
     assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6 for group in optimizer.param_groups)
 
@@ -93,7 +94,7 @@ def test_set_learning_rate(tensor):
 @pytest.mark.parametrize("mode", ["visible", "dense"])
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_224"])
 def test_norms_biases_positions_and_mask_tokens_do_not_decay(mode, arch):
-    """By the modules that own them, not by their names: every norm, bias, position table and mask token, and no more."""
+    """By the modules that own them, not by their names; and everything else decays."""
     config = StudentConfig(
         arch=arch, mode=mode, width=32, depth=2, heads=2, predictor_width=16, predictor_depth=2, predictor_heads=2
     )

@@ -94,7 +94,8 @@ def test_a_run_learns_and_names_its_targets(make_config, tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings",
     [["student.mode=dense", "train.precision=bf16", "train.attention=math"],
-     ["train.micro_batch=2", "train.validate_every=1", "train.validate_batches=1", "loss.target_norm=none", "loss.kind=l1"]],
+     ["train.micro_batch=2", "train.validate_every=1", "train.validate_batches=1", "loss.target_norm=none",
+      "loss.kind=l1"]],
     ids=str,
 )  # fmt: skip
 def test_every_way_of_training_runs(make_config, tmp_path, settings):

@@ -40,8 +40,8 @@ def batch(clips: int = 2, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, torch.
 def image_model_of(student: Student, grid=GRID) -> torch.nn.Module:
     """timm's 2D model with the student's weights: what the inflation came from."""
     vit = timm.create_model(
-        "vit_base_patch16_224", img_size=(16 * grid[1], 16 * grid[2]), num_classes=0, class_token=False, global_pool="avg",
-        fc_norm=False, embed_dim=SIZES["width"], depth=SIZES["depth"], num_heads=SIZES["heads"],
+        "vit_base_patch16_224", img_size=(16 * grid[1], 16 * grid[2]), num_classes=0, class_token=False,
+        global_pool="avg", fc_norm=False, embed_dim=SIZES["width"], depth=SIZES["depth"], num_heads=SIZES["heads"],
     )  # fmt: skip
     state = student.encoder.state_dict()
     del state["temporal_positions"]

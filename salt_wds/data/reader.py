@@ -24,7 +24,6 @@ _TRANSIENT = frozenset(
     (errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO, errno.ECONNRESET)
 )
 _FIRST_PAUSE_S = 0.05  # before the first retry; doubled each time
-_ONE_READ = 64 << 10  # JSON and payload this close together are read at once
 _MAX_OPEN = 64  # shards
 
 Content = TypeVar("Content")
@@ -68,10 +67,10 @@ class Reader:
             OSError: the shard cannot be read, after all retries.
             HashMismatchError: the bytes are not those that were packed, after all retries.
         """
+        record = self._with_retries(shard, functools.partial(self._read_json, shard, row))
         if row.ext in FRAME_TIERS:
-            record = self._with_retries(shard, lambda: self._read_json(shard, row))
             return record, self._frames(shard, row, record, numbers)
-        return self._with_retries(shard, lambda: self._read_whole(shard, row))
+        return record, self._with_retries(shard, functools.partial(self._read_payload, shard, row))
 
     def take_recovered(self) -> Exception | None:
         """The error, if any, that a retry has overcome since the last call."""
@@ -93,27 +92,19 @@ class Reader:
                 time.sleep(_FIRST_PAUSE_S * 2**attempt if isinstance(error, OSError) else 0)
                 attempt += 1
 
-    def _read_whole(self, shard: int, row: Row) -> tuple[dict[str, Any], bytes]:
-        if row.json_size and row.json_offset < row.payload_offset < row.json_offset + row.json_size + _ONE_READ:
-            data = self._pread(shard, row.json_offset, row.payload_offset + row.payload_size - row.json_offset)
-            record = self._parse(shard, row, data[: row.json_size])
-            payload = data[row.payload_offset - row.json_offset :]
-        else:
-            record = self._read_json(shard, row)
-            payload = self._pread(shard, row.payload_offset, row.payload_size)
-        if xxhash.xxh3_64_intdigest(payload) != row.xxh3_payload:
-            raise self._mismatch(shard, row, row.ext)
-        return record, payload
-
     def _read_json(self, shard: int, row: Row) -> dict[str, Any]:
         if not row.json_size:
             return {}
-        return self._parse(shard, row, self._pread(shard, row.json_offset, row.json_size))
-
-    def _parse(self, shard: int, row: Row, data: bytes) -> dict[str, Any]:
+        data = self._pread(shard, row.json_offset, row.json_size)
         if xxhash.xxh3_64_intdigest(data) != row.xxh3_json:
             raise self._mismatch(shard, row, "json")
         return json.loads(data)
+
+    def _read_payload(self, shard: int, row: Row) -> bytes:
+        payload = self._pread(shard, row.payload_offset, row.payload_size)
+        if xxhash.xxh3_64_intdigest(payload) != row.xxh3_payload:
+            raise self._mismatch(shard, row, row.ext)
+        return payload
 
     def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[bytes]:
         for number in numbers:

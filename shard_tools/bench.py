@@ -291,7 +291,7 @@ def _read(reads: Reads, seconds: float, repeat: bool, stop: threading.Event) -> 
 
 
 def tier_rates(tier: str, samples: Reads, measured: list[Measurement]) -> dict[str, dict[str, Any]]:
-    """Clips a second for each tier, from the fastest cold reading of samples.
+    """Clips per second for each tier, from the fastest cold reading of samples.
 
     For this data set's tier as measured; for the others as many as fit into the same bytes a second.
     """

@@ -144,7 +144,7 @@ def bare_limit(config: Config, seconds: float) -> float:
 
 
 def _decode_only(config: Config, seconds: float, worker: int) -> float:
-    """Clips a second of one process over the positions of one of the loader's workers."""
+    """Clips per second of one process over the positions of one of the loader's workers."""
     data = config.data
     catalog = open_catalog(data.folders, data.split)
     order, reader = make_order(catalog, data, config.train.seed), Reader(catalog, 0)

@@ -118,7 +118,7 @@ def _stack(blocks: Iterable[nn.Module], width: int, heads: int, tokens: int) -> 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOPs a second that count as 100 %, and the source of the figure."""
+    """FLOPs per second that count as 100 %, and the source of the figure."""
 
     flops_per_sec: float
     source: str
@@ -126,14 +126,14 @@ class Peak:
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Turns clips a second into MFU."""
+    """Turns clips per second into MFU."""
 
     workload: Workload
     peak: Peak | None
     """Of one device; None where MFU means nothing: on a CPU."""
 
     def mfu(self, clips_per_sec: float, devices: int = 1) -> float | None:
-        """MFU at so many clips a second over all devices."""
+        """MFU at this rate of clips per second over all devices."""
         if self.peak is None:
             return None
         return clips_per_sec * self.workload.flops() / (self.peak.flops_per_sec * devices)
@@ -164,7 +164,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> float:
-    """FLOPs a second of the product of two square matrices, 8192 wide on a GPU and 1024 on a CPU; the best of 5."""
+    """FLOPs per second of the product of two square matrices, 8192 wide on a GPU and 1024 on a CPU; the best of 5."""
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))

@@ -33,7 +33,7 @@ def make_key(text: str) -> str:
 
 @dataclass(frozen=True)
 class Video:
-    """What a decoder needs to know: pixels, frames, frames a second, and how colour is coded (see COLOURS)."""
+    """What a decoder needs to know: pixels, frames, frames per second, and how colour is coded (see COLOURS)."""
 
     codec: str
     width: int

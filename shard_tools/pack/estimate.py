@@ -1,4 +1,4 @@
-"""What `pack --dry-run` says about each storage tier: bytes, time to pack, and how many clips a second it can feed.
+"""What `pack --dry-run` says about each storage tier: bytes, time to pack, and how many clips per second it can feed.
 
 A few of the videos are packed in memory and decoded again, in one thread; the others are assumed to be like them, byte
 for byte. The planner counts the shards. Nothing stays on the disk: writing is measured with a temporary file without a
@@ -256,7 +256,7 @@ def _assumptions(result: Estimate, workers: int) -> Iterator[str]:
 
 
 def verdict(result: Estimate, cores: int, want: int) -> str:
-    """Which tiers feed `want` clips a second with these cores, and the smallest of them that fits; one line."""
+    """Which tiers feed `want` clips per second with these cores, and the smallest of them that fits; one line."""
     enough = [tier for tier in result.tiers if _needed(tier, want) <= cores]
     fitting = [tier for tier in enough if tier.bytes <= result.free]
     goal = f"{want:,} clips/s"

@@ -124,7 +124,7 @@ def _first_frame(header: bytes) -> tuple[int, int, str | None, str]:
 
 @functools.lru_cache
 def _rate(frame_ns: int) -> float:
-    """Frames a second: the closest fraction of small numbers, as a container's nanoseconds are rounded."""
+    """Frames per second: the closest fraction of small numbers, as a container's nanoseconds are rounded."""
     if not 10**6 <= frame_ns <= 10**9:
         raise _Unusual
     return round(float(1 / Fraction(frame_ns, 10**9).limit_denominator(_MOST_RATE)), 6)

@@ -168,7 +168,7 @@ def test_every_schedule_rises_once_and_stays_within_its_bounds(drawn):
     [
         (["optim.schedule=constant", "optim.decay_steps=50"], 'optim.decay_steps: schedule = "constant" never decays'),
         (["optim.schedule=wsd"], 'optim.wsd_decay_steps: schedule = "wsd" needs the length of its decay'),
-        (["optim.wsd_decay_steps=5"], "optim.wsd_decay_steps: "),
+        (["optim.wsd_decay_steps=5"], 'optim.wsd_decay_steps: only schedule = "wsd" has one'),
         (["optim.warmup_steps=200"], "optim.decay_steps: must exceed the 200 warmup_steps"),
         (
             ["optim.schedule=wsd", "optim.wsd_decay_steps=190"],

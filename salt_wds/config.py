@@ -117,7 +117,7 @@ class DataConfig(Section):
         require(self.size % PATCH == 0, "size", f"must be a multiple of the patch ({PATCH})")
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
-            require(low <= high, name, "must be [least, most]")
+            require(low <= high, name, "must be [minimum, maximum]")
         require(self.crop_ratio[0] >= 0.1 and self.crop_ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
         require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
         folders = len(self.folders)

@@ -94,7 +94,7 @@ def check_single_batch(config: Config, ledger_path: Path) -> str:
     clips = batch["clips"]
     return (
         f"clips {tuple(clips.shape)} {clips.dtype}, {clips.numel() / 1e6:.1f} MB, mean {clips.float().mean():.1f}, "
-        f"decode {batch['ms']['decode']:.1f} ms a clip, {len(batch['failures'])} failures"
+        f"decode {batch['ms']['decode']:.1f} ms per clip, {len(batch['failures'])} failures"
     )
 
 

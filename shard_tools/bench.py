@@ -126,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
         facts = {"dir": str(args.dir), "tier": dataset.frames, "samples": len(samples.table), "bytes": size}
         print(json.dumps({**facts, "measurements": records, "feeds": feeds, "remarks": remarks}))
         return OK
-    print("clips a second that the drive alone could feed, from cold single samples (without decoding):")
+    print("clips per second that the drive alone could feed, from cold single samples (without decoding):")
     for tier, feed in feeds.items():
-        kind = "measured" if feed["measured"] else "estimated from bytes a clip"
+        kind = "measured" if feed["measured"] else "estimated from bytes per clip"
         print(f"  {tier:<8}{feed['clips_per_second']:>12,.0f} clips/s at {feed['bytes_a_clip'] / 1e6:.3f} MB  ({kind})")
     print(*(f"- {remark}" for remark in remarks), sep="\n")
     return OK

@@ -61,7 +61,7 @@ def test_resolved_configuration_reads_back_equal(write):
         ("mask.ratio=1.0", "mask.ratio: Input should be less than 1"),
         ("train.compile=fast", "train.compile: Input should be 'max-autotune'"),
         ("objective=pixel", "objective: Input should be 'latents' or 'pixels'"),
-        ("data.crop_scale=[0.9, 0.5]", "data.crop_scale: must be [least, most]"),
+        ("data.crop_scale=[0.9, 0.5]", "data.crop_scale: must be [minimum, maximum]"),
         ("data.crop_scale=[0.5, -1]", "data.crop_scale.1: Input should be greater than 0, found -1"),
         (
             "data.shards=",

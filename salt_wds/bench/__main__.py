@@ -26,7 +26,7 @@ from shard_tools.common.cli import (
 
 _EXIT_CODES = "0 measured; 2 usage or configuration"
 _PARTS = {
-    "loader": "Clips a second to collated batches, time a clip by stage, and the limit of bare decoding.",
+    "loader": "Clips per second up to collated batches, time per clip by stage, and the limit of bare decoding.",
     "step": "Forward, backward and update on generated clips; no data is read.",
     "end-to-end": "Loader and step together, against each alone.",
 }

@@ -182,7 +182,7 @@ def loader_table(result: dict[str, Any]) -> str:
             f"a clip    {busy:8.2f} ms of one worker: "
             + ", ".join(f"{ms[stage]:.2f} {stage}" for stage in _BUSY)
             + f"; {ms['wait']:.2f} ms waiting for a free slot",
-            f"taking    {result['taking_ms']:8.2f} ms a clip, of the training process",
+            f"taking    {result['taking_ms']:8.2f} ms per clip, in the training process",
             f"drive     {gigabytes:8.3f} GB/s ({result['bytes_a_clip'] / 1e3:.0f} kB a clip, tier {result['tier']})",
             f"start     {result['first_batch_s']:8.2f} s to the first batch; {result['failures']} failures",
             f"verdict   {_verdict(result, busy)}",
@@ -215,7 +215,7 @@ def forecast_table(result: dict[str, Any]) -> str:
         for item in result["forecast"]
     ]
     lines += [
-        f"measured  {tier['tier']}: {tier['worker_ms']:.2f} ms a clip of one worker, {tier['taking_ms']:.3f} ms of the "
+        f"measured  {tier['tier']}: {tier['worker_ms']:.2f} ms per clip of one worker, {tier['taking_ms']:.3f} ms of the "
         f"training process, {tier['bytes_a_clip'] / 1e3:.0f} kB read"
         for tier in result["measured"]
     ]

@@ -116,7 +116,7 @@ class Loader:
         shares = np.divide(weights := data.weights or sizes, sum(weights))
         return [
             f"data      split {catalog.split}: {samples:,} samples in {len(catalog.files)} shards, "
-            f"{samples / data.batch_size:.1f} batches of {data.batch_size} an epoch",
+            f"{samples / data.batch_size:.1f} batches of {data.batch_size} per epoch",
             *(
                 f"          {part.folder} ({part.name}): {size:,} samples, {share:.1%} of the positions"
                 for part, size, share in zip(catalog.parts, sizes, shares, strict=True)

@@ -136,7 +136,7 @@ def available_memory() -> tuple[int, str]:
             continue
         used -= int(stat.get("inactive_file", 0))  # page cache that the kernel gives back
         if limit != "max" and int(limit) - used < free:
-            free, limited_by = max(int(limit) - used, 0), f"control group, {limit_file}"
+            free, limited_by = max(int(limit) - used, 0), f"cgroup, {limit_file}"
     return free, limited_by
 
 

@@ -131,7 +131,7 @@ class VideoEncoder(nn.Module):
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[1] != c.num_frames or frames.shape[4] != 3:
             raise ValueError(
                 f"frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 RGB (B, {c.num_frames}, H, W, 3): "
-                f"{c.num_frames} frames, one of {c.frame_stride} of the video"
+                f"{c.num_frames} frames, one in every {c.frame_stride} of the video"
             )
         weight = self.network.patch_embed.weight
         b, t, height, width, _ = frames.shape

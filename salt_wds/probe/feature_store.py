@@ -68,7 +68,7 @@ class FeatureStore:
             return f"features  kept in {self._folder}: {size}"
         if self._keeps(part):
             return f"features  kept in a temporary folder ({self._folder}): {size}"
-        return f"features  made anew in every epoch: {size} is more than data.memory_gb = {self._limit / 1e9:g}"
+        return f"features  recomputed in every epoch: {size} is more than data.memory_gb = {self._limit / 1e9:g}"
 
     def once(self, part: Part) -> Iterator[Features]:
         """All clips of a part, in order where it has views."""

@@ -100,7 +100,7 @@ def probe(
 
 
 def _measure_all(config: ProbeConfig, store: FeatureStore, data: ProbeData) -> dict[str, dict[str, Any]]:
-    """Results by encoder: attentive probes of the classes, nearest neighbours, the time's arrow."""
+    """Results by encoder: attentive probes of the classes, nearest neighbours, the arrow of time."""
     views = Views(config.data.segments, config.data.crops)
     results, measured = _attentive(config, store, data, data.classes, config.probe.epochs, views)
     if config.knn.k:

@@ -32,7 +32,7 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 def read_sample(folder: Path, row: dict[str, Any], foreign: bool) -> SampleInfo:
     """What KEY.json says of the sample of an index row.
 
-    The JSON in tars of other tools may say anything: if `foreign`, the video itself is probed.
+    The JSON in tars from other tools may say anything: if `foreign`, the video itself is probed.
 
     Raises:
         SampleError: it cannot be read.

@@ -172,7 +172,7 @@ def read_dataset(folder: Path) -> Dataset:
     except FileNotFoundError:
         raise DatasetError(
             f"{folder}: not a data set, it has no {DATASET_FILE} (written last, so a pack that was interrupted has "
-            "none: run the same pack command again to finish it; tars of other tools: python -m shard_tools.index)"
+            "none: run the same pack command again to finish it; tars from other tools: python -m shard_tools.index)"
         ) from None
     remedy = "pack again with --overwrite, or restore the file"
     try:

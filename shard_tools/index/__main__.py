@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--ext", type=_ext, metavar="EXT", help="extension of the video, if samples have several (default: the first)"
     )
-    parser.add_argument("--classes", type=path, metavar="FILE", help="names of the classes in order, one a line")
+    parser.add_argument("--classes", type=path, metavar="FILE", help="names of the classes in order, one per line")
     parser.add_workers("tars read at once")
     args = parser.parse_args(argv)
     names = _class_names(args.classes) if args.classes else None
@@ -52,13 +52,13 @@ def _class_names(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
-        raise CommandError(f"--classes {path}: not UTF-8 text; write one name a line") from None
+        raise CommandError(f"--classes {path}: not UTF-8 text; write one name per line") from None
     while names and not names[-1]:
         names.pop()
     twice = [name for name, count in Counter(names).items() if count > 1 or not name]
     if twice or not names:
         wrong = f"{twice[0]!r} occurs twice, or a line is empty" if twice else "no names in it"
-        raise CommandError(f"--classes {path}: {wrong}; write one name a line")
+        raise CommandError(f"--classes {path}: {wrong}; write one name per line")
     return names
 
 

@@ -243,7 +243,7 @@ def number_labels(scans: Sequence[Scan], names: list[str] | None) -> list[str]:
         found = sorted({text for table in tables for text in table["label_text"].unique().to_pylist()} - {None})
         strange = set(found) - set(names or found)
         if strange:
-            raise CommandError(f"--classes: label {min(strange)!r} is not in the file; add it, one name a line")
+            raise CommandError(f"--classes: label {min(strange)!r} is not in the file; add it, one name per line")
         return found if names is None else names
     most = max((number for table in tables for number in table["label"].unique().to_pylist() if number is not None),
                default=-1)  # fmt: skip

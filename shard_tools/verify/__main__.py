@@ -91,7 +91,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="RUN",
         help="check only the shards that the failure records of a training run name (its folder, or a ledger file)",
     )
-    parser.add_json("print one JSON object a problem instead of text")
+    parser.add_json("print one JSON object per problem instead of text")
     parser.add_workers("shards read at once")
     return parser.parse_args(argv)
 

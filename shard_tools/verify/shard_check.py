@@ -115,7 +115,7 @@ class ShardCheck(ABC):
         self.has_index = True
 
     def _indexed(self) -> Iterator[IndexedMember]:
-        """The members that the index has; tars of other tools may have samples without JSON."""
+        """The members that the index has; tars from other tools may have samples without JSON."""
         for key, row in self.rows.items():
             for part, ext in (("json", "json"), ("payload", row["ext"])):
                 if part == "payload" or row["json_size"]:

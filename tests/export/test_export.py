@@ -161,7 +161,9 @@ def test_other_shapes_are_refused(exported, shape):
         ValueError, match=rf"{re.escape(str(shape))}, this encoder takes normalised floats \(B, 3, 4, 32, 32\)"
     ):
         encoder(torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"expected uint8 RGB \(B, 4, H, W, 3\): 4 frames, one of 2 of the video"):
+    with pytest.raises(
+        ValueError, match=r"expected uint8 RGB \(B, 4, H, W, 3\): 4 frames, one in every 2 of the video"
+    ):
         encoder.preprocess(torch.zeros(shape, dtype=torch.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Indexing tars of other tools: what becomes a sample, labels, splits, links; never a file of others overwritten."""
+"""Indexing tars from other tools: what becomes a sample, labels, splits, links; never a file of others overwritten."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_numbers_are_the_same_however_features_are_kept(call, run, tmp_path, cap
 
 def test_encoders_are_chosen_by_name_and_features_made_anew(call, run, capsys):
     assert call("--encoders", "random,student", "--ema", settings=["knn.k=0", "data.memory_gb=0"]) == 0
-    assert "made anew in every epoch" in capsys.readouterr().out
+    assert "recomputed in every epoch" in capsys.readouterr().out
     result = results(run)
     assert list(result["encoders"]) == ["random", "student_ema"]
     assert result["step"] == 20

@@ -241,8 +241,13 @@ _STATED = {  # field of Architecture: its name in config.json of OpenGVLab, of H
     "num_frames": ("num_frames", "num_frames"),
 }
 # Keys that would change the tokens and have no place in VideoMAEModel, with the value that changes nothing.
-_UNSUPPORTED = {"cos_attn": False, "use_learnable_pos_emb": False, "init_values": 0, "qk_scale": None}
-_UNSUPPORTED |= {"hidden_act": "gelu"}
+_UNSUPPORTED: dict[str, Any] = {
+    "cos_attn": False,
+    "use_learnable_pos_emb": False,
+    "init_values": 0,
+    "qk_scale": None,
+    "hidden_act": "gelu",
+}
 
 
 def read_architecture(weights: Weights, config_file: Path | None) -> Architecture:

@@ -274,6 +274,7 @@ def test_refusals_are_one_line(encoder_folder, whole, dataset, embedded, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"empty"}
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_its_exit_code(encoder_folder, tmp_path, run_module):
     (tmp_path / "empty.mp4").touch()
     os.mkfifo(tmp_path / "pipe.mp4")

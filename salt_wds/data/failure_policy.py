@@ -1,4 +1,4 @@
-"""Count failures, warn as they repeat, and stop the run when there are too many."""
+"""Count failures, warn as they repeat or rise, and stop the run when there are too many."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 _RATE_SAMPLES = 256  # fewer samples give no rate
 _WINDOW_SAMPLES = 4096  # data.max_failure_rate refers to the last ones
+_RISING = 8  # fewer failures in a stretch than this are chance
 
 
 class LoaderStopped(Exception):
@@ -21,7 +22,7 @@ class LoaderStopped(Exception):
 
 
 class FailurePolicy:
-    """Counts failures, warns as they repeat, and stops the run when there are too many.
+    """Counts failures, warns as they repeat or rise, and stops the run when there are too many.
 
     Args:
         folders: of the data sets, as a command line takes them.
@@ -32,6 +33,7 @@ class FailurePolicy:
         self._consecutive = 0
         self._recent: deque[tuple[int, int]] = deque()  # (tried, failed) of the last batches
         self._tried = self._failed = 0  # sums over them
+        self._stretch_tried = self._stretch_failed = self._stretch_before = 0
         self._next_warning = 1
         self.total = 0
         self.by_kind: Counter[str] = Counter()
@@ -51,6 +53,7 @@ class FailurePolicy:
         tried = len(batch["keys"]) + len(lost)
         self._check_consecutive(batch["positions"], lost)
         self._check_rate(tried, lost)
+        self._warn_of_rise(tried, len(lost))
 
     def count(self, failure: Failure) -> None:
         """Count one failure; warn at the first, the 2nd, 4th, 8th ... so that many do not drown the log."""
@@ -82,6 +85,19 @@ class FailurePolicy:
                 f"{self._failed} of the last {self._tried} samples failed, more than data.max_failure_rate = "
                 f"{self._data.max_failure_rate:g} allows; {self._advice(lost)}"
             )
+
+    def _warn_of_rise(self, tried: int, failed: int) -> None:
+        """Warn when a stretch of samples has twice the failures of the stretch before."""
+        self._stretch_tried += tried
+        self._stretch_failed += failed
+        if self._stretch_tried < _WINDOW_SAMPLES // 4:
+            return
+        if self._stretch_failed >= max(_RISING, 2 * self._stretch_before):
+            log.warning(
+                "failures are rising: %d of the last %d samples, %d of as many before; %s",
+                self._stretch_failed, self._stretch_tried, self._stretch_before, self._advice(),
+            )  # fmt: skip
+        self._stretch_before, self._stretch_tried, self._stretch_failed = self._stretch_failed, 0, 0
 
     def _advice(self, failures: Sequence[Failure] = ()) -> str:
         names = ", ".join(f"{f.shard} {f.key}" for f in failures[-5:])

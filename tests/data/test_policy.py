@@ -1,4 +1,4 @@
-"""Too many failures: counted over the last samples, a warning as they repeat, a stop at the configured share."""
+"""Too many failures: counted over the last samples, a warning as they repeat or rise, a stop at the configured share."""
 
 import pytest
 
@@ -58,6 +58,14 @@ def test_repeated_failures_are_logged_with_their_counter(make_policy, caplog):
         policy.observe(batch(number, 1))
     logged = [record.getMessage().split(":")[0] for record in caplog.records]
     assert logged == [f"failure {count}" for count in (1, 2, 4, 8, 16)]
+
+
+def test_rising_failures_are_logged_with_their_counts(make_policy, caplog):
+    policy = make_policy(max_failure_rate=0.5)
+    for number in range(80):  # two stretches of some 1,024 samples, with 4 and with 62 failures
+        policy.observe(batch(number, 2 if number >= 32 else number < 4))
+    rising = [record.getMessage() for record in caplog.records if "rising" in record.getMessage()]
+    assert rising[0].startswith("failures are rising: 62 of the last 1054 samples, 4 of as many before; in all 66")
 
 
 def test_a_run_of_failures_stops(make_policy):

@@ -2,8 +2,8 @@
 
     python benchmarks/kill_train.py SHARDS --kills 20 --out benchmarks/results/kill_train.json
 
-A small model on a CPU, a checkpoint every other step, written in the background. Exit code 1 if the final weights, AdamW
-state or any loss differ by a bit, or if the run was over before the last kill.
+A small model on a CPU, a checkpoint every other step, written in the background. Exit code 1 if the final weights,
+AdamW state or any loss differ by a bit, or if the run was over before the last kill.
 """
 
 from __future__ import annotations

@@ -215,8 +215,8 @@ def forecast_table(result: dict[str, Any]) -> str:
         for item in result["forecast"]
     ]
     lines += [
-        f"measured  {tier['tier']}: {tier['worker_ms']:.2f} ms per clip of one worker, {tier['taking_ms']:.3f} ms of the "
-        f"training process, {tier['bytes_a_clip'] / 1e3:.0f} kB read"
+        f"measured  {tier['tier']}: {tier['worker_ms']:.2f} ms per clip of one worker, {tier['taking_ms']:.3f} ms of "
+        f"the training process, {tier['bytes_a_clip'] / 1e3:.0f} kB read"
         for tier in result["measured"]
     ]
     return "\n".join([*lines, *(f"assumed   {assumption}" for assumption in result["assumptions"])])

@@ -1,4 +1,4 @@
-"""`python -m salt_wds.embed ENCODER VIDEOS --out embeddings.parquet`: one vector per video, of files or of a data set."""
+"""`python -m salt_wds.embed ENCODER VIDEOS --out embeddings.parquet`: one vector per video of a folder or data set."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         "salt_wds.embed",
-        "One vector per video, the mean over tokens and views, into a parquet file with the columns key (the path below "
-        "VIDEOS, or the key in the data set), split, label, class, num_frames and embedding.",
+        "One vector per video, the mean over tokens and views, into a parquet file with the columns key (the path "
+        "below VIDEOS, or the key in the data set), split, label, class, num_frames and embedding.",
         exit_codes="0 every video has a row; 1 some could not be read, each named, and in .failures.jsonl beside FILE; "
         "2 usage; 130 interrupted, nothing written",
         page="encoder",

@@ -1,4 +1,4 @@
-"""Too many failures: counted over the last samples, a warning as they repeat or rise, a stop at the configured share."""
+"""Failures: counted over the last samples, a warning as they repeat or rise, a stop at the configured share."""
 
 import pytest
 

@@ -17,8 +17,8 @@ from shard_tools.format.ledger import Failure
 FIELDS = ["time", "stage", "dataset", "shard", "key", "offset", "rank", "worker", "pid", "epoch", "position",
           "error", "message", "traceback", "action", "attempt"]  # fmt: skip
 FULL = Failure(
-    time="2026-01-01T12:00:00.000+00:00", stage="decode", dataset="ssv2", shard="train-000012.tar", key="78687", offset=1536, rank=0,
-    worker=3, pid=4711, epoch=1, position=777, error="DecodeError", message="the video ends early",
+    time="2026-01-01T12:00:00.000+00:00", stage="decode", dataset="ssv2", shard="train-000012.tar", key="78687",
+    offset=1536, rank=0, worker=3, pid=4711, epoch=1, position=777, error="DecodeError", message="the video ends early",
     traceback="ValueError: decode.py:1 f", action="substituted", attempt=0,
 )  # fmt: skip
 SPARSE = Failure(stage="pack", error="BadVideoError", message="empty", action="skipped")

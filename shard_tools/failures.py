@@ -53,14 +53,14 @@ def _print(folder: Path, failures: list[Failure], counts: dict[str, Counter[str]
         if counter:
             print(f"by {heading}:")
             for name, count in counter.most_common():
-                print(f"  {count:>6}  {name}")
+                print(f"  {count:>6}  {one_line(name)}")
     last = {(f.shard or "(none)", f.key or "(none)"): f for f in failures}
     if keys:
         print("samples:")
     for (shard, key), count in keys.most_common(shown):
         failure = last[shard, key]
-        what = one_line(f"{failure.stage}: {failure.error}: {failure.message} ({failure.action})")
-        print(f"  {count:>6}  {shard} {key}: {what}")
+        what = f"{failure.stage}: {failure.error}: {failure.message} ({failure.action})"
+        print(f"  {count:>6}  {one_line(f'{shard} {key}: {what}')}")
     if len(keys) > shown:
         print(f"  ... and {len(keys) - shown} more (--keys {len(keys)})")
 

@@ -24,6 +24,8 @@ OK, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
+_CONTROL = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}  # a terminal obeys them
+
 T = TypeVar("T")
 
 _REMEDIES = {
@@ -175,8 +177,8 @@ def comma_separated(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]
 
 
 def one_line(text: object) -> str:
-    """The text without line breaks."""
-    return " ".join(str(text).split())
+    """The text without line breaks; a control character, such as those that clear a terminal, becomes `\\x1b`."""
+    return " ".join(str(text).split()).translate(_CONTROL)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -204,6 +206,7 @@ def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn
     except CommandError as error:
         code = fail(str(error))
     except KeyboardInterrupt:
+        exec("")  # if it came within an `exec`, CPython would end with SIGINT in place of our code; this forgets it
         print("interrupted; everything committed so far is kept", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:  # `... | head`: the reader is gone; the work stopped there, so the exit code is not 0
@@ -227,7 +230,8 @@ def dispatch(package: str, commands: Mapping[str, str]) -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         lines = [f"  {command:<{max(map(len, commands))}}  {what}" for command, what in commands.items()]
-        print(f"usage: {script} COMMAND ...\n\n" + "\n".join(lines) + f"\n\nOptions of each: {script} COMMAND --help")
+        text = f"usage: {script} COMMAND ...\n\n" + "\n".join(lines) + f"\n\nOptions of each: {script} COMMAND --help"
+        run(lambda _: print(text) or OK)
     elif name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

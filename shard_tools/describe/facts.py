@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shard_tools.common.cli import CommandError
+from shard_tools.common.cli import CommandError, one_line
 from shard_tools.describe.samples import SampleError, evenly_spaced, read_sample
 from shard_tools.format.dataset import Dataset, index_name
 from shard_tools.format.index import read_index
@@ -145,7 +145,8 @@ def format_facts(facts: dict[str, Any]) -> Iterator[str]:
     yield f"  classes     {classes['count']}{empty}"
     for name in ("largest", "smallest"):
         if classes[name]:
-            yield f"    {name:<10}{classes[name]['samples']:,} samples: {classes[name]['name'] or '(not named)'}"
+            called = one_line(classes[name]["name"] or "(not named)")
+            yield f"    {name:<10}{classes[name]['samples']:,} samples: {called}"
     splits = ", ".join(f"{count:,} in {split}" for split, count in classes["unlabelled_by_split"].items())
     yield f"  unlabelled  {classes['unlabelled']:,} samples" + (f" ({splits})" if splits else "")
     yield from _format_lengths(facts)

@@ -53,6 +53,7 @@ def run_main(body: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("return 0", 0, ""),
         ("return 1", 1, ""),
         ("raise CommandError('a: missing;\\n  look there')", 2, "error: a: missing; look there\n"),
+        ("raise CommandError('a\\x1b[2J\\x9b: missing')", 2, "error: a\\x1b[2J\\x9b: missing\n"),
         ("open('/missing/file')", 2, "error: /missing/file: No such file or directory; check the path\n"),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, INTERRUPTED),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 130, INTERRUPTED),
@@ -72,6 +73,19 @@ def test_a_second_signal_does_not_interrupt_the_clean_up_after_the_first() -> No
         f"    finally:\n        {kill.format('SIGINT')}; time.sleep(.2); print('clean')"
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "clean\n", INTERRUPTED)
+
+
+def test_a_signal_within_an_exec_ends_with_130(tmp_path: Path) -> None:
+    """dataclasses and torch are made by `exec`; CPython ends `-m` with SIGINT after a KeyboardInterrupt in one."""
+    (tmp_path / "interrupted.py").write_text(
+        "from shard_tools.common.cli import run\n"
+        "run(lambda _: exec('import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, INTERRUPTED)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -111,6 +125,20 @@ def test_a_closed_pipe_stops_the_command_without_a_message(body: str) -> None:
     os.close(read)
     try:
         done = run_main(body, stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("words", [["shard_tools"], ["salt_wds", "--help"]])
+def test_a_closed_pipe_behind_the_list_of_commands_leaves_no_traceback(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True,
+            check=False, timeout=60,
+        )  # fmt: skip
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (130, "")

@@ -60,7 +60,7 @@ def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
             sync_file(temporary)
         temporary.rename(path)
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):
+        if error.errno is None or str(error.filename or temporary) != str(temporary):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name the file
     finally:

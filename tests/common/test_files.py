@@ -41,6 +41,9 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError, match="elsewhere"), replace_file(tmp_path / "x"):
         (tmp_path / "elsewhere").read_text()
+    with pytest.raises(FileNotFoundError) as caught:  # names the file, not the temporary one that could not be made
+        write_atomic(tmp_path / "missing" / "x", b"")
+    assert str(caught.value.filename) == str(tmp_path / "missing" / "x")
     with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "y") as folder:
         interrupted(folder)
     assert list(tmp_path.iterdir()) == []

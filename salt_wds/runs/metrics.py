@@ -43,7 +43,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl, without one that a crash cut short.
+    """All lines of a metrics.jsonl that have a step: not one that a crash cut short, nor one edited into nonsense.
 
     Raises:
         CommandError: there is no such file.
@@ -52,7 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines, _ = read_json_lines(path)
     except FileNotFoundError:
         raise CommandError(f"{path}: no metrics; is this the folder of a run?") from None
-    return [line for line in lines if isinstance(line.get("step"), int)]
+    return [line for line in lines if type(step := line.get("step")) is int and 0 <= step < 2**63]
 
 
 def _open_after(path: Path, step: int) -> GrowingFile:

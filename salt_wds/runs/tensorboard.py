@@ -44,7 +44,9 @@ class Board:
     def add(self, line: Mapping[str, Any]) -> None:
         """The numbers of one line of metrics, at its step and the time it was written."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(line)]
-        self._add(Event(wall_time=line.get("time", time.time()), step=line["step"], summary=Summary(value=values)))
+        written = line.get("time")
+        when = written if type(written) in (int, float) else time.time()
+        self._add(Event(wall_time=when, step=line["step"], summary=Summary(value=values)))
 
     def sync(self) -> None:
         self._file.sync()

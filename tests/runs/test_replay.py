@@ -57,6 +57,15 @@ def test_what_the_run_writes_itself_is_the_same(tmp_path):
     assert read_board(tmp_path / "live" / "tensorboard") == read_board(tmp_path / "again")
 
 
+def test_edited_lines_are_left_out_or_undated(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in (True, -1, 2**64, "3", None)]
+    lines += [{"step": 4, "loss": 0.5, "time": "noon"}, {"step": 5, "loss": "low"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay.main([str(tmp_path), "--tensorboard", str(tmp_path / "board")]) == 0
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(4, 0.5)]
+
+
 def test_refusals_in_one_line(a_run, tmp_path, capsys):
     replay.main([str(a_run), "--tensorboard", str(tmp_path / "board")])
     with pytest.raises(CommandError, match="holds event files already"):

@@ -70,34 +70,7 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     sent: list[str] = []
     stop = threading.Event()
 
-    def send(pid: int, number: signal.Signals, name: str) -> None:
-        try:
-            if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-                os.kill(pid, number)
-                sent.append(name)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            pass  # it is gone already: not a disturbance
-
-    def enemy() -> None:
-        while len(sent) < disturbances and not stop.is_set():
-            time.sleep(rng.uniform(0.0, 2.0))
-            if rng.randrange(12):
-                number = rng.choice(SIGNALS)
-                send(int(in_flight[0]["pid"][rng.randrange(2)]), number, number.name)
-                continue
-            known = fork_servers()
-            for pid in known:
-                send(pid, signal.SIGKILL, "fork server")
-            deadline = time.monotonic() + (10.0 if rng.randrange(2) else 0.0)
-            while time.monotonic() < deadline and not stop.is_set():
-                if new := fork_servers() - known:
-                    send(new.pop(), signal.SIGKILL, "fork server that starts")
-                    break
-                time.sleep(0.01)
-            while not stop.is_set() and not all(p and psutil.pid_exists(p) for p in in_flight[0]["pid"].tolist()):
-                time.sleep(0.1)  # a server needs seconds to start: let it
-
-    thread = threading.Thread(target=enemy, daemon=True)
+    thread = threading.Thread(target=send_signals, args=(in_flight, disturbances, rng, stop, sent), daemon=True)
     started = time.monotonic()
     iterator = iter(loader)
     batches = [content(next(iterator))]
@@ -117,7 +90,7 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
     quiet = iter(Loader(config, folder / "quiet.jsonl"))
     reference = [content(batch) for batch in islice(quiet, len(batches))]
     quiet.close()
-    del quiet, thread, enemy
+    del quiet, thread
     gc.collect()
     time.sleep(1.0)
     behind = {name: count - before[name] for name, count in belongings().items()}
@@ -132,6 +105,40 @@ def disturb(config, folder: Path, disturbances: int, rng: random.Random) -> dict
         "same_sequence": batches == reference,
         "left_behind": {name: count for name, count in behind.items() if count > 0},
     }
+
+
+def send_signals(in_flight: list, count: int, rng: random.Random, stop: threading.Event, sent: list[str]) -> None:
+    """Send `count` signals to workers and fork servers at random moments; names of what was hit go to `sent`.
+
+    Args:
+        in_flight: the loader's in-flight table, in a list.
+    """
+
+    def send(pid: int, number: signal.Signals, name: str) -> None:
+        try:
+            if pid and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                os.kill(pid, number)
+                sent.append(name)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            pass  # it is gone already: not a disturbance
+
+    while len(sent) < count and not stop.is_set():
+        time.sleep(rng.uniform(0.0, 2.0))
+        if rng.randrange(12):
+            number = rng.choice(SIGNALS)
+            send(int(in_flight[0]["pid"][rng.randrange(2)]), number, number.name)
+            continue
+        known = fork_servers()
+        for pid in known:
+            send(pid, signal.SIGKILL, "fork server")
+        deadline = time.monotonic() + (10.0 if rng.randrange(2) else 0.0)
+        while time.monotonic() < deadline and not stop.is_set():
+            if new := fork_servers() - known:
+                send(new.pop(), signal.SIGKILL, "fork server that starts")
+                break
+            time.sleep(0.01)
+        while not stop.is_set() and not all(p and psutil.pid_exists(p) for p in in_flight[0]["pid"].tolist()):
+            time.sleep(0.1)  # a server needs seconds to start
 
 
 def fork_servers() -> set[int]:

@@ -27,13 +27,13 @@ from salt_wds.train.tuning import synthetic_batch, tuned_step
 def bench_end_to_end(config: Config, steps: int) -> dict[str, Any]:
     """Step alone, loader alone, both; `steps` steps (batches) of each, after all prefetched batches were taken."""
     device, clips = pick_device(config.train.device), config.data.batch_size
+    loader_alone, _, _ = _run(config, steps, device, None)  # first: a wrong path is reported before networks are built
     torch.manual_seed(config.train.seed)
     models = build_models(config, device)
     tuned = tuned_step(config, models, device, clips)
     update = make_update(config, models.student, tuned)
     synthetic = synthetic_batch(config, clips, device)
     alone = time_updates(lambda: update(synthetic), steps, device)
-    loader_alone, _, _ = _run(config, steps, device, None)
     seconds, waited, failures = _run(config, steps, device, update)
     together = seconds / steps
     return {

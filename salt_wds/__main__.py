@@ -3,7 +3,7 @@
 from shard_tools.common.cli import dispatch
 
 COMMANDS = {
-    "preflight": "check that data, workers, memory and models of a configuration work on this machine",
+    "preflight": "check data, workers, memory and models before a long run",
     "train": "train a student encoder against a frozen teacher",
     "report": "write one HTML page about a run, or several side by side",
     "probe": "measure a run's frozen encoder with probes on labelled clips",

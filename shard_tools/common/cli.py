@@ -206,7 +206,9 @@ def run(main: Callable[[list[str] | None], int], leave: Callable[[int], NoReturn
     except CommandError as error:
         code = fail(str(error))
     except KeyboardInterrupt:
-        exec("")  # if it came within an `exec`, CPython would end with SIGINT in place of our code; this forgets it
+        # A KeyboardInterrupt inside an `exec` (dataclasses and torch use it) makes CPython end the process with SIGINT
+        # instead of our exit code; the next `exec` clears that flag.
+        exec("")
         print("interrupted; everything committed so far is kept", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:  # `... | head`: the reader is gone; the work stopped there, so the exit code is not 0

@@ -48,7 +48,7 @@ def make_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = build_student(config.student, grid=config.grid, target_width=24, checkpointing="off")
+        student = build_student(config.student, grid=config.grid, target_width=24)
         with torch.no_grad():
             for parameter in student.parameters():  # nothing is left at the values it began with
                 parameter.add_(0.05 * torch.randn_like(parameter))

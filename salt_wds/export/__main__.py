@@ -20,15 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=path, metavar="RUN", help="folder of a run; its newest whole checkpoint is taken")
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--ema", action="store_true", help="export the moving average of the parameters (optim.ema)")
-    parser.add_argument("--timm", action="store_true", help=f"also write {TIMM_FILE}, for timm's image model")
-    parser.add_argument(
-        "--torch-export", action="store_true", help=f"also write {PROGRAM_FILE}, a torch.export program"
-    )
+    for option, file, what in (
+        ("--timm", TIMM_FILE, "weights for timm's image model"),
+        ("--torch-export", PROGRAM_FILE, "a torch.export program"),
+    ):
+        parser.add_argument(
+            option, action="append_const", dest="extras", const=file, default=[], help=f"also write {file}, {what}"
+        )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT as a whole")
     args = parser.parse_args(argv)
-    extras = [file for file, wanted in ((TIMM_FILE, args.timm), (PROGRAM_FILE, args.torch_export)) if wanted]
     try:
-        lines = export_run(args.run, args.out, ema=args.ema, extras=extras, overwrite=args.overwrite)
+        lines = export_run(args.run, args.out, ema=args.ema, extras=args.extras, overwrite=args.overwrite)
     except ParityError as error:
         print(f"{error}; nothing was written to {args.out}", file=sys.stderr)
         return PROBLEMS

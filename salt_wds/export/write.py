@@ -5,6 +5,7 @@ The folder is written beside and renamed, so OUT holds a whole export or what it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,18 @@ from salt_wds import __version__
 from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from salt_wds.export.formats import FORMATS, check_parity, random_clip
 from salt_wds.export.model_card import licence_of, model_card
-from salt_wds.models.exported import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, is_export, load_encoder, save_encoder
+from salt_wds.models.exported import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    EncoderConfig,
+    fingerprint,
+    is_export,
+    load_encoder,
+)
 from salt_wds.models.frozen import FrozenEncoder, student_of
-from salt_wds.models.student import Student
+from salt_wds.models.student import Encoder, Student
+from salt_wds.runs.checkpoint import save_tensors
 from shard_tools.common.cli import CommandError
 from shard_tools.common.files import replace_folder
 
@@ -58,13 +68,40 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _write(folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras: Sequence[str]) -> list[str]:
-    run, student = frozen.config, frozen.network
-    assert isinstance(student, Student)
+    assert isinstance(frozen.network, Student)
     assert frozen.plan_hash is not None
-    config = save_encoder(
-        folder,
-        student.encoder,
+    config = _write_encoder(folder, frozen.network.encoder, frozen)
+    encoder = load_encoder(folder)
+    clip = random_clip(config)
+    with torch.inference_mode():
+        difference = (encoder(clip) - frozen.network.encode(clip)).abs().max().item()
+    check_parity(WEIGHTS_FILE, difference)
+    files = {
+        WEIGHTS_FILE: "the encoder, fp32",
+        CONFIG_FILE: "sizes, input of the encoder, size and hash of the weights",
+        **{file: FORMATS[file](encoder, folder / file) for file in extras},
+    }
+    card = model_card(config, run_dir, frozen.config, frozen.plan_hash, name, files)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    return [
+        f"{WEIGHTS_FILE}: {frozen.name} of {run_dir}, step {frozen.step:,}, {config.weights.bytes / 1e6:,.1f} MB; same "
+        f"tokens of a random clip as the run's encoder, largest difference {difference:.3g}",
+        *(f"{file}: {files[file]}" for file in extras),
+    ]
+
+
+def _write_encoder(folder: Path, network: Encoder, frozen: FrozenEncoder) -> EncoderConfig:
+    """Write weights and config.json; returns the content of the latter."""
+    run = frozen.config
+    assert frozen.step is not None
+    tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in network.state_dict().items()}
+    save_tensors(tensors, folder / WEIGHTS_FILE)
+    config = EncoderConfig(
         arch=run.student.arch,
+        width=network.width,
+        depth=len(network.blocks),
+        heads=network.heads,
+        grid=network.grid,
         num_frames=run.data.num_frames,
         frame_stride=run.data.frame_stride,
         size=run.data.size,
@@ -74,23 +111,8 @@ def _write(folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras
         mode=run.student.mode,
         step=frozen.step,
         ema=frozen.name == "student_ema",
+        weights=fingerprint(folder / WEIGHTS_FILE),
         created_by={"salt_wds": __version__, "torch": torch.__version__, "timm": timm.__version__},
     )
-    encoder = load_encoder(folder)
-    clip = random_clip(config)
-    with torch.inference_mode():
-        difference = (encoder(clip) - student.encode(clip)).abs().max().item()
-    check_parity(WEIGHTS_FILE, difference)
-    files = {
-        WEIGHTS_FILE: "the encoder, fp32",
-        CONFIG_FILE: "sizes, input of the encoder, size and hash of the weights",
-    }
-    for file in extras:
-        files[file] = FORMATS[file](encoder, folder / file)
-    card = model_card(config, run_dir, run, frozen.plan_hash, name, files)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    return [
-        f"{WEIGHTS_FILE}: {frozen.name} of {run_dir}, step {frozen.step:,}, {config.weights.bytes / 1e6:,.1f} MB; same "
-        f"tokens of a random clip as the run's encoder, largest difference {difference:.3g}",
-        *(f"{file}: {files[file]}" for file in extras),
-    ]
+    (folder / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    return config

@@ -50,8 +50,7 @@ def build_models(config: Config, device: torch.device) -> Models:
         CommandError: weights are missing or of another layout, or sizes do not fit each other.
     """
     teacher = pixel_targets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
-    # Checkpointing is set with the step, which may have to measure it first (tuning).
-    student = build_student(config.student, grid=config.grid, target_width=teacher.width, checkpointing="off")
+    student = build_student(config.student, grid=config.grid, target_width=teacher.width)
     return Models(teacher.to(device), student.to(device).train())
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from salt_wds.config import PATCH, TUBELET, NonNegativeInt, PositiveInt, Section, StudentConfig, Text
 from salt_wds.models.student import Encoder, build_encoder
-from salt_wds.runs.checkpoint import save_tensors
 from shard_tools.common.cli import CommandError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
@@ -212,31 +211,6 @@ def is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(table, dict) and table.get("model_type") == MODEL_TYPE
-
-
-def save_encoder(folder: Path, network: Encoder, **described: Any) -> EncoderConfig:
-    """Write weights and config.json into an existing folder; returns the content of config.json.
-
-    Args:
-        described: the fields of EncoderConfig that the network does not determine.
-
-    Raises:
-        OSError: the disk is full or the folder not writable.
-    """
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in network.state_dict().items()
-    }
-    save_tensors(tensors, folder / WEIGHTS_FILE)
-    config = EncoderConfig(
-        width=network.width,
-        depth=len(network.blocks),
-        heads=network.heads,
-        grid=network.grid,
-        weights=fingerprint(folder / WEIGHTS_FILE),
-        **described,
-    )
-    (folder / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-    return config
 
 
 def fingerprint(path: Path) -> WeightsFile:

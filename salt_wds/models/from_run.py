@@ -52,11 +52,17 @@ def load_student(path: Path, config: Config, *, ema: bool = False) -> Student:
     """
     tensors = checkpoint.load_student(path, ema=ema)
     head = "predictor.head.weight" if config.student.mode == "visible" else "head.weight"
-    untrained = config.student.model_copy(update={"pretrained": False})
-    with torch.random.fork_rng(devices=[]):
-        student = build_student(untrained, grid=config.grid, target_width=len(tensors[head]), checkpointing="off")
+    student = random_student(config, len(tensors[head]))
     student.load_state_dict(tensors)
     return student
+
+
+def random_student(config: Config, target_width: int, seed: int = 0) -> Student:
+    """The student of a run before its first step, its weights drawn from `seed`; torch's generator keeps its state."""
+    untrained = config.student.model_copy(update={"pretrained": False})
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_student(untrained, grid=config.grid, target_width=target_width)
 
 
 def load_run_teacher(weights: Path, config: Config) -> tuple[Teacher, str] | None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from salt_wds.config import Config
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.models.build import build_teacher
-from salt_wds.models.from_run import find_checkpoint, load_student
-from salt_wds.models.student import Student, build_student
+from salt_wds.models.from_run import find_checkpoint, load_student, random_student
+from salt_wds.models.student import Student
 from salt_wds.models.teacher import Teacher
 from salt_wds.runs.folder import read_run
 from shard_tools.common.cli import CommandError
@@ -84,10 +84,7 @@ def student_of(run_dir: Path, device: torch.device, *, ema: bool = False) -> Fro
 
 def random_of(config: Config, device: torch.device, seed: int = 0) -> FrozenEncoder:
     """The student of a run before its first step: the same architecture with random weights of `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        untrained = config.student.model_copy(update={"pretrained": False})
-        student = build_student(untrained, grid=config.grid, target_width=1, checkpointing="off")
+    student = random_student(config, 1, seed)
     return FrozenEncoder("random", student.to(device).eval().requires_grad_(False), config, device)
 
 

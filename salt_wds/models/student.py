@@ -32,13 +32,12 @@ Checkpointing = Literal["off", "selective", "full"]
 _INIT_STD = 0.02  # as in timm's ViT
 
 
-def build_student(config: StudentConfig, *, grid: Grid, target_width: int, checkpointing: Checkpointing) -> Student:
+def build_student(config: StudentConfig, *, grid: Grid, target_width: int) -> Student:
     """Student with weights drawn from torch's global generator (seed it first), or inflated from an image model.
 
     Args:
         grid: (t, h, w) tokens of a clip.
         target_width: width of the teacher's tokens.
-        checkpointing: see `Student.set_checkpointing`.
 
     Raises:
         CommandError: `student.arch` is not a timm VisionTransformer with patch 16, sizes do not fit each other, or
@@ -56,7 +55,6 @@ def build_student(config: StudentConfig, *, grid: Grid, target_width: int, check
     student = Student(encoder, predictor, target_width)
     if config.init == "mae":
         _init_as_mae(student)
-    student.set_checkpointing(checkpointing)
     return student
 
 
@@ -109,14 +107,12 @@ class Student(nn.Module):
         return self.encoder.transform(embeddings + positions)
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """Choose what the backward pass recomputes: nothing, every block's MLP, or every block.
+        """Choose what the backward pass recomputes: nothing (at first), every block's MLP, or every block.
 
         Raises:
             CommandError: selective, and the blocks are not timm's plain ones.
         """
-        stacks: list[Encoder | Predictor] = [self.encoder]
-        if self.predictor is not None:
-            stacks.append(self.predictor)
+        stacks = [module for module in self.modules() if isinstance(module, Encoder | Predictor)]
         others = {type(block).__name__ for stack in stacks for block in stack.blocks if type(block) is not Block}
         if checkpointing == "selective" and others:
             raise CommandError(

@@ -16,19 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import VideoMAEConfig, VideoMAEModel
+from transformers import VideoMAEModel
 
 from salt_wds.config import PATCH, TUBELET
-from salt_wds.models.teacher_weights import (
-    Architecture,
-    load_strictly,
-    locate_weights,
-    map_keys,
-    read_architecture,
-    read_state,
-)
+from salt_wds.models.teacher_weights import build_videomae, load_videomae
 from salt_wds.models.timm_vit import Grid, tubelets
-from shard_tools.common.cli import CommandError
 
 logger = logging.getLogger(__name__)
 
@@ -91,20 +83,17 @@ def load_teacher(
             "tests and dry runs only, its student learns nothing useful",
             *(random_width, random_depth, random_heads, seed),
         )
-        architecture = Architecture(random_width, random_depth, random_heads, 4 * random_width)
-        model = _build(architecture, "teacher.random_heads", seed)
+        sizes = {
+            "hidden_size": random_width, "num_hidden_layers": random_depth, "num_attention_heads": random_heads,
+            "intermediate_size": 4 * random_width, "layer_norm_eps": 1e-6,
+        }  # fmt: skip
+        model, native = build_videomae(sizes, "teacher.random_heads", seed), (8, 14, 14)
     else:
-        file, config_file = locate_weights(weights)
-        found = map_keys(read_state(file), file)
-        architecture = read_architecture(found, config_file)
-        model = _build(architecture, str(config_file or file), seed)
-        load_strictly(model, found, config_file)
-        logger.info("teacher: %s, %s", file, architecture)
-    grid = (num_frames // TUBELET, size // PATCH, size // PATCH)
-    positions = position_table(architecture.grid, grid, architecture.width)
-    return Teacher(
-        _VideoMAE(model, positions), architecture.width, positions.shape[1], model.encoder.layer, architecture.heads
-    )
+        model, native = load_videomae(weights)
+    width, grid = model.config.hidden_size, (num_frames // TUBELET, size // PATCH, size // PATCH)
+    positions = position_table(native, grid, width)
+    heads = model.config.num_attention_heads
+    return Teacher(_VideoMAE(model, positions), width, positions.shape[1], model.encoder.layer, heads)
 
 
 def pixel_targets(num_tokens: int) -> Teacher:
@@ -153,28 +142,3 @@ def position_table(native: Grid, grid: Grid, width: int) -> Tensor:
         return table[None]
     volume = table.T.reshape(1, width, *native)
     return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False).flatten(2).transpose(1, 2)
-
-
-def _build(architecture: Architecture, source: str, seed: int) -> VideoMAEModel:
-    """transformers' model with random weights from `seed`, its own position table cut to one token and not used."""
-    if architecture.width % architecture.heads:
-        raise CommandError(f"{source}: {architecture.heads} heads do not divide a width of {architecture.width}")
-    config = VideoMAEConfig.from_dict(
-        {
-            "image_size": PATCH,
-            "patch_size": PATCH,
-            "num_frames": TUBELET,
-            "tubelet_size": TUBELET,
-            "hidden_size": architecture.width,
-            "num_hidden_layers": architecture.depth,
-            "num_attention_heads": architecture.heads,
-            "intermediate_size": architecture.hidden,
-            "layer_norm_eps": architecture.eps,
-            "qkv_bias": architecture.qkv_bias,
-            "use_mean_pooling": True,  # then there is no norm after the last block
-        },
-        attn_implementation="sdpa",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of the CPU; torch.manual_seed would reseed the GPUs too
-        return VideoMAEModel(config)

@@ -1,4 +1,4 @@
-"""Published VideoMAE weights: find and read the file, map its keys to transformers' names, load them strictly.
+"""Published VideoMAE weights, loaded strictly into transformers' own model.
 
 They come in two layouts, OpenGVLab's (VideoMAEv2) and Hugging Face's, under several prefixes. A key that is missing,
 unknown or of another shape is an error: lenient loaders have zeroed the query and value biases of such checkpoints in
@@ -11,55 +11,64 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import VideoMAEConfig, VideoMAEModel
 
 from salt_wds.config import PATCH, TUBELET
+from salt_wds.models.hub import fetch
 from salt_wds.models.timm_vit import Grid
 from shard_tools.common.cli import CommandError, one_line
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_HUB_FILES = ("config.json", "model.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_TIMEOUT = 4.0  # seconds for each address of the hub
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a VideoMAE encoder; `size` and `num_frames` are those it was trained at."""
+def load_videomae(weights: str) -> tuple[VideoMAEModel, Grid]:
+    """The model with published weights, and the grid of tokens it was trained at.
 
-    width: int
-    depth: int
-    heads: int
-    hidden: int
-    eps: float = 1e-6
-    qkv_bias: bool = True
-    size: int = 224
-    num_frames: int = 16
+    Args:
+        weights: a file, a folder or a hub name, as `teacher.weights`.
 
-    @property
-    def grid(self) -> Grid:
-        return self.num_frames // TUBELET, self.size // PATCH, self.size // PATCH
+    Raises:
+        CommandError: the weights are missing, damaged, or not those of a VideoMAE encoder with tubelet 2 and patch 16.
+    """
+    file, config_file = locate_weights(weights)
+    tensors, sizes = map_keys(read_state(file), file)
+    sizes |= stated_sizes(config_file) if config_file else {}
+    model = build_videomae(sizes, str(config_file or file))
+    _load_strictly(model, tensors, file, config_file)
+    logger.info("teacher: %s, %s", file, sizes)
+    side = sizes.get("image_size", 224) // PATCH
+    return model, (sizes.get("num_frames", 16) // TUBELET, side, side)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Tensors of an encoder under the names of transformers 5; keys without a counterpart keep their own."""
+def build_videomae(sizes: dict[str, Any], source: str, seed: int = 0) -> VideoMAEModel:
+    """transformers' model with random weights from `seed`, but for its position table, which is cut to one token.
 
-    file: Path
-    layout: str
-    tensors: dict[str, Tensor]
+    Args:
+        sizes: by the names of VideoMAEConfig; `source`, for the message, is where they stand.
+
+    Raises:
+        CommandError: the heads do not divide the width.
+    """
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width % heads:
+        raise CommandError(f"{source}: {heads} heads do not divide a width of {width}")
+    # The table is not used, and transformers computes it slowly, number by number. With mean pooling there is no norm
+    # after the last block.
+    unused = {"image_size": PATCH, "num_frames": TUBELET, "use_mean_pooling": True}
+    config = VideoMAEConfig.from_dict({**sizes, **unused}, attn_implementation="sdpa")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU; torch.manual_seed would reseed the GPUs too
+        return VideoMAEModel(config)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -79,7 +88,11 @@ def locate_weights(weights: str) -> tuple[Path, Path | None]:
     elif path.is_file():
         file = path
     elif _HUB_NAME.fullmatch(weights) and path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        file = _download(weights)
+        remedy = (
+            f"download config.json and model.safetensors of https://huggingface.co/{weights} into one folder and use "
+            "--set teacher.weights=/path/to/folder"
+        )
+        _, file = fetch(weights, ("config.json", "model.safetensors"), "teacher.weights", remedy)
     else:
         raise CommandError(
             f"teacher.weights = {weights!r}: no such file or folder; give a folder with config.json and "
@@ -87,23 +100,6 @@ def locate_weights(weights: str) -> tuple[Path, Path | None]:
         )
     config_file = file.parent / "config.json"
     return file, config_file if config_file.is_file() else None
-
-
-def _download(repository: str) -> Path:
-    """model.safetensors of a hub repository in the local cache, with its config.json beside it."""
-    try:
-        try:
-            return [Path(hf_hub_download(repository, name, local_files_only=True)) for name in _HUB_FILES][-1]
-        except LocalEntryNotFoundError:
-            # One request without retries first: the client's download retries for half a minute without a network.
-            get_hf_file_metadata(hf_hub_url(repository, _HUB_FILES[0]), timeout=_HUB_TIMEOUT)
-            return [Path(hf_hub_download(repository, name)) for name in _HUB_FILES][-1]
-    except Exception as error:  # the client raises HTTP, cache and disk errors of many kinds
-        raise CommandError(
-            f"teacher.weights = {repository!r}: no such folder here, not in the cache, and the hub does not give it "
-            f"({type(error).__name__}: {one_line(error)[:300]}); download {' and '.join(_HUB_FILES)} of "
-            f"https://huggingface.co/{repository} into one folder and use --set teacher.weights=/path/to/folder"
-        ) from None
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -134,10 +130,10 @@ def read_state(file: Path) -> dict[str, Any]:
     return loaded
 
 
-# --- the two layouts ----------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------------
 
-_PROJECTION = "embeddings.patch_embeddings.projection."
 _UNUSED = re.compile(r"((layer|fc_|encoder_)?norm|head|classifier|decoder|encoder_to_decoder)\..*|mask_token")
+_PROJECTION = "embeddings.patch_embeddings.projection."
 _OPENGVLAB = {  # part of a key: its name in transformers
     "patch_embed.proj.": _PROJECTION,
     "blocks.": "encoder.layer.",
@@ -152,20 +148,22 @@ _OPENGVLAB = {  # part of a key: its name in transformers
 _BEFORE_5 = {".attention.q_bias": ".attention.query.bias", ".attention.v_bias": ".attention.value.bias"}
 
 
-def map_keys(state: dict[str, Any], file: Path) -> Weights:
-    """Recognise the layout by its blocks and rename its keys; what comes after the blocks is left out.
+def map_keys(state: dict[str, Any], file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the encoder under the names of transformers 5, and the sizes that their shapes show.
+
+    What comes after the blocks is left out; keys without a counterpart keep their names.
 
     Raises:
         CommandError: another model's state dict.
     """
     if any(re.match(r"((module|model|videomae)\.)*encoder\.layer\.\d", key) for key in state):
-        layout, prefixes, names = "Hugging Face VideoMAE", r"^((module|model|videomae)\.)*", _BEFORE_5
+        prefixes, names, eps = r"^((module|model|videomae)\.)*", _BEFORE_5, 1e-12
     elif any(re.match(r"((module|model|encoder)\.)*blocks\.\d", key) for key in state):
-        layout, prefixes, names = "OpenGVLab VideoMAEv2", r"^((module|model|encoder)\.)*", _OPENGVLAB
+        prefixes, names, eps = r"^((module|model|encoder)\.)*", _OPENGVLAB, 1e-6
     else:
         raise CommandError(
             f"{file}: neither OpenGVLab VideoMAEv2 nor Hugging Face VideoMAE weights; its first keys are "
-            f"{_first(list(state)) or 'none'}"
+            f"{', '.join(list(state)[:3]) or 'none'}"
         )
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -178,7 +176,7 @@ def map_keys(state: dict[str, Any], file: Path) -> Weights:
                 tensors[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = third
         else:
             tensors[name if name not in tensors else key] = tensor
-    return Weights(file, layout, tensors)
+    return tensors, {**_sizes(tensors, file), "layer_norm_eps": eps}
 
 
 def _rename(name: str, names: dict[str, str]) -> str:
@@ -187,59 +185,43 @@ def _rename(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def load_strictly(model: nn.Module, weights: Weights, config_file: Path | None) -> None:
-    """Copy every tensor into the model, and leave none of the model's without.
+def _load_strictly(model: VideoMAEModel, tensors: dict[str, Tensor], file: Path, config_file: Path | None) -> None:
+    """Copy the tensors into the model.
 
     Raises:
         CommandError: keys are missing, unknown or of another shape, or a tensor is not finite.
     """
-    own = {_rename(name, _BEFORE_5): parameter for name, parameter in model.named_parameters()}
-    tensors = weights.tensors
-    problems = {
-        "missing": [name for name in own if name not in tensors],
-        "unexpected": [name for name in tensors if name not in own],
-        "of another shape": [
-            f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
-        ],
-        "with NaN or infinity": [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()],
-    }
-    found = [f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names]
-    if found:
+    own = {_rename(name, _BEFORE_5): name for name in model.state_dict()}
+    try:
+        model.load_state_dict({own.get(name, name): tensor for name, tensor in tensors.items()})
+    except RuntimeError as error:
         sizes = f" of the sizes in {config_file}" if config_file else ""
         raise CommandError(
-            f"{weights.file}: {weights.layout} weights, but not those of an encoder{sizes}: {'; '.join(found)}, as "
-            "transformers names them; download the file again, or give a complete checkpoint"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            f"{file}: not the weights of a VideoMAE encoder{sizes}, as transformers names them: "
+            f"{one_line(error)[:500]}; download the file again, or give a complete checkpoint"
+        ) from None
+    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise CommandError(f"{file}: NaN or infinity in {', '.join(damaged[:3])}; download the file again")
     biases = [tensor for name, tensor in tensors.items() if name.endswith((".query.bias", ".value.bias"))]
     if biases and not any(bias.any() for bias in biases):
         logger.warning(
             "%s: all query and value biases are zero; early versions of transformers 5 lose them when they save a "
             "checkpoint again: compare with the published file",
-            weights.file,
+            file,
         )
-
-
-def _first(names: Collection[str], count: int = 3) -> str:
-    return ", ".join(list(names)[:count]) + (", ..." if len(names) > count else "")
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 _HEADS = {1280: 16}  # ViT-H; the others of the family have heads of 64
-_STATED = {  # field of Architecture: its name in config.json of OpenGVLab, of Hugging Face
-    "width": ("embed_dim", "hidden_size"),
-    "depth": ("depth", "num_hidden_layers"),
-    "heads": ("num_heads", "num_attention_heads"),
-    "eps": ("layer_norm_eps", "layer_norm_eps"),
-    "qkv_bias": ("qkv_bias", "qkv_bias"),
-    "size": ("img_size", "image_size"),
-    "num_frames": ("num_frames", "num_frames"),
+_OPENGVLAB_SIZES = {  # a size's name in OpenGVLab's config.json: its name in transformers
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
 }
+_STATED = (*_OPENGVLAB_SIZES.values(), "layer_norm_eps", "qkv_bias", "num_frames")
 # Keys that would change the tokens and have no place in VideoMAEModel, with the value that changes nothing.
 _UNSUPPORTED: dict[str, Any] = {
     "cos_attn": False,
@@ -250,38 +232,42 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def read_architecture(weights: Weights, config_file: Path | None) -> Architecture:
-    """Sizes from the shapes of the tensors, and over them what config.json states.
-
-    So a config.json of 12 blocks beside a file that was cut to 10 is an error, not a teacher of 10 blocks.
-    """
-    kernel = weights.tensors.get(f"{_PROJECTION}weight")
-    hidden = weights.tensors.get("encoder.layer.0.intermediate.dense.weight")
+def _sizes(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
+    """What the shapes show, by the names of VideoMAEConfig."""
+    kernel = tensors.get(f"{_PROJECTION}weight")
+    hidden = tensors.get("encoder.layer.0.intermediate.dense.weight")
     if kernel is None or hidden is None or kernel.shape[1:] != (3, TUBELET, PATCH, PATCH):
         raise CommandError(
-            f"{weights.file}: expected block 0 and a patch embedding of (D, 3, {TUBELET}, {PATCH}, {PATCH}), found "
+            f"{file}: expected block 0 and a patch embedding of (D, 3, {TUBELET}, {PATCH}, {PATCH}), found "
             f"{None if kernel is None else tuple(kernel.shape)}; give a VideoMAE checkpoint with tubelet {TUBELET} and "
             f"patch {PATCH}"
         )
     width = kernel.shape[0]
-    blocks = {int(match[1]) for name in weights.tensors if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
-    heads = _HEADS.get(width, max(width // 64, 1))
-    shown = Architecture(width, max(blocks) + 1, heads, hidden.shape[0])
-    if config_file is None:
-        return replace(shown, eps=1e-12) if weights.layout.startswith("Hugging Face") else shown
-    return replace(shown, **_stated(config_file))
+    blocks = [int(match[1]) for name in tensors if (match := re.match(r"encoder\.layer\.(\d+)\.", name))]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": max(blocks) + 1,
+        "num_attention_heads": _HEADS.get(width, max(width // 64, 1)),
+        "intermediate_size": hidden.shape[0],
+    }
 
 
-def _stated(config_file: Path) -> dict[str, Any]:
-    """The fields of `Architecture` that config.json states."""
+def stated_sizes(config_file: Path) -> dict[str, Any]:
+    """What config.json states, by the names of VideoMAEConfig.
+
+    It goes before the shapes: 12 blocks beside a file that was cut to 10 are an error, not a teacher of 10 blocks.
+
+    Raises:
+        CommandError: it is not that of a VideoMAE encoder.
+    """
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CommandError(f"{config_file}: not JSON ({error}); download it again") from None
     if isinstance(config, dict) and isinstance(config.get("model_config"), dict):
-        config, column = config["model_config"], 0
+        config = {_OPENGVLAB_SIZES.get(key, key): value for key, value in config["model_config"].items()}
     elif isinstance(config, dict) and config.get("model_type") == "videomae":
-        config, column = {"layer_norm_eps": 1e-12, "qkv_bias": config.get("qv_bias", True), **config}, 1
+        config = {"layer_norm_eps": 1e-12, "qkv_bias": config.get("qv_bias", True), **config}
     else:
         raise CommandError(
             f"{config_file}: describes neither an OpenGVLab VideoMAEv2 (model_config) nor a Hugging Face VideoMAE "
@@ -290,4 +276,4 @@ def _stated(config_file: Path) -> dict[str, Any]:
     for key, value in _UNSUPPORTED.items():
         if (config.get(key) or value) != value:
             raise CommandError(f"{config_file}: {key} = {config[key]!r} is not that of a VideoMAE teacher")
-    return {field: config[keys[column]] for field, keys in _STATED.items() if keys[column] in config}
+    return {key: config[key] for key in _STATED if key in config}

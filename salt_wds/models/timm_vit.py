@@ -6,16 +6,17 @@ Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w
 from __future__ import annotations
 
 import difflib
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from salt_wds.config import PATCH, TUBELET, StudentConfig
-from shard_tools.common.cli import CommandError, one_line
+from salt_wds.models.hub import fetch
+from shard_tools.common.cli import CommandError
 
 Grid = tuple[int, int, int]
 
@@ -66,7 +67,7 @@ def _wrong_arch(arch: str, problem: str) -> CommandError:
 
 
 def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid) -> None:
-    """Copy timm's published image weights into `vit`, without class token, positions resampled to (h, w).
+    """Copy timm's published image weights into `vit`, without class token, positions resampled to (h, w) by timm.
 
     Raises:
         CommandError: the configuration has other sizes, or there are no weights in the cache and no network.
@@ -76,21 +77,19 @@ def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid
             "student.pretrained = true has the sizes of the published weights; unset student.width, student.depth "
             "and student.heads, or set student.pretrained = false"
         )
-    try:
-        source = cast(VisionTransformer, timm.create_model(config.arch, pretrained=True, num_classes=0))
-    except (OSError, RuntimeError, ValueError) as error:
-        fetch = f"import timm; timm.create_model('{config.arch}', pretrained=True)"
-        raise CommandError(
-            f"student.pretrained: no image weights for {config.arch} ({one_line(error)[:300] or type(error).__name__})"
-            f'; where there is a network, run `python -c "{fetch}"` and copy the folder ~/.cache/huggingface here, or '
-            "set student.pretrained = false"
-        ) from None
-    patches = cast(PatchEmbed, source.patch_embed)
-    state, wanted = source.state_dict(), vit.state_dict()
-    positions = state["pos_embed"][:, -patches.num_patches :]  # class and register tokens come first
-    state["pos_embed"] = resample_abs_pos_embed(
-        positions, new_size=list(grid[1:]), old_size=list(patches.grid_size), num_prefix_tokens=0
+    published = timm.get_pretrained_cfg(config.arch)
+    if published is None or not published.hf_hub_id:
+        raise CommandError(f"student.pretrained: timm has no image weights for {config.arch}; set it to false")
+    remedy = "copy the folder ~/.cache/huggingface from a machine that has it, or set student.pretrained = false"
+    (file,) = fetch(
+        published.hf_hub_id, (published.hf_hub_filename or "model.safetensors",), "student.pretrained", remedy
     )
+    source = timm.create_model(
+        config.arch, pretrained=True, num_classes=0, img_size=image_vit_arguments(config, grid)["img_size"],
+        pretrained_cfg_overlay={"file": str(file), "custom_load": False},
+    )  # fmt: skip
+    state, wanted = source.state_dict(), vit.state_dict()
+    state["pos_embed"] = state["pos_embed"][:, -grid[1] * grid[2] :]  # class and register tokens come first
     for name in ("norm.weight", "norm.bias"):  # models that pool before their final norm call it fc_norm
         state.setdefault(name, state.get(f"fc_{name}"))
     unfit = [name for name in wanted if state.get(name) is None or state[name].shape != wanted[name].shape]

@@ -160,15 +160,16 @@ def make_charts(records: Sequence[RunRecord]) -> Iterator[Chart]:
     twin)."""
     several = len(records) > 1
     for title, unit, about, keys, zero in _CHARTS:
-        together = not several or (len(keys) == 2 and keys[1].startswith("val_"))
+        together = not several or keys[-1].startswith("val_")
         for names in [keys] if together else [(key,) for key in keys]:
-            curves = [
-                Curve(_curve_name(record, key, title, several), points, _COLOURS[colour % 8], key.startswith("val_"))
-                for number, record in enumerate(records)
-                for place, key in enumerate(names)
-                if (points := record.series(key))
-                for colour in [number if several else place]
-            ]
+            curves = []
+            for number, record in enumerate(records):
+                for place, key in enumerate(names):
+                    if points := record.series(key):
+                        colour = _COLOURS[(number if several else place) % len(_COLOURS)]
+                        curves.append(
+                            Curve(_curve_name(record, key, title, several), points, colour, key.startswith("val_"))
+                        )
             nothing_failed = keys == ("failures",) and not any(y for curve in curves for _, y in curve.points)
             if curves and not nothing_failed:
                 heading = title if together or len(keys) == 1 else f"{title}: {_NAMES[names[0]]}"

@@ -12,12 +12,11 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +89,21 @@ class Gallery:
     spreads: dict[str, TokenSpread] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def without(self, what: str) -> Iterator[None]:
+        """Go on without `what` if the data set, weights or memory for it are missing; `problems` then says why."""
+        try:
+            yield
+            return
+        except (CommandError, LoaderStopped) as error:
+            problem = str(error)
+        except OSError as error:
+            problem = describe_os_error(error)
+        except torch.OutOfMemoryError as error:  # the run itself may have the GPU
+            problem = f"{one_line(error)}; try --device cpu"
+        self.problems.append(f"No {what}: {problem}")
+        log.warning("no %s: %s", what, problem)
+
 
 def make_gallery(record: RunRecord, clips: int, device: torch.device) -> Gallery:
     """At most `clips` clips of a run's first batch, and neighbours among a few hundred others."""
@@ -97,34 +111,25 @@ def make_gallery(record: RunRecord, clips: int, device: torch.device) -> Gallery
     if record.config is None:
         gallery.problems.append(f"No pictures: {record.config_problem}")
         return gallery
-    config, tokens, encoders = record.config, {}, []
-    with tempfile.TemporaryDirectory(prefix="report-") as scratch:
+    config = record.config
+    with tempfile.TemporaryDirectory(prefix="report-") as scratch, gallery.without("clips"):
         ledger = _copy_ledgers(record.folder, Path(scratch))
-        shown = _or_problem(gallery, "No clips", lambda: _first_batch(config, clips, ledger))
-        if shown is None:
-            return gallery
-        batch, classes = shown
-        for name, load in _encoders(record, config, device).items():
-            found = _or_problem(gallery, f"No tokens of the {name}", lambda: _tokens(load(), batch))  # noqa: B023
-            if found is not None:
-                encoders.append(found[0])
-                tokens[name] = found[1]
-        _show_clips(gallery, config, batch, classes, tokens)
+        loader = _loader(config, ledger, min(clips, config.data.batch_size))
+        with closing(iter(loader)) as batches:
+            batch = next(batches)
+        encoders, tokens = [], {}
+        for name in ("teacher", "student") if config.objective == "latents" else ("student",):
+            with gallery.without(f"tokens of the {name}"):
+                encoder = teacher_of(config, device) if name == "teacher" else student_of(record.folder, device)
+                tokens[name] = encode(encoder, batch)
+                encoders.append(encoder)
+        _show_clips(gallery, config, batch, loader.catalog.classes, tokens)
         gallery.encoders = ", ".join(f"{e.name} of step {e.step:,}" if e.step else e.name for e in encoders)
         gallery.spreads = {name: token_spread(own) for name, own in tokens.items() if len(own) > 1}
         if encoders:
-            _or_problem(gallery, "No neighbours", lambda: _show_neighbours(gallery, config, encoders, ledger))
+            with gallery.without("neighbours"):
+                _show_neighbours(gallery, config, encoders, ledger)
     return gallery
-
-
-def _encoders(record: RunRecord, config: Config, device: torch.device) -> dict[str, Callable[[], FrozenEncoder]]:
-    """By name, functions that load the encoders of a run."""
-    student = {"student": lambda: student_of(record.folder, device)}
-    return ({"teacher": lambda: teacher_of(config, device)} if config.objective == "latents" else {}) | student
-
-
-def _tokens(encoder: FrozenEncoder, batch: Batch) -> tuple[FrozenEncoder, Tensor]:
-    return encoder, encode(encoder, batch)
 
 
 def encode(encoder: FrozenEncoder, batch: Batch) -> Tensor:
@@ -134,13 +139,6 @@ def encode(encoder: FrozenEncoder, batch: Batch) -> Tensor:
 
 
 # --- clips --------------------------------------------------------------------------------------------------------
-
-
-def _first_batch(config: Config, clips: int, ledger: Path) -> tuple[Batch, Sequence[str]]:
-    """The first clips of the run's first batch, and the names of labels."""
-    loader = _loader(config, ledger, min(clips, config.data.batch_size))
-    with closing(iter(loader)) as batches:
-        return next(batches), loader.catalog.classes
 
 
 def _show_clips(
@@ -266,18 +264,3 @@ def _copy_ledgers(run_dir: Path, scratch: Path) -> Path:
     for path in (run_dir / "failures").glob("rank*.jsonl"):
         shutil.copy(path, scratch / path.name)
     return scratch / "rank0.jsonl"
-
-
-def _or_problem(gallery: Gallery, what: str, make: Callable[[], Any]) -> Any:
-    """The result of `make`; if data set, weights or memory are missing, None and an entry in `problems`."""
-    try:
-        return make()
-    except (CommandError, LoaderStopped) as error:
-        problem = str(error)
-    except OSError as error:
-        problem = describe_os_error(error)
-    except torch.OutOfMemoryError as error:  # the run itself may have the GPU
-        problem = f"{one_line(error)}; try --device cpu"
-    gallery.problems.append(f"{what}: {problem}")
-    log.warning("%s: %s", what, problem)
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,6 @@ def _run(
     number: int, record: RunRecord, verdicts: Sequence[Verdict], gallery: Gallery | None, now: float
 ) -> dict[str, Any]:
     state, text = record.state(now)
-    toml = record.folder / "config.toml"
     return {
         "record": record,
         "verdicts": verdicts,
@@ -103,7 +102,6 @@ def _run(
         "facts": _facts(record),
         "probes": [_probe(name, probe, record.folder / "probes") for name, probe in record.probes.items()],
         "failures": _failures(record.failures, f"run{number}") if record.failures else None,
-        "toml": toml.read_text(encoding="utf-8", errors="replace") if toml.is_file() else "",
     }
 
 
@@ -175,30 +173,23 @@ def _probe(name: str, probe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _failures(failures: Sequence[Failure], prefix: str) -> dict[str, Any]:
-    """Counts by shard, worker, kind and error, each with links to its samples; the samples and their messages."""
+    """Counts by kind, error, shard and worker, each with links to its samples; the samples and their messages."""
     samples: dict[Sample, list[Failure]] = defaultdict(list)
-    groups: dict[tuple[str, str], dict[Sample, None]] = defaultdict(dict)  # samples of each line of a summary
+    groups: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for failure in failures:
         sample = failure.shard or "(none)", failure.key or _NO_KEY
         samples[sample].append(failure)
         for heading, counts in ledger.summarise([failure]).items():
             for name in counts:
-                groups[heading, name][sample] = None
+                groups[heading][name].append(sample)
     shown = sorted(sorted(samples, key=lambda sample: (-len(samples[sample]), sample))[:_MAX_SAMPLES])
     anchors = {sample: f"{prefix}-{number}" for number, sample in enumerate(shown)}
     keyed = sum(key != _NO_KEY for _, key in samples)
     return {
         "counts": f"{pluralise('record', len(failures))} of {pluralise('sample', keyed)}",
         "groups": [
-            {
-                "heading": "kind" if heading == "stage" else heading,
-                "lines": [
-                    _line(name, count, max(counts.values()), list(groups[heading, name]), anchors)
-                    for name, count in counts.most_common(_MAX_LINES)
-                ],
-                "more": len(counts) - min(len(counts), _MAX_LINES),
-            }
-            for heading, counts in ledger.summarise(failures).items()
+            {"heading": "kind" if heading == "stage" else heading, **_group(lines, anchors)}
+            for heading, lines in groups.items()
         ],
         "samples": [
             {"anchor": anchors[sample], "shard": sample[0], "key": sample[1], "lines": _messages(samples[sample])}
@@ -208,24 +199,31 @@ def _failures(failures: Sequence[Failure], prefix: str) -> dict[str, Any]:
     }
 
 
-def _line(
-    name: str, count: int, largest: int, samples: Sequence[Sample], anchors: Mapping[Sample, str]
-) -> dict[str, Any]:
-    """A line of a summary, with links to its samples, as far as they are on the page."""
-    links = [(anchors[sample], sample[1]) for sample in samples if sample in anchors][:_MAX_LINKS]
-    percent = round(100 * count / largest)
-    return {"name": name, "count": count, "percent": percent, "links": links, "more": len(samples) - len(links)}
+def _group(groups: Mapping[str, list[Sample]], anchors: Mapping[Sample, str]) -> dict[str, Any]:
+    """The largest groups of failures, each with links to its samples, as far as they are on the page."""
+    largest = sorted(groups.items(), key=lambda item: -len(item[1]))
+    lines = []
+    for name, failed in largest[:_MAX_LINES]:
+        samples = dict.fromkeys(failed)
+        links = [(anchors[sample], sample[1]) for sample in samples if sample in anchors][:_MAX_LINKS]
+        percent = round(100 * len(failed) / len(largest[0][1]))
+        lines.append(
+            {"name": name, "count": len(failed), "percent": percent, "links": links, "more": len(samples) - len(links)}
+        )
+    return {"lines": lines, "more": len(largest) - len(lines)}
 
 
 def _messages(failures: Sequence[Failure]) -> list[str]:
     """A sample's kinds of failure, each with its last message and how often it came."""
-    last = {(f.stage, f.error): f for f in failures}
+    kinds: dict[tuple[str, str], list[Failure]] = defaultdict(list)
+    for failure in failures:
+        kinds[failure.stage, failure.error].append(failure)
     lines = []
-    for kind, count in Counter((f.stage, f.error) for f in failures).most_common():
-        failure = last[kind]
-        times = f"{count} times " if count > 1 else ""
-        who = "" if failure.worker is None else f" (rank {failure.rank}, worker {failure.worker})"
-        where = "" if failure.position is None else f" at position {failure.position:,}"
-        what = one_line(f"{failure.stage}: {failure.error}: {failure.message}")
-        lines.append(f"{times}{what}{where}{who}; {failure.action or 'no sample replaced'}")
+    for alike in sorted(kinds.values(), key=len, reverse=True):
+        last = alike[-1]
+        times = f"{len(alike)} times " if len(alike) > 1 else ""
+        who = "" if last.worker is None else f" (rank {last.rank}, worker {last.worker})"
+        where = "" if last.position is None else f" at position {last.position:,}"
+        what = one_line(f"{last.stage}: {last.error}: {last.message}")
+        lines.append(f"{times}{what}{where}{who}; {last.action or 'no sample replaced'}")
     return lines

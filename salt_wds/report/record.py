@@ -27,12 +27,13 @@ _EXIT = {1: "Stopped by a problem that it named", 130: "Interrupted"}
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has written. `settings` has dotted keys; `config` is None if this version cannot read it, and
-    `config_problem` says why."""
+    """What a run has written. `toml` is its config.toml, `settings` its values by dotted keys; `config` is None if this
+    version cannot read it, and `config_problem` says why."""
 
     folder: Path
     name: str
     lines: Sequence[dict[str, Any]]
+    toml: str
     settings: dict[str, Any]
     config: Config | None
     config_problem: str | None
@@ -98,8 +99,8 @@ def read_record(folder: Path) -> RunRecord:
     Raises:
         CommandError: it is not the folder of a run.
     """
-    has = {name: (folder / name).is_file() for name in ("config.toml", "metrics.jsonl")}
-    if not any(has.values()):
+    toml_file, metrics_file = folder / "config.toml", folder / "metrics.jsonl"
+    if not toml_file.is_file() and not metrics_file.is_file():
         raise CommandError(
             f"{folder}: not the folder of a run (no config.toml, no metrics.jsonl); runs are under runs/"
         )
@@ -108,6 +109,7 @@ def read_record(folder: Path) -> RunRecord:
         config = read_run(folder)
     except CommandError as error:
         problem = str(error)
+    toml = toml_file.read_text(encoding="utf-8", errors="replace") if toml_file.is_file() else ""
     failures, damaged = [], 0
     for path in ledger.find_ledgers(folder):
         records, bad = ledger.read(path)
@@ -116,8 +118,9 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         name=folder.resolve().name,
-        lines=read_metrics(folder / "metrics.jsonl") if has["metrics.jsonl"] else [],
-        settings=config_settings(folder / "config.toml") if has["config.toml"] else {},
+        lines=read_metrics(metrics_file) if metrics_file.is_file() else [],
+        toml=toml,
+        settings=_settings(toml),
         config=config,
         config_problem=problem,
         history=read_history(folder),
@@ -128,13 +131,12 @@ def read_record(folder: Path) -> RunRecord:
     )
 
 
-def config_settings(path: Path) -> dict[str, Any]:
-    """The values of a TOML file by dotted key; {} if it is not TOML."""
+def _settings(toml: str) -> dict[str, Any]:
+    """The values in a TOML text by dotted key; {} if it is not TOML."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return dict(_flat(tomllib.loads(toml), ""))
     except tomllib.TOMLDecodeError:
         return {}
-    return dict(_flat(table, ""))
 
 
 def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

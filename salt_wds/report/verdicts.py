@@ -14,6 +14,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from torch import Tensor
@@ -94,23 +95,21 @@ def learning(record: RunRecord) -> Verdict:
     r2, by_position = (_settled(record, name) for name in ("r2", "r2_position"))
     if len(r2) < _MIN_LINES:
         return Verdict("open", title, _too_early(record))
-    mean = statistics.fmean(_recent(r2))
-    numbers = f"R2 is {mean:.3f} over the last {len(_recent(r2))} lines (0: no better than predicting the mean)"
+    recent = _recent(r2)
+    mean = statistics.fmean(recent)
+    numbers = f"R2 is {mean:.3f} over the last {len(recent)} lines (0: no better than predicting the mean)"
     held_out, overfits = _held_out(record)
-    if not _above_zero(_recent(r2)):
+    if not _above_zero(recent):
         return Verdict("bad", title, f"Not so far: {numbers}.{held_out} Check optim.lr, and what the targets are.")
-    trend = _trend(r2)
-    if len(by_position) < _MIN_LINES:
-        return Verdict("doubt" if overfits else "good", title, f"It learns: {numbers}.{trend}{held_out}")
-    beyond = statistics.fmean(_recent(by_position))
-    if not _above_zero(_recent(by_position)):
-        text = (
-            f"It has learned what is typical of each position, but nothing yet of the single clip: {numbers}, but "
-            f"{beyond:.3f} against the running mean of each position.{trend}{held_out}"
-        )
-        return Verdict("doubt", title, text)
-    text = f"It learns: {numbers}, and {beyond:.3f} against the running mean of each position.{trend}{held_out}"
-    return Verdict("doubt" if overfits else "good", title, text)
+    kind: Kind = "doubt" if overfits else "good"
+    what = "It learns"
+    if len(by_position) >= _MIN_LINES:
+        beyond = _recent(by_position)
+        numbers += f", and {statistics.fmean(beyond):.3f} against the running mean of each position"
+        if not _above_zero(beyond):
+            kind = "doubt"
+            what = "It has learned what is typical of each position, but nothing yet of the single clip"
+    return Verdict(kind, title, f"{what}: {numbers}.{_trend(r2)}{held_out}")
 
 
 def _held_out(record: RunRecord) -> tuple[str, bool]:
@@ -144,41 +143,43 @@ def _trend(values: Sequence[float]) -> str:
 
 def collapse(record: RunRecord) -> Verdict:
     """Whether features, predictions or targets are (almost) constant, by the metrics."""
-    title = "Has it collapsed?"
-    ranks, targets, spreads = (
-        _recent([value for _, value in record.series(name)])
-        for name in ("effective_rank", "target_std", "token_spread")
+
+    def verdict(kind: Kind, text: str) -> Verdict:
+        return Verdict(kind, "Has it collapsed?", text)
+
+    rank, target, spread = (
+        _mean([value for _, value in record.series(name)]) for name in ("effective_rank", "target_std", "token_spread")
     )
-    if min(len(ranks), len(targets)) < _MIN_LINES:
-        return Verdict("open", title, _too_early(record))
-    rank, target = statistics.fmean(ranks), statistics.fmean(targets)
+    if rank is None or target is None:
+        return verdict("open", _too_early(record))
     if record.settings.get("loss.target_norm", "layer") == "layer" and target < _MIN_TARGET_SPREAD:
         source = "the clips" if record.settings.get("objective") == "pixels" else "teacher.weights"
-        text = f"The targets are constant: tokens of size 1 have a spread of {target:.3f}. Check {source}."
-        return Verdict("bad", title, text)
+        return verdict(
+            "bad", f"The targets are constant: tokens of size 1 have a spread of {target:.3f}. Check {source}."
+        )
     if rank < _MIN_RANK:
-        text = (
+        return verdict(
+            "bad",
             f"The encoder has collapsed: its tokens have an effective rank of {rank:.1f}, and a constant has 1. Its "
-            "features say nothing about a clip."
+            "features say nothing about a clip.",
         )
-        return Verdict("bad", title, text)
-    if spreads and (spread := statistics.fmean(spreads)) < _MIN_TOKEN_SPREAD:
-        text = f"The encoder has collapsed: its tokens differ by {spread:.1%} of their size, which is rounding."
-        return Verdict("bad", title, text)
+    if spread is not None and spread < _MIN_TOKEN_SPREAD:
+        return verdict(
+            "bad", f"The encoder has collapsed: its tokens differ by {spread:.1%} of their size, which is rounding."
+        )
     ranked = f"the encoder's tokens have an effective rank of {rank:.1f} (a constant has 1)"
-    predictions, r2 = (_recent(_settled(record, name)) for name in ("prediction_std", "r2"))
-    if min(len(predictions), len(r2)) < _MIN_LINES:
-        return Verdict("open", title, f"So far {ranked}. It is early for the predictions: {_too_early(record)}")
-    share = statistics.fmean(predictions) / target if target > 0 else 0.0
+    prediction, r2 = (_mean(_settled(record, name)) for name in ("prediction_std", "r2"))
+    if prediction is None or r2 is None:
+        return verdict("open", f"So far {ranked}. It is early for the predictions: {_too_early(record)}")
+    share = prediction / target if target > 0 else 0.0
     if share < _MIN_PREDICTION_SPREAD:
-        text = (
+        return verdict(
+            "bad",
             f"The predictions are almost constant: their spread is {share:.0%} of the targets', which can explain at "
-            f"most {share**2:.1%} of the variance; {ranked}."
+            f"most {share**2:.1%} of the variance; {ranked}.",
         )
-        return Verdict("bad", title, text)
-    mean = statistics.fmean(r2)
-    exact = f" ({math.sqrt(mean):.0%} would be exact for this R2)" if mean > 0 else ""
-    return Verdict("good", title, f"No: {ranked}, and the predictions {share:.0%} of the targets' spread{exact}.")
+    exact = f" ({math.sqrt(r2):.0%} would be exact for this R2)" if r2 > 0 else ""
+    return verdict("good", f"No: {ranked}, and the predictions {share:.0%} of the targets' spread{exact}.")
 
 
 def collapsed_tokens(name: str, found: TokenSpread) -> Verdict:
@@ -248,23 +249,24 @@ def failures(record: RunRecord) -> Verdict:
     title = "Did data fail?"
     replaced = sum(1 for failure in record.failures if failure.action is not None)
     stopping = sum(1 for failure in record.failures if _stopped_run(failure))
+    harmless = len(record.failures) - replaced - stopping
     notes = []
+    if replaced:
+        batch = record.settings.get("data.batch_size")
+        tried = record.step * batch + replaced if isinstance(batch, int) else 0
+        share = f", {replaced / tried:.2%} of the {tried:,} that were tried" if tried else ""
+        times = pluralise("time", replaced)
+        notes.append(f"{times} a sample failed{share}; each is listed below, and another sample replaced it.")
     if stopping:
         notes.append(f"{pluralise('sample', stopping)} failed in a batch that stopped the run; nothing replaced them.")
-    if harmless := len(record.failures) - replaced - stopping:
+    if not notes:
+        notes.append("No sample failed.")
+    if harmless:
         what = pluralise("record", harmless)
         notes.append(f"{what} cost no sample (read again, or a worker was lost between samples).")
     if record.damaged_failures:
         lines = pluralise("line", record.damaged_failures)
         notes.append(f"{lines} of the ledger cannot be read (cut short by a crash).")
-    if replaced:
-        batch = record.settings.get("data.batch_size")
-        tried = record.step * batch + replaced if isinstance(batch, int) else 0
-        share = f", {replaced / tried:.2%} of the {tried:,} that were tried" if tried else ""
-        times = f"{pluralise('time', replaced)} a sample failed{share}"
-        notes.insert(0, f"{times}; each is listed below, and another sample replaced it.")
-    elif not stopping:
-        notes.insert(0, "No sample failed.")
     return Verdict("doubt" if replaced or stopping else "good", title, " ".join(notes))
 
 
@@ -281,8 +283,7 @@ def probed(name: str, probe: Mapping[str, Any]) -> list[Verdict]:
     top1, errors = {}, {}
     for encoder, result in probe["encoders"].items():
         encoder = re.split("[ _]", encoder)[0]  # student_ema, in earlier versions "student (mean)": the student
-        accuracy = finite_or(result.get("top1"), math.nan)
-        if not math.isnan(accuracy):
+        if (accuracy := finite_or(result.get("top1"), -1.0)) >= 0:
             top1[encoder], errors[encoder] = accuracy, finite_or(result.get("top1_stderr"), 0.0)
     others = [encoder for encoder in ("teacher", "random") if encoder in top1]
     if "student" not in top1 or not others:
@@ -315,12 +316,9 @@ def _too_early(record: RunRecord) -> str:
 
 def _travel(record: RunRecord) -> list[tuple[float, float]]:
     """For each line its step, and the sum of the learning rates up to it."""
-    sums, before, total = [], 0.0, 0.0
-    for step, lr in record.series("lr"):
-        total += lr * (step - before)
-        before = step
-        sums.append((step, total))
-    return sums
+    rates = record.series("lr")
+    sums = accumulate(lr * (step - before) for (before, _), (step, lr) in pairwise([(0, 0.0), *rates]))
+    return [(step, total) for (step, _), total in zip(rates, sums, strict=True)]
 
 
 def _warmup(record: RunRecord) -> int:
@@ -331,6 +329,11 @@ def _warmup(record: RunRecord) -> int:
 def _recent(values: Sequence[Any]) -> Sequence[Any]:
     """The last tenth, and at least 5."""
     return values[-max(5, len(values) // 10) :]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean of the recent values; None if there are too few."""
+    return statistics.fmean(_recent(values)) if len(values) >= _MIN_LINES else None
 
 
 def _standard_error(values: Sequence[float]) -> float:

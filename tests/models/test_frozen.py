@@ -37,7 +37,7 @@ def test_student_of_the_newest_checkpoint(run, batch, ema, file):
     config = read_run(run)
     encoder = student_of(run, CPU, ema=ema)
     assert (encoder.name, encoder.step, encoder.width) == ("student_ema" if ema else "student", 20, 32)
-    reference = build_student(config.student, grid=config.grid, target_width=24, checkpointing="off")
+    reference = build_student(config.student, grid=config.grid, target_width=24)
     reference.load_state_dict(load_file(run / "checkpoints" / "step-00000020" / file))
     video = to_normalised_rgb(batch["clips"], batch["colour"], config.data.size, torch.float32)
     tokens = encoder(batch["clips"], batch["colour"])

@@ -6,17 +6,12 @@ import argparse
 import json
 import logging
 import re
-import socket
-import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
@@ -104,6 +99,13 @@ def load(path: Path | str, **changes) -> Teacher:
     return load_teacher(str(path), **({"size": SIZE, "num_frames": FRAMES} | changes))
 
 
+def save_pth(folder: Path, content: object) -> Path:
+    """A .pth file with a config.json beside it."""
+    torch.save(content, folder / "teacher.pth")
+    (folder / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
+    return folder / "teacher.pth"
+
+
 def save_folder(folder: Path, state: dict[str, torch.Tensor], prefix: str = "model.", config=OPENGVLAB_CONFIG) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({prefix + key: value for key, value in state.items()}, folder / "model.safetensors")
@@ -121,93 +123,71 @@ def expected(state) -> torch.Tensor:
     return reference_tokens(state, clip())
 
 
-def assert_same_tokens(teacher: Teacher, expected: torch.Tensor, video: torch.Tensor | None = None):
+@pytest.fixture
+def teacher(state, tmp_path) -> Teacher:
+    return load(save_folder(tmp_path / "teacher", state))
+
+
+def assert_same_tokens(teacher: Teacher, expected: torch.Tensor, video: torch.Tensor | None = None, within=1e-4):
     tokens = teacher(clip() if video is None else video)
     assert tokens.shape == expected.shape
-    assert (tokens - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert tokens.dtype == torch.float32
+    assert (tokens - expected).abs().max() < within * expected.abs().max()
     assert expected.std() > 0.5
 
 
 # --- OpenGVLab layout ---
 
 
-def test_published_folder(state, expected, tmp_path):
-    teacher = load(save_folder(tmp_path, state))
+def test_published_folder(teacher, state, expected):
     assert_same_tokens(teacher, expected)
     assert (teacher.width, teacher.num_tokens, teacher.heads, len(teacher.blocks)) == (WIDTH, 18, HEADS, DEPTH)
     assert teacher.network.encoder.config._attn_implementation == "sdpa"
-
-
-def test_query_and_value_biases_are_really_loaded(state, expected, tmp_path):
-    parameters = dict(load(save_folder(tmp_path, state)).named_parameters())
+    parameters = dict(teacher.named_parameters())
     for i in range(DEPTH):
-        for ours, theirs in (("query", "q_bias"), ("value", "v_bias")):
-            loaded = [
-                value
-                for name, value in parameters.items()
-                if f"encoder.layer.{i}." in name and name.endswith((f"{ours}.bias", theirs))
-            ]
-            assert len(loaded) == 1
-            assert torch.equal(loaded[0], state[f"blocks.{i}.attn.{theirs}"])
-    without = {key: torch.zeros_like(v) if key.endswith(("q_bias", "v_bias")) else v for key, v in state.items()}
-    assert (reference_tokens(without, clip()) - expected).abs().max() > 0.05 * expected.abs().max()
+        for names, theirs in ((("query.bias", "q_bias"), "q_bias"), (("value.bias", "v_bias"), "v_bias")):
+            (loaded,) = (p for n, p in parameters.items() if f"encoder.layer.{i}." in n and n.endswith(names))
+            assert torch.equal(loaded, state[f"blocks.{i}.attn.{theirs}"])
+    zeroed = {key: torch.zeros_like(v) if key.endswith(("q_bias", "v_bias")) else v for key, v in state.items()}
+    assert (reference_tokens(zeroed, clip()) - expected).abs().max() > 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "encoder.", "module."])
-def test_safetensors_file_alone(state, expected, tmp_path, prefix):
+def test_safetensors_file_alone_is_native_to_16_frames_of_224(state, tmp_path, prefix):
     save_file({prefix + key: value for key, value in state.items()}, tmp_path / "teacher.safetensors")
-    assert_same_tokens(load(tmp_path / "teacher.safetensors", num_frames=FRAMES), interpolated(state, clip()))
+    positions = position_table((8, 14, 14), (2, 3, 3), WIDTH)
+    assert_same_tokens(load(tmp_path / "teacher.safetensors"), reference_tokens(state, clip(), positions=positions))
 
 
-def interpolated(state: dict[str, torch.Tensor], video: torch.Tensor) -> torch.Tensor:
-    """Reference tokens of a clip smaller than a checkpoint's own 16 x 224 x 224."""
-    grid = (video.shape[2] // 2, video.shape[3] // 16, video.shape[4] // 16)
-    return reference_tokens(state, video, positions=position_table((8, 14, 14), grid, WIDTH))
+PRETRAINING = {  # what a pretraining checkpoint has beside the encoder
+    "encoder.norm.weight": torch.ones(WIDTH), "encoder.norm.bias": torch.ones(WIDTH), "mask_token": torch.ones(64),
+    "encoder_to_decoder.weight": torch.ones(64, WIDTH), "decoder.blocks.0.attn.qkv.weight": torch.ones(192, 64),
+    "decoder.head.weight": torch.ones(1536, 64),
+}  # fmt: skip
+HEAD = {"head.weight": torch.ones(710, WIDTH), "head.bias": torch.ones(710)}
 
 
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "within"),
     [
-        lambda state: state,
-        lambda state: {"model": state},
-        lambda state: {"module": state},
-        lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(model="vit_b", lr=1e-3)},
+        (lambda state: state, 1e-4),
+        (lambda state: {"model": state}, 1e-4),
+        (lambda state: {"module": state}, 1e-4),
+        (lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(model="vit_b", lr=1e-3)}, 1e-4),
+        (lambda state: {"model": {f"encoder.{k}": v for k, v in state.items() if "fc_norm" not in k} | PRETRAINING},
+         1e-4),
+        (lambda state: {"module": {k: v.half() for k, v in (state | HEAD).items()}}, 5e-3),
     ],
-    ids=["bare", "model", "module", "with-arguments"],
-)
-def test_pth_file_with_config_beside_it(state, expected, tmp_path, wrap):
-    torch.save(wrap(state), tmp_path / "vit_b.pth")
-    (tmp_path / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
-    assert_same_tokens(load(tmp_path / "vit_b.pth"), expected)
-
-
-def test_pretraining_checkpoint(state, expected, tmp_path):
-    tokens = {f"encoder.{key}": value for key, value in state.items() if not key.startswith("fc_norm")}
-    rest = {
-        "encoder.norm.weight": torch.ones(WIDTH),
-        "encoder.norm.bias": torch.ones(WIDTH),
-        "encoder_to_decoder.weight": torch.ones(64, WIDTH),
-        "mask_token": torch.ones(1, 1, 64),
-        "decoder.blocks.0.attn.qkv.weight": torch.ones(192, 64),
-        "decoder.head.weight": torch.ones(1536, 64),
-    }
-    torch.save({"model": tokens | rest}, tmp_path / "pretrain.pth")
-    (tmp_path / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
-    assert_same_tokens(load(tmp_path / "pretrain.pth"), expected)
-
-
-def test_finetuned_checkpoint_in_half_precision(state, expected, tmp_path):
-    head = {"head.weight": torch.ones(710, WIDTH), "head.bias": torch.ones(710)}
-    torch.save({"module": {key: value.half() for key, value in (state | head).items()}}, tmp_path / "k710.pth")
-    (tmp_path / "config.json").write_text(json.dumps(OPENGVLAB_CONFIG))
-    teacher = load(tmp_path / "k710.pth")
+    ids=["bare", "model", "module", "with arguments", "pretraining", "finetuned, in half precision"],
+)  # fmt: skip
+def test_pth_file_with_config_beside_it(state, expected, tmp_path, wrap, within):
+    teacher = load(save_pth(tmp_path, wrap(state)))
     assert all(p.dtype == torch.float32 for p in teacher.parameters())
-    assert (teacher(clip()) - expected).abs().max() < 5e-3 * expected.abs().max()
+    assert_same_tokens(teacher, expected, within=within)
 
 
 def test_heads_come_from_config_where_it_states_them(state, tmp_path):
-    config = json.loads(json.dumps(OPENGVLAB_CONFIG))
-    config["model_config"]["num_heads"] = 4
+    config = OPENGVLAB_CONFIG | {"model_config": OPENGVLAB_CONFIG["model_config"] | {"num_heads": 4}}
     assert_same_tokens(load(save_folder(tmp_path, state, config=config)), reference_tokens(state, clip(), heads=4))
 
 
@@ -236,12 +216,9 @@ def as_opengvlab(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for ours, theirs in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
             state[f"blocks.{i}.attn.{ours}"] = source.get(attention + theirs, source.get(attention + ours))
         for ours, theirs in (
-            ("attn.proj", "attention.output.dense"),
-            ("norm1", "layernorm_before"),
-            ("norm2", "layernorm_after"),
-            ("mlp.fc1", "intermediate.dense"),
-            ("mlp.fc2", "output.dense"),
-        ):
+            ("attn.proj", "attention.output.dense"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+            ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
+        ):  # fmt: skip
             state |= {f"blocks.{i}.{ours}.{k}": source[f"{layer}{theirs}.{k}"] for k in ("weight", "bias")}
     return state
 
@@ -307,8 +284,7 @@ def test_another_size_interpolates_the_native_positions(state, tmp_path):
     assert_same_tokens(teacher, expected, clip(frames=8))
 
 
-def test_positions_move_with_the_teacher_and_are_not_saved(state, tmp_path):
-    teacher = load(save_folder(tmp_path, state))
+def test_positions_move_with_the_teacher_and_are_not_saved(teacher):
     assert "network.positions" in dict(teacher.named_buffers())
     assert "network.positions" not in teacher.state_dict()
     assert teacher.to(torch.bfloat16).network.positions.dtype == torch.bfloat16
@@ -317,21 +293,17 @@ def test_positions_move_with_the_teacher_and_are_not_saved(state, tmp_path):
 # --- as part of a step ---
 
 
-def test_frozen_and_always_in_evaluation_mode(state, tmp_path):
-    teacher = load(save_folder(tmp_path, state))
+def test_frozen_and_always_in_evaluation_mode(teacher):
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any(module.training for module in teacher.train().modules())
     assert not teacher(clip()).requires_grad
 
 
-def test_compiles_into_one_graph(state, expected, tmp_path):
-    teacher = load(save_folder(tmp_path, state))
-    compiled = torch.compile(teacher, backend="aot_eager", fullgraph=True)
-    assert_same_tokens(compiled, expected)
+def test_compiles_into_one_graph(teacher, expected):
+    assert_same_tokens(torch.compile(teacher, backend="eager", fullgraph=True), expected)
 
 
-def test_bf16_by_autocast_and_by_cast(state, expected, tmp_path):
-    teacher = load(save_folder(tmp_path, state))
+def test_bf16_by_autocast_and_by_cast(teacher, expected):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = teacher(clip())
     assert (tokens - expected).abs().max() < 0.05 * expected.abs().max()
@@ -340,35 +312,25 @@ def test_bf16_by_autocast_and_by_cast(state, expected, tmp_path):
     assert (tokens - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_loading_leaves_the_global_generator_as_it_was(state, tmp_path):
-    folder = save_folder(tmp_path, state)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    load(folder)
-    assert torch.equal(torch.rand(3), expected)
-
-
-# --- random ---
-
-
 def test_a_random_teacher_is_seeded_and_warned_about(caplog):
     sizes = {"random_width": 96, "random_depth": 2, "random_heads": 3}
+    before = torch.get_rng_state()
     with caplog.at_level(logging.WARNING):
-        first, same, other = (load("random", **sizes, seed=seed) for seed in (1, 1, 2))
+        first, same, other = (load("random", **sizes, seed=seed)(clip()) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
     assert caplog.messages[0].startswith("teacher.weights = random: the teacher is UNTRAINED (width 96, 2 blocks")
-    assert torch.equal(first(clip()), same(clip()))
-    assert not torch.equal(first(clip()), other(clip()))
-    assert first(clip()).shape == (2, 18, 96)
-    assert first(clip()).std() > 0.1
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert first.shape == (2, 18, 96)
+    assert first.std() > 0.1
+
+
+# --- mistakes ---
 
 
 def test_random_sizes_that_do_not_fit():
     with pytest.raises(CommandError, match=r"teacher\.random_heads: 5 heads do not divide a width of 96"):
         load("random", random_width=96, random_heads=5)
-
-
-# --- mistakes ---
 
 
 @pytest.mark.parametrize("weights", ["/nowhere/teacher", "teacher.pth", "some/teacher.safetensors", "../x", "videomae"])
@@ -396,39 +358,30 @@ def test_damaged_file(state, tmp_path, name, damage):
     ],
 )
 def test_code_in_a_checkpoint_is_not_run(tmp_path, content, text):
-    torch.save(content, tmp_path / "evil.pth")
     with pytest.raises(CommandError, match=text):
-        load(tmp_path / "evil.pth")
-
-
-def without(state, *keys):
-    return {key: value for key, value in state.items() if key not in keys}
+        load(save_pth(tmp_path, content))
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("removed", "added", "text"),
     [
-        (
-            lambda s: without(s, "blocks.1.attn.q_bias", "blocks.2.mlp.fc1.bias"),
-            r"2 missing \(encoder.layer.1.attention.attention.query.bias, encoder.layer.2.intermediate.dense.bias\)",
-        ),
-        (lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.2.")}, r"15 missing \(encoder.layer.2"),
-        (lambda s: s | {"pos_embed": torch.ones(1, 18, WIDTH)}, r"1 unexpected \(pos_embed\)"),
-        (lambda s: s | {"blocks.0.gamma_1": torch.ones(WIDTH)}, r"1 unexpected \(encoder.layer.0.gamma_1\)"),
-        (lambda s: s | {"blocks.0.attn.qkv.bias": torch.ones(3)}, r"1 unexpected \(encoder.layer.0.attn.qkv.bias\)"),
-        (lambda s: s | {"encoder.blocks.0.norm1.bias": torch.ones(WIDTH)}, "1 unexpected .*blocks.0.norm1.bias"),
-        (
-            lambda s: s | {"blocks.0.norm1.bias": torch.ones(7)},
-            r"1 of another shape \(encoder.layer.0.layernorm_before.bias is \(7,\), expected \(128,\)\)",
-        ),
-        (lambda s: s | {"blocks.0.norm1.bias": torch.full((WIDTH,), float("nan"))}, r"1 with NaN or infinity"),
-        (lambda s: without(s, "patch_embed.proj.weight"), "expected block 0 and a patch embedding"),
-        (lambda s: s | {"patch_embed.proj.weight": torch.ones(WIDTH, 3, 1, 14, 14)}, r"found \(128, 3, 1, 14, 14\)"),
-        (lambda s: {"layer1.weight": torch.ones(3), "fc.bias": torch.ones(3)}, "neither OpenGVLab VideoMAEv2"),
+        (r"blocks\.(1\.attn\.q_bias|2\.mlp\.fc1\.bias)", {}, r"config\.json, as .*: Missing key\(s\) in state_dict: "
+         r'"encoder.layer.1.attention.attention.\S*", "encoder.layer.2.intermediate.dense.bias"'),
+        (r"blocks\.2\..*", {}, r"Missing key\(s\).*encoder.layer.2"),
+        (None, {"pos_embed": torch.ones(1, 18, WIDTH)}, r'Unexpected key\(s\) in state_dict: "pos_embed"'),
+        (None, {"blocks.0.gamma_1": torch.ones(WIDTH)}, 'Unexpected .* "encoder.layer.0.gamma_1"'),
+        (None, {"blocks.0.attn.qkv.bias": torch.ones(3)}, 'Unexpected .* "encoder.layer.0.attn.qkv.bias"'),
+        (None, {"encoder.blocks.0.norm1.bias": torch.ones(WIDTH)}, 'Unexpected .*blocks.0.norm1.bias"'),
+        (None, {"blocks.0.norm1.bias": torch.ones(7)}, r"size mismatch for encoder.layer.0.layernorm_before.bias"),
+        (None, {"blocks.0.norm1.bias": torch.full((WIDTH,), float("nan"))}, "NaN or infinity in encoder.layer.0.layer"),
+        (r"patch_embed\.proj\.weight", {}, "expected block 0 and a patch embedding"),
+        (None, {"patch_embed.proj.weight": torch.ones(WIDTH, 3, 1, 14, 14)}, r"found \(128, 3, 1, 14, 14\)"),
+        (r".*", {"layer1.weight": torch.ones(3)}, "neither OpenGVLab VideoMAEv2 .* its first keys are model.layer1"),
     ],
 )  # fmt: skip
-def test_wrong_keys_are_named(state, tmp_path, change, text):
-    folder = save_folder(tmp_path, change(state))
+def test_wrong_keys_are_named(state, tmp_path, removed, added, text):
+    kept = {key: value for key, value in state.items() if removed is None or not re.fullmatch(removed, key)}
+    folder = save_folder(tmp_path, kept | added)
     with pytest.raises(CommandError, match=rf"^{re.escape(str(folder / 'model.safetensors'))}: .*{text}"):
         load(folder)
 
@@ -437,7 +390,7 @@ def test_unknown_key_in_hugging_face_layout(tmp_path):
     VideoMAEModel(hugging_face_config()).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"embeddings.cls": torch.ones(1)}, file)
-    with pytest.raises(CommandError, match=r"1 unexpected \(embeddings.cls\), as transformers names them; download"):
+    with pytest.raises(CommandError, match=r'Unexpected key\(s\) in state_dict: "embeddings.cls"\. ?; download'):
         load(tmp_path)
 
 
@@ -447,9 +400,9 @@ def test_unknown_key_in_hugging_face_layout(tmp_path):
         ("{", r"config\.json: not JSON"),
         ({"model_type": "vit", "hidden_size": 3}, "describes neither an OpenGVLab VideoMAEv2"),
         ([], "describes neither"),
-        (OPENGVLAB_CONFIG | {"model_config": {"num_heads": 3}}, "config.json: 3 heads do not divide a width of 128"),
-        (OPENGVLAB_CONFIG | {"model_config": {"depth": 2}}, r"of the sizes in .*config\.json: 15 unexpected"),
-        (OPENGVLAB_CONFIG | {"model_config": {"cos_attn": True}}, "cos_attn = True is not that of a VideoMAE teacher"),
+        ({"model_config": {"num_heads": 3}}, "config.json: 3 heads do not divide a width of 128"),
+        ({"model_config": {"depth": 2}}, r"of the sizes in .*config\.json, as .*: Unexpected key.*encoder\.layer\.2"),
+        ({"model_config": {"cos_attn": True}}, "cos_attn = True is not that of a VideoMAE teacher"),
         ({"model_type": "videomae", "hidden_act": "relu"}, "hidden_act = 'relu' is not that of a VideoMAE teacher"),
     ],
 )
@@ -469,54 +422,15 @@ def test_zeroed_biases_are_warned_about(state, tmp_path, caplog):
     assert "all query and value biases are zero" in caplog.messages[0]
 
 
-# --- the hub ---
+def test_a_hub_name_is_fetched(monkeypatch, state, expected, tmp_path):
+    folder, asked = save_folder(tmp_path, state), []
 
-NAME = "OpenGVLab/VideoMAEv2-Base"
-DOWNLOAD = (
-    f"download config.json and model.safetensors of https://huggingface.co/{NAME} into one folder and use --set "
-    "teacher.weights=/path/to/folder"
-)
+    def fetch(repository, files, key, remedy):
+        asked.append((repository, key, remedy))
+        return [folder / name for name in files]
 
-
-@pytest.fixture
-def empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-
-
-def test_no_network_is_one_line_within_10_seconds(monkeypatch, empty_cache, caplog, capfd):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    monkeypatch.setattr(teacher_weights, "hf_hub_url", lambda *_: f"http://127.0.0.1:{port}/{NAME}")  # nobody listens
-    started = time.monotonic()
-    with pytest.raises(CommandError) as raised:
-        load(NAME)
-    assert time.monotonic() - started < 10
-    message = str(raised.value)
-    assert message.startswith(
-        f"teacher.weights = '{NAME}': no such folder here, not in the cache, and the hub does not"
-    )
-    assert message.endswith(DOWNLOAD)
-    assert "\n" not in message
-    assert (caplog.text, *capfd.readouterr()) == ("", "", "")  # no retry is logged
-
-
-@pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError, OSError])
-def test_a_refusal_of_the_hub_is_one_line(monkeypatch, empty_cache, kind):
-    def refuse(url, timeout):
-        raise kind("no,\nlog in", response=mock.Mock(headers={})) if kind is not OSError else kind("no,\nlog in")
-
-    monkeypatch.setattr(teacher_weights, "get_hf_file_metadata", refuse)
-    with pytest.raises(CommandError, match=rf"{kind.__name__}: no, log in.*{re.escape(DOWNLOAD)}$"):
-        load(NAME)
-
-
-def test_hub_files_are_taken_from_the_cache(monkeypatch, state, expected, tmp_path):
-    asked = []
-
-    def download(repository, name, local_files_only):
-        asked.append((repository, name, local_files_only))
-        return str(save_folder(tmp_path, state) / name)
-
-    monkeypatch.setattr(teacher_weights, "hf_hub_download", download)
-    assert_same_tokens(load(NAME), expected)
-    assert asked == [(NAME, "config.json", True), (NAME, "model.safetensors", True)]
+    monkeypatch.setattr(teacher_weights, "fetch", fetch)
+    assert_same_tokens(load("OpenGVLab/VideoMAEv2-Base"), expected)
+    ((repository, key, remedy),) = asked
+    assert (repository, key) == ("OpenGVLab/VideoMAEv2-Base", "teacher.weights")
+    assert "https://huggingface.co/OpenGVLab/VideoMAEv2-Base into one folder and use --set teacher.weights=" in remedy

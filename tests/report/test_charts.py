@@ -66,7 +66,7 @@ def test_readouts_and_summary_have_the_values():
 
 def test_one_run_has_its_quantities_together_several_runs_apart(tmp_path):
     lines = [{"step": 1, "target_std": 0.9, "prediction_std": 0.1, "r2": 0.1, "val_r2": 0.2, "failures": 0}]
-    first, second = (RunRecord(tmp_path, name, lines, {}, None, None, [], [], 0, 0, {}) for name in ("x", "y"))
+    first, second = (RunRecord(tmp_path, name, lines, "", {}, None, None, [], [], 0, 0, {}) for name in ("x", "y"))
     assert [(c.title, [curve.name for curve in c.curves]) for c in make_charts([first])] == [
         ("R2", ["training", "held out"]), ("Spread", ["targets", "predictions"]),
     ]  # fmt: skip

@@ -136,7 +136,7 @@ def _measure(
         "clips_per_sec": clips / seconds,
         "ms": 1e3 * seconds,
         "gflop_a_clip": flops / 1e9,
-        "mfu": clips * flops / seconds / peak.flops_per_sec if peak else None,
+        "mfu": clips * flops / seconds / peak if peak else None,
         "share_of_matmul": clips * flops / seconds / rate,
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
     }

@@ -18,7 +18,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +37,25 @@ _NAME = re.compile(r"step-(\d{8})")
 _MODEL, _TRAINER, _EMA, _STATE = "model.safetensors", "trainer.safetensors", "ema.safetensors", "state.json"
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Copies of all tensors of a run on the CPU, which later steps do not change."""
-
-    model: dict[str, Tensor]
-    trainer: dict[str, Tensor]
-    ema: dict[str, Tensor] | None = None
-
-    @property
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each file."""
-        return {_MODEL: self.model, _TRAINER: self.trainer} | ({_EMA: self.ema} if self.ema is not None else {})
+Snapshot = dict[str, dict[str, Tensor]]
+"""Copies of all tensors of a run on the CPU, which later steps do not change: name of the file -> its tensors."""
 
 
 def snapshot(
     model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True, extra: Mapping[str, Tensor] | None = None,
     ema: Mapping[str, Tensor] | None = None,
-) -> Snapshot | None:  # fmt: skip
-    """Copies of the run's tensors as they are now; None without `keep`.
-
-    With FSDP2 all ranks must call it, since each has a part; one of them keeps the whole.
+) -> Snapshot:  # fmt: skip
+    """The run's tensors as they are now; with FSDP2 all ranks must call it, since each has a part.
 
     Args:
+        keep: on one rank. The others only take part, and get nothing.
         extra: more tensors for the trainer's file, which `load` returns.
         ema: tensors for a file of their own, which `load_ema` returns.
     """
-    tensors = _copies(model.state_dict(), keep)
-    trainer = _copies({**_optimizer_tensors(model, optimizer), **(extra or {})}, keep)
-    mean = None if ema is None else _copies(dict(ema), keep)
-    return Snapshot(tensors, trainer | _rng_tensors(), mean) if keep else None
+    trainer = _optimizer_tensors(model, optimizer) | dict(extra or {}) | _rng_tensors()
+    files = {_MODEL: model.state_dict(), _TRAINER: trainer} | ({_EMA: ema} if ema is not None else {})
+    copies = {file: _copies(tensors, keep) for file, tensors in files.items()}
+    return copies if keep else {}
 
 
 def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any]) -> Path:
@@ -78,10 +66,9 @@ def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any]) -> 
     """
     final = folder / f"step-{step:08d}"
     with replace_folder(final) as temporary:
-        for name, content in tensors.files.items():
+        for name, content in tensors.items():
             save_tensors(content, temporary / name)
-        files = {name: _fingerprint(temporary / name) for name in tensors.files}
-        record = {"step": step, **state, "files": files}
+        record = {"step": step, **state, "files": {name: _fingerprint(temporary / name) for name in tensors}}
         (temporary / _STATE).write_text(json.dumps({**record, "xxh3": _state_hash(record)}, indent=1))
     return final
 
@@ -124,55 +111,52 @@ def remove_old(folder: Path, keep: int, keep_every: int | None = None) -> None:
 class Writer:
     """Writes a run's checkpoints one after the other, and removes old ones; `in_background` while training goes on.
 
-    A checkpoint that cannot be written does not end the run: the next call of `report` logs it. Only `finish` raises.
+    A checkpoint that cannot be written is logged and does not end the run; only `finish` raises.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int | None, in_background: bool) -> None:
         self._folder, self._keep, self._keep_every, self._in_background = folder, keep, keep_every, in_background
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[int, Future[None]] | None = None
+        self._last: Future[OSError | None] | None = None
         self.written: int | None = None  # step of the newest whole checkpoint
 
     def start(self, step: int, tensors: Snapshot, state: dict[str, Any]) -> None:
-        """Begin a checkpoint, after the previous one is done."""
-        self.report(wait=True)
-        self._pending = step, self._thread.submit(self._write, step, tensors, state)
+        """Begin a checkpoint, after the one before is done."""
+        self.wait()
+        self._last = self._thread.submit(self._write, step, tensors, state)
         if not self._in_background:
-            self._pending[1].exception()  # wait; `report` logs a failure, as in the background
+            self.wait()
 
-    def report(self, *, wait: bool = False) -> None:
-        """Log the failure of a write that has ended; with `wait`, wait for its end first."""
-        try:
-            self.finish(wait=wait)
-        except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error
-            log.error(
-                "no checkpoint: %s; make room there. The run goes on, and the checkpoint before this one stays", what
-            )
+    def wait(self) -> OSError | None:
+        """Wait for the write under way; returns why it failed."""
+        return self._last.result() if self._last else None
 
-    def finish(self, *, wait: bool = True) -> None:
+    def finish(self) -> None:
         """Wait for the write under way.
 
         Raises:
             OSError: the disk is full or the folder not writable.
         """
-        if self._pending is None or not (wait or self._pending[1].done()):
-            return
-        (step, future), self._pending = self._pending, None
-        future.result()
-        self.written = step
+        if (error := self.wait()) is not None:
+            raise error
 
     def close(self) -> None:
         """Wait for a write under way, and begin no more."""
-        self.report(wait=True)
         self._thread.shutdown()
 
-    def _write(self, step: int, tensors: Snapshot, state: dict[str, Any]) -> None:
-        write(self._folder, step, tensors, state)
+    def _write(self, step: int, tensors: Snapshot, state: dict[str, Any]) -> OSError | None:
+        try:
+            write(self._folder, step, tensors, state)
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else error
+            log.error("no checkpoint of step %d: %s; make room there. The one before it stays", step, what)
+            return error
+        self.written = step
         try:
             remove_old(self._folder, self._keep, self._keep_every)
         except OSError as error:
             log.error("checkpoint %d is written, but an old one cannot be removed: %s", step, describe_os_error(error))
+        return None
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -181,15 +165,16 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         CommandError: there are checkpoints, and all are damaged.
     """
-    for path in _all(folder):
-        state, damage = _checked(path, _step(path))
-        if state is not None:
-            return path, state
-        log.warning("%s: damaged (%s); trying the one before it", path, damage)
-    if _all(folder):
+    paths = _all(folder)
+    for path in paths:
+        try:
+            return path, _checked_state(path, _step(path))
+        except ValueError as damage:
+            log.warning("%s: damaged (%s); trying the one before it", path, damage)
+    if paths:
         raise CommandError(
-            f"{folder}: all {len(_all(folder))} checkpoints are damaged, see above; restore one, move them away to "
-            "start at step 1, or choose another train.run_dir"
+            f"{folder}: all {len(paths)} checkpoints are damaged, see above; restore one, move them away to start at "
+            "step 1, or choose another train.run_dir"
         )
     return None
 
@@ -205,23 +190,26 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CommandError: it is damaged.
     """
-    state, damage = _checked(path, None)
-    if state is None:
-        raise CommandError(f"{path}: damaged ({damage}); copy the folder again, or take another checkpoint")
-    return state
+    try:
+        return _checked_state(path, None)
+    except ValueError as damage:
+        message = f"{path}: damaged ({damage}); copy the folder again, or take another checkpoint"
+        raise CommandError(message) from None
 
 
-def _checked(path: Path, step: int | None) -> tuple[dict[str, Any] | None, str]:
-    """The state of a checkpoint (of this `step`) if every file is as written; otherwise None, and the damage."""
+def _checked_state(path: Path, step: int | None) -> dict[str, Any]:
+    """The state of a checkpoint (of this `step`) whose files are all as written; ValueError names the others."""
     try:
         state = json.loads((path / _STATE).read_bytes())
         claimed = state.pop("xxh3")
         names = {_MODEL, _TRAINER, *state["files"]}
         damaged = [name for name in sorted(names) if _fingerprint(path / name) != state["files"][name]]
         damaged += [_STATE] if claimed != _state_hash(state) or step not in (None, state["step"]) else []
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return None, f"{_STATE}: {type(error).__name__}: {error}"
-    return (None, ", ".join(damaged)) if damaged else (state, "")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{_STATE}: {type(error).__name__}: {error}") from None
+    if damaged:
+        raise ValueError(", ".join(damaged))
+    return state
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -287,7 +275,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
 
 
-def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Copies on the CPU, gathered if sharded; without `keep`, only take part in gathering them."""
     copies = {}
     for name, tensor in tensors.items():
@@ -311,25 +299,21 @@ def _rng_tensors() -> dict[str, Tensor]:
     return states
 
 
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Parameter names in the order in which the optimizer's state dict numbers them."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    names = _parameter_names(model, optimizer)
-    return {f"optimizer.{names[i]}/{part}": t for i, parts in state.items() for part, t in parts.items()}
+    """The optimizer's state: "optimizer.NAME OF THE PARAMETER/PART"."""
+    return {
+        f"optimizer.{name}/{part}": tensor
+        for name, parameter in model.named_parameters()
+        for part, tensor in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    numbers = {name: number for number, name in enumerate(_parameter_names(model, optimizer))}
     parameters = dict(model.named_parameters())
-    state: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         if full_name.startswith("optimizer."):
             name, part = full_name.removeprefix("optimizer.").rsplit("/", 1)
-            own = parameters[name] if part != "step" else None  # the count of updates is not sharded
-            state.setdefault(numbers[name], {})[part] = _sharded_as(own, tensor)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            own = parameters[name]
+            # The count of updates is not sharded.
+            value = tensor if part == "step" else _sharded_as(own, tensor)
+            optimizer.state[own][part] = value.to(own.device)

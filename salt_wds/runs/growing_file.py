@@ -24,27 +24,9 @@ class GrowingFile:
         self._path, self._waiting, self._failing = path, b"", False
         self._file = path.open("ab", buffering=0)
 
-    def write(self, data: bytes) -> None:
-        """Append; what the operating system has accepted outlives this process."""
+    def write(self, data: bytes = b"", *, sync: bool = False) -> None:
+        """Append; what the operating system has accepted outlives this process. With `sync`, bring all to the disk."""
         self._waiting += data
-        self._catch_up(sync=False)
-
-    def write_json(self, record: dict[str, Any]) -> None:
-        """Append one JSON line."""
-        self.write(json.dumps(record).encode() + b"\n")
-
-    def sync(self) -> None:
-        """Bring everything to the disk."""
-        self._catch_up(sync=True)
-
-    def close(self) -> None:
-        """Bring everything to the disk, and log what is lost, if anything."""
-        self.sync()
-        if self._waiting:
-            log.error("%s: its last %d bytes could not be written", self._path, len(self._waiting))
-        self._file.close()
-
-    def _catch_up(self, sync: bool) -> None:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -55,3 +37,14 @@ class GrowingFile:
             if not self._failing:
                 log.error("%s: %s; its new lines wait in memory until there is room", self._path, error.strerror)
             self._failing = True
+
+    def write_json(self, record: dict[str, Any]) -> None:
+        """Append one JSON line."""
+        self.write(json.dumps(record).encode() + b"\n")
+
+    def close(self) -> None:
+        """Bring everything to the disk, and log what is lost, if anything."""
+        self.write(sync=True)
+        if self._waiting:
+            log.error("%s: its last %d bytes could not be written", self._path, len(self._waiting))
+        self._file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,22 @@ from salt_wds.runs.tensorboard import Board
 from shard_tools.common.cli import CommandError
 from shard_tools.common.files import read_json_lines, write_atomic
 
+log = logging.getLogger(__name__)
+
 
 class RunLog:
     """The files of a run that grow with it. Lines after `step` are cut off first: they will be written again."""
 
     def __init__(self, run_dir: Path, step: int, trace_samples: bool) -> None:
-        self._metrics = _open_after(run_dir / "metrics.jsonl", step)
-        self._samples = _open_after(run_dir / "samples.jsonl", step) if trace_samples else None
+        self.past = _cut_after(run_dir / "metrics.jsonl", step)
+        """The lines of metrics up to `step`."""
+        self._metrics = GrowingFile(run_dir / "metrics.jsonl")
         self._board = Board(run_dir / "tensorboard", purge_step=step + 1)
+        self._files = [self._metrics, self._board.file]
+        if trace_samples:
+            _cut_after(run_dir / "samples.jsonl", step)
+            self._samples = GrowingFile(run_dir / "samples.jsonl")
+            self._files.append(self._samples)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Write one line of metrics, and its numbers for TensorBoard."""
@@ -26,20 +35,17 @@ class RunLog:
         self._board.add(line)
 
     def samples(self, step: int, keys: list[str]) -> None:
-        """Write the keys of one step's batch, if train.trace_samples is on."""
-        if self._samples is not None:
-            self._samples.write_json({"step": step, "keys": keys})
+        """Write the keys of one step's batch; only with `trace_samples`."""
+        self._samples.write_json({"step": step, "keys": keys})
 
     def sync(self) -> None:
         """Bring everything to the disk: a checkpoint must not be ahead of the log."""
-        for file in (self._metrics, self._samples, self._board):
-            if file is not None:
-                file.sync()
+        for file in self._files:
+            file.write(sync=True)
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples, self._board):
-            if file is not None:
-                file.close()
+        for file in self._files:
+            file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -49,15 +55,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         CommandError: there is no such file.
     """
     try:
-        lines, _ = read_json_lines(path)
+        return _read_lines(path)[0]
     except FileNotFoundError:
         raise CommandError(f"{path}: no metrics; is this the folder of a run?") from None
-    return [line for line in lines if type(step := line.get("step")) is int and 0 <= step < 2**63]
 
 
-def _open_after(path: Path, step: int) -> GrowingFile:
-    """The file, opened for appending, without its lines after `step` and without a line that a crash cut short."""
-    if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    return GrowingFile(path)
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines that have a step, and the number of others."""
+    records, damaged = read_json_lines(path)
+    lines = [record for record in records if type(step := record.get("step")) is int and 0 <= step < 2**63]
+    return lines, damaged + len(records) - len(lines)
+
+
+def _cut_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the lines after `step`, and those that are damaged; returns what stays."""
+    if not path.exists():
+        return []
+    lines, damaged = _read_lines(path)
+    if damaged:
+        log.warning(
+            "%s: %d line(s) without a step removed; a crash cuts the last one short, others were edited", path, damaged
+        )
+    kept = [line for line in lines if line["step"] <= step]
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept

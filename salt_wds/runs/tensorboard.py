@@ -34,7 +34,7 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
         # TensorBoard reads in the order of names; nanoseconds tell apart two files of one second.
-        self._file = GrowingFile(
+        self.file = GrowingFile(
             folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         )
         self._add(Event(wall_time=now, file_version=_VERSION))
@@ -48,16 +48,13 @@ class Board:
         when = written if type(written) in (int, float) else time.time()
         self._add(Event(wall_time=when, step=line["step"], summary=Summary(value=values)))
 
-    def sync(self) -> None:
-        self._file.sync()
-
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
     def _add(self, event: Event) -> None:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
-        self._file.write(record.getvalue())
+        self.file.write(record.getvalue())
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rank = os.environ.get("RANK", "0")  # set by torchrun; all ranks write to the same terminal
     who, level = ("", logging.INFO) if rank == "0" else (f"rank {rank} ", logging.WARNING)
-    logging.basicConfig(level=level, format=f"%(levelname)s {who}%(name)s: %(message)s")
+    logging.basicConfig(format=f"%(levelname)s {who}%(name)s: %(message)s")  # of others, such as torch, warnings only
+    for package in ("salt_wds", "shard_tools"):
+        logging.getLogger(package).setLevel(level)
     stop = StopSignals()
     with stop.listen(signal.SIGUSR1):
         # Imported late: torch takes seconds, and --help and a wrong key are answered without it.

@@ -11,7 +11,6 @@ Shapes: B clips, h heads, N tokens, d width of a head.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from salt_wds.train.flops import Stack
+from salt_wds.train.flops import Stack, seconds
 from shard_tools.common.cli import CommandError
 
 BACKENDS = {
@@ -29,7 +28,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 _TIMED = ("flash", "cudnn", "efficient")  # math keeps all N x N scores
-_WARM_UP, _REPEATS = 3, 10
+_REPEATS = 10
 
 
 @dataclass(frozen=True)
@@ -117,18 +116,5 @@ def _milliseconds(
         if backward:
             torch.autograd.grad(out, (q, k, v), gradient)
 
-    warm_up, repeats = (_WARM_UP, _REPEATS) if device.type == "cuda" else (0, 1)
     with pinned(name), torch.set_grad_enabled(backward):
-        for _ in range(warm_up):
-            once()
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            once()
-        _wait(device)
-    return 1e3 * (time.perf_counter() - started) / repeats * stack.depth
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return 1e3 * seconds(once, _REPEATS if device.type == "cuda" else 1) * stack.depth

@@ -10,7 +10,6 @@ where all of this does nothing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from salt_wds.train.signals import StopSignals
-from shard_tools.common.cli import CommandError, one_line
+from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,6 @@ _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 _SLACK_S = 60.0  # beyond the longest wait for data: ranks compile at different speeds
 _PATIENCE_S = 10.0  # of waiting for other ranks without a word
 _LOST = ("connection", "closed by peer", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
-
-
-class RankLost(Exception):
-    """Another rank is gone or does not answer; nothing more can be computed together."""
 
 
 @dataclass(frozen=True)
@@ -58,35 +54,17 @@ class World:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Put this around everything that the other ranks take part in.
-
-        Raises:
-            RankLost: one of them died, or did not come within the time-out.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            known = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)
-            if self.size == 1 or isinstance(error, torch.OutOfMemoryError) or not known:
-                raise
-            raise RankLost(one_line(error)[:200]) from error
-
     def largest(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks; waits for them, not for the device."""
-        if self.size == 1:
-            return list(numbers)
-        with self.together():
-            dist.all_reduce(tensor := torch.tensor(numbers), dist.ReduceOp.MAX)
+        tensor = torch.tensor(numbers)
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank; waits for them. Plain Python values only."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        with self.together():
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
@@ -103,8 +81,7 @@ class World:
             except (CommandError, OSError) as error:
                 answer[1] = error
         if self.size > 1:
-            with self.together():
-                dist.broadcast_object_list(answer, src=0)
+            dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
@@ -112,8 +89,7 @@ class World:
     def any_on_device(self, flag: Tensor) -> Tensor:
         """1.0 where `flag` is 1.0 on any rank (fp32, on the device); with NCCL the host does not wait."""
         if self.size > 1:
-            with self.together():
-                dist.all_reduce(flag, dist.ReduceOp.MAX)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag
 
 
@@ -125,10 +101,9 @@ def join(device: torch.device, data_timeout_s: float, stop: StopSignals) -> Worl
 
     Raises:
         CommandError: this machine has fewer GPUs than ranks.
-        RankLost: not all ranks came within the time-out.
         KeyboardInterrupt: a stop was requested while waiting for the other ranks.
     """
-    size = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _ENVIRONMENT) else 1
+    size = _world_size()
     if size == 1:
         return World(device)
     if device.type == "cuda":
@@ -140,9 +115,18 @@ def join(device: torch.device, data_timeout_s: float, stop: StopSignals) -> Worl
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     world = World(device, int(os.environ["RANK"]), size)
-    with world.together():
-        _connect(world, timedelta(seconds=2 * data_timeout_s + _SLACK_S), stop)
+    _connect(world, timedelta(seconds=2 * data_timeout_s + _SLACK_S), stop)
     return world
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether it says that another rank died, or did not come within the time-out."""
+    known = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)
+    return known and _world_size() > 1 and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _world_size() -> int:
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _ENVIRONMENT) else 1
 
 
 def _connect(world: World, timeout: timedelta, stop: StopSignals) -> None:
@@ -171,7 +155,7 @@ def _connect(world: World, timeout: timedelta, stop: StopSignals) -> None:
 
 
 def leave(world: World) -> None:
-    """Close the connections. Not after `RankLost`: closing would wait for the rank that is gone."""
+    """Close the connections. Not after a rank was lost: closing would wait for it."""
     if world.size > 1:
         # torchrun sends SIGTERM to all ranks as soon as one has left; each must still return its own exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -205,17 +189,15 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
     return student
 
 
-@contextlib.contextmanager
-def gradient_sync(network: nn.Module, enabled: bool) -> Iterator[None]:
+@contextmanager
+def gradient_sync(network: nn.Module | None, enabled: bool) -> Iterator[None]:
     """Whether the ranks average their gradients after the forward and backward pass inside.
 
     If not, gradients accumulate on each rank; with FSDP2 unsharded, in fp32.
     """
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(enabled)
-    with contextlib.ExitStack() as stack:
-        if isinstance(network, DistributedDataParallel) and not enabled:
-            stack.enter_context(network.no_sync())
+    with network.no_sync() if isinstance(network, DistributedDataParallel) and not enabled else nullcontext():
         yield
 
 

@@ -12,12 +12,12 @@ computes again is not counted.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from salt_wds.config import PATCH, TUBELET, Config
 from salt_wds.data.masks import num_masked
@@ -71,19 +71,15 @@ class Workload:
         return (self.encoder,) if self.predictor is None else (self.encoder, self.predictor)
 
     def teacher_flops(self) -> int:
-        if self.teacher is None:
-            return 0
-        return 2 * self.teacher.tokens * _PATCH_VALUES * self.teacher.width + self.teacher.flops()
+        return 0 if self.teacher is None else self.teacher.flops() + _embedding(self.teacher)
 
     def student_flops(self) -> int:
         """Forward and backward."""
-        encoder, predictor = self.encoder, self.predictor
-        embedding = 2 * encoder.tokens * _PATCH_VALUES * encoder.width
-        last = encoder if predictor is None else predictor
-        rest = encoder.flops() + 2 * self.masked * last.width * self.target_width  # the head sees masked tokens only
-        if predictor is not None:
-            rest += 2 * encoder.tokens * encoder.width * predictor.width + predictor.flops()
-        return 2 * embedding + 3 * rest
+        rest = sum(stack.flops() for stack in self.student)
+        rest += 2 * self.masked * self.student[-1].width * self.target_width  # the head sees masked tokens only
+        if self.predictor is not None:
+            rest += 2 * self.encoder.tokens * self.encoder.width * self.predictor.width
+        return 2 * _embedding(self.encoder) + 3 * rest
 
     def flops(self, *, teacher: bool = True) -> int:
         """Of a clip: teacher forward (unless targets are given), student forward and backward."""
@@ -92,36 +88,29 @@ class Workload:
 
 def workload(config: Config, teacher: Teacher, student: Student) -> Workload:
     """The sizes of the networks."""
-    masked = num_masked(config.grid, config.mask)
-    visible = config.student.mode == "visible"
-    encoder, predictor = student.encoder, student.predictor
-    seen, sizes = config.num_tokens - masked if visible else config.num_tokens, config.student
+    tokens, masked = config.num_tokens, num_masked(config.grid, config.mask)
+    encoder, predictor, sizes = student.encoder, student.predictor, config.student
+    seen = tokens if predictor is None else tokens - masked
     return Workload(
-        _stack(teacher.blocks, teacher.width, teacher.heads, config.num_tokens) if teacher.blocks else None,
+        _stack(teacher.blocks, teacher.width, teacher.heads, tokens) if teacher.blocks else None,
         _stack(encoder.blocks, encoder.width, encoder.heads, seen),
-        _stack(predictor.blocks, sizes.predictor_width, sizes.predictor_heads, config.num_tokens)
-        if predictor
-        else None,
+        _stack(predictor.blocks, sizes.predictor_width, sizes.predictor_heads, tokens) if predictor else None,
         masked,
         teacher.width,
     )
 
 
-def _stack(blocks: Iterable[nn.Module], width: int, heads: int, tokens: int) -> Stack:
-    layers = list(blocks)
-    linear = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
-    return Stack(tokens, width, len(layers), heads, sum(m.in_features * m.out_features for m in linear))
+def _stack(blocks: nn.ModuleList | nn.Sequential | tuple[nn.Module, ...], width: int, heads: int, tokens: int) -> Stack:
+    linear = [m for m in blocks[0].modules() if isinstance(m, nn.Linear)]
+    return Stack(tokens, width, len(blocks), heads, sum(m.in_features * m.out_features for m in linear))
+
+
+def _embedding(stack: Stack) -> int:
+    """FLOPs of the patch embedding of a clip, forward."""
+    return 2 * stack.tokens * _PATCH_VALUES * stack.width
 
 
 # --- what the device could do -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Peak:
-    """FLOPs per second that count as 100 %, and the source of the figure."""
-
-    flops_per_sec: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -129,57 +118,46 @@ class Utilisation:
     """Turns clips per second into MFU."""
 
     workload: Workload
-    peak: Peak | None
-    """Of one device; None where MFU means nothing: on a CPU."""
+    peak: float | None = None
+    """FLOPs per second of one device that count as 100 %; None where MFU means nothing: on a CPU."""
+    source: str = ""
+    """Of the peak."""
 
     def mfu(self, clips_per_sec: float, devices: int = 1) -> float | None:
         """MFU at this rate of clips per second over all devices."""
-        if self.peak is None:
-            return None
-        return clips_per_sec * self.workload.flops() / (self.peak.flops_per_sec * devices)
+        return None if self.peak is None else clips_per_sec * self.workload.flops() / (self.peak * devices)
 
     def line(self) -> str:
         """What to print at the start of a run."""
         teacher, student = self.workload.teacher_flops(), self.workload.student_flops()
-        peak = (
-            f"peak {self.peak.flops_per_sec / 1e12:.0f} TFLOP/s ({self.peak.source})"
-            if self.peak
-            else "no MFU on a CPU"
-        )
-        parts = f"teacher {teacher / 1e9:.1f} forward, student" if self.workload.teacher else "no teacher, student"
+        peak = f"peak {self.peak / 1e12:.0f} TFLOP/s ({self.source})" if self.peak else "no MFU on a CPU"
+        parts = f"teacher {teacher / 1e9:.1f} forward, student" if teacher else "no teacher, student"
         return (
             f"flops     {(teacher + student) / 1e9:.1f} GFLOP a clip: {parts} {student / 1e9:.1f} forward and backward"
             f"; {peak}"
         )
 
 
-def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The tabled peak for bf16 on a known GPU; otherwise the measured rate of a large matrix product."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        if name in _PEAKS:
-            return Peak(_PEAKS[name], f"data sheet of {name}, bf16, dense")
-    rate = matmul_rate(device, dtype)
-    return Peak(rate, f"measured: a {str(dtype).removeprefix('torch.')} matrix product")
+def utilisation_of(work: Workload, device: torch.device, dtype: torch.dtype) -> Utilisation:
+    """With the tabled peak for bf16 on a known GPU, and the measured rate of a large matrix product on others."""
+    if device.type != "cuda":
+        return Utilisation(work)
+    name = torch.cuda.get_device_name(device)
+    if name in _PEAKS and dtype == torch.bfloat16:
+        return Utilisation(work, _PEAKS[name], f"data sheet of {name}, bf16, dense")
+    product = f"a {str(dtype).removeprefix('torch.')} matrix product"
+    return Utilisation(work, matmul_rate(device, dtype), f"measured: {product}")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> float:
     """FLOPs per second of the product of two square matrices, 8192 wide on a GPU and 1024 on a CPU; the best of 5."""
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
-    out = a @ b
-    best = 0.0
-    for _ in range(5):
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            torch.mm(a, b, out=out)
-        _wait(device)
-        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
-    return best
+    a, b, out = torch.randn(3, size, size, generator=generator, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out), repeats) for _ in range(5))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """Mean time of a call, after a warm-up; waits for the GPU."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.timeit(repeats).mean

@@ -73,7 +73,7 @@ class HeldOutLoss:
         """
         started = time.perf_counter()
         loss, r2, count = 0.0, 0.0, 0
-        with torch.no_grad(), evaluation_mode(self._student, self._world):
+        with torch.no_grad(), evaluation_mode(self._student):
             for batch in synchronised_batches(self._loader, self._world, self._batches):
                 kept = (~batch["substituted"]).nonzero().flatten()
                 rows = kept if len(kept) else torch.tensor([0])  # ranks that share parameters must run equally often
@@ -91,12 +91,12 @@ class HeldOutLoss:
 
 
 @contextlib.contextmanager
-def evaluation_mode(student: nn.Module, world: World) -> Iterator[None]:
-    """The student in evaluation mode and not compiled, afterwards as it was; all ranks take part."""
+def evaluation_mode(student: nn.Module) -> Iterator[None]:
+    """The student in evaluation mode and not compiled, afterwards as it was."""
     training = student.training
     student.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), world.together():
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         student.train(training)

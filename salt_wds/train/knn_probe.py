@@ -79,7 +79,7 @@ class KnnProbe:
             LoaderStopped: too many samples failed, on any rank.
         """
         started = time.perf_counter()
-        with evaluation_mode(self._student, self._world):
+        with evaluation_mode(self._student):
             (bank, bank_labels), (queries, labels) = (self._features(loader) for loader in self._loaders)
         if not len(bank_labels) or not len(labels):
             return {}

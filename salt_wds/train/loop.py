@@ -10,11 +10,12 @@ import contextlib
 import logging
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,11 +27,13 @@ from salt_wds.data.pictures import write_first_batch
 from salt_wds.models.optim import learning_rate, set_learning_rate
 from salt_wds.models.student import Student
 from salt_wds.runs import checkpoint
-from salt_wds.runs.metrics import RunLog, read_metrics
+from salt_wds.runs.metrics import RunLog
 from salt_wds.train.diagnostics import PositionMean, feature_diagnostics
 from salt_wds.train.distributed import World, clip_gradients
 from salt_wds.train.ema import Ema
 from salt_wds.train.flops import Utilisation
+from salt_wds.train.held_out_loss import HeldOutLoss
+from salt_wds.train.knn_probe import KnnProbe
 from salt_wds.train.meters import Clock, Meter, peak_memory_gb
 from salt_wds.train.profiling import StepProfiler
 from salt_wds.train.progress import InputBound, Progress, local_cores, summary
@@ -40,19 +43,6 @@ from salt_wds.train.step import Step
 from shard_tools.common.cli import INTERRUPTED, OK, PROBLEMS
 
 log = logging.getLogger(__name__)
-
-
-class Evaluator(Protocol):
-    """A measurement on held-out clips every few steps; it changes nothing of the run."""
-
-    name: str
-    every: int
-
-    def describe(self) -> str:
-        """A line for the start of a run."""
-
-    def measure(self) -> dict[str, float]:
-        """Numbers for the line of metrics, the same on all ranks; LoaderStopped on all ranks if there are none."""
 
 
 class NonFiniteLoss(Exception):
@@ -72,23 +62,22 @@ class Loop:
     utilisation: Utilisation
     position_mean: PositionMean
     ema: Ema | None
-    evaluators: list[Evaluator]
+    evaluators: list[HeldOutLoss | KnnProbe]
     stop: StopSignals
     state: dict[str, Any] | None
     """Of the checkpoint to continue from, see `save`; None for a new run."""
 
     def __post_init__(self) -> None:
         train, state, world = self.config.train, self.state, self.world
-        self.run_dir, self.device = Path(train.run_dir), world.device
+        self.run_dir = Path(train.run_dir)
         self.step = state["step"] if state else 0
-        self.meter = Meter.from_state(state["meter"], self.device) if state else Meter()
+        self.meter = Meter.from_state(state["meter"], world.device) if state else Meter()
         self.clock = Clock()
         if state and world.first:  # counts are summed over ranks; the first rank continues those of the past
             self.loader.policy.total = state["failures"]["total"]
             self.loader.policy.by_kind = Counter(state["failures"]["by_kind"])
         self.log = RunLog(self.run_dir, self.step, train.trace_samples) if world.first else None
-        losses = (line["loss"] for line in read_metrics(self.run_dir / "metrics.jsonl")) if world.first else ()
-        self.loss_watch = LossWatch(losses)
+        self.loss_watch = LossWatch(self.log.past if self.log else ())
         self.progress = Progress(self.step, train.steps) if world.first else None
         catalog = self.loader.catalog
         self.input_bound = InputBound(self.config.data.num_workers, local_cores(), catalog.extensions, catalog.folders)
@@ -96,15 +85,12 @@ class Loop:
         self.writer = checkpoint.Writer(
             self.run_dir / "checkpoints", train.keep_checkpoints, train.keep_every, train.async_checkpoints
         )
-        self.writer.written = state["step"] if state else None
-        # The batches since the last host sync: only then is a loss that is not finite noticed.
-        self.recent: deque[tuple[int, dict[str, list[str]]]] = deque(maxlen=train.log_every + 1)
+        self.writer.written = self.step if state else None
         allowed = train.max_skipped if train.on_nonfinite == "skip" else 0
         self.guard = FiniteGuard(allowed, state.get("skipped", 0) if state else 0, world)
         self.optimizer.found_inf = self.guard.found_inf  # type: ignore[attr-defined]  # AdamW's fused kernel reads it
-        self.stopped_by = 0
-        self.loader_stopped: LoaderStopped | None = None
-        self.any_loader_stopped = False
+        self.stopped_by = 0  # number of a signal
+        self.loaders_stopped: list[str | None] = []  # by rank: why its loader gave up; empty if none did
 
     def run(self) -> int:
         """Train until all steps are done or something ends the run; returns the exit code."""
@@ -126,7 +112,6 @@ class Loop:
                     self.update(batch, lr)
                     self.trace(batch)
                     self.profiler.after(self.step)
-                    self.writer.report()
                     measured = self.evaluate()
                     due = self.step % train.log_every == 0
                     if due or measured or self.step in (1, train.steps):
@@ -142,30 +127,31 @@ class Loop:
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """This rank's slice of the next batch; None, on all ranks, if a signal or a stopped loader ends the run."""
-        started, batch = time.perf_counter(), None
+        started, batch, problem = time.perf_counter(), None, None
         if not self.stop.requested:
             try:
                 batch = next(batches)
             except LoaderStopped as stopped:
-                self.loader_stopped = stopped
-        self.stopped_by, any_stopped = self.world.largest(self.stop.requested, self.loader_stopped is not None)
-        self.any_loader_stopped = bool(any_stopped)
-        if batch is None or self.stopped_by or any_stopped:
+                problem = str(stopped)
+        self.stopped_by, any_problem = self.world.largest(self.stop.requested, problem is not None)
+        if any_problem:
+            self.loaders_stopped = self.world.gather(problem)
+        if batch is None or self.stopped_by or any_problem:
             return None
         self.clock.add(len(batch["keys"]), time.perf_counter() - started, batch["ms"])
         return batch
 
     def update(self, batch: Batch, lr: float) -> None:
         """One optimizer step, without a host sync."""
-        clips, colour, mask = (batch[name].to(self.device, non_blocking=True) for name in ("clips", "colour", "mask"))
-        self.recent.append((self.step, {name: batch[name] for name in ("keys", "shards")}))
+        device = self.world.device
+        clips, colour, mask = (batch[name].to(device, non_blocking=True) for name in ("clips", "colour", "mask"))
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.world.together():
-            loss, stats = self.forward_backward(clips, colour, mask)
-            grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
-            self.position_mean.advance(stats.pop("position_sums"))
-        counts = self.guard.observe(self.step, loss, grad_norm)
+        loss, stats = self.forward_backward(clips, colour, mask)
+        grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
+        self.position_mean.advance(stats.pop("position_sums"))
+        names = {name: batch[name] for name in ("keys", "shards")}
+        counts = self.guard.observe(self.step, names, loss, grad_norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.step)
@@ -179,7 +165,7 @@ class Loop:
         if self.step == 1 and self.world.first:
             write_first_batch(self.run_dir, self.config, batch, self.loader.catalog.classes)
         if self.config.train.trace_samples:
-            keys = [key for keys in self.world.gather(batch["keys"]) for key in keys]
+            keys = list(chain(*self.world.gather(batch["keys"])))
             if self.log is not None:
                 self.log.samples(self.step, keys)
 
@@ -202,26 +188,23 @@ class Loop:
         Raises:
             NonFiniteLoss: there were more of them than may be skipped.
         """
-        steps = self.guard.new_steps()
-        for number, step in enumerate(steps, start=self.guard.count - len(steps) + 1):
-            names = self.world.gather(dict(self.recent).get(step, {"keys": [], "shards": []}))
-            batch = {name: [one for part in names for one in part[name]] for name in ("keys", "shards")}
+        found = self.guard.new_steps()
+        for number, (step, clips) in enumerate(found, start=self.guard.count - len(found) + 1):
+            ranks = self.world.gather(clips)
+            of_all = {name: list(chain(*(rank[name] for rank in ranks))) for name in clips}
             if self.world.first:
-                record_nonfinite(self.run_dir / "nonfinite.jsonl", step, batch, number, self.guard.allowed)
+                record_nonfinite(self.run_dir / "nonfinite.jsonl", step, of_all, number, self.guard.allowed)
         if self.guard.exceeded:
             raise NonFiniteLoss
 
     def write_metrics(self, lr: float, batch: Batch, measured: dict[str, float], *, reset: bool) -> None:
         """Write one line of metrics: means over interval and ranks, rates, failures, and what evaluators measured."""
         self.check_finite()
-        policy, means = self.loader.policy, self.meter.means()
+        policy, means, worker_ms = self.loader.policy, self.meter.means(), self.clock.worker_ms
         counted = means.pop("counted")  # the share of steps that were not skipped
-        here = {**{name: value / counted for name, value in means.items()}, **self.clock.rates()} if counted else {}
-        worker_ms = self.clock.worker_ms
-        with self.world.together():
-            features = feature_diagnostics(self.config, self.student, batch, self.device)
-        here |= features if here else {}
-        ranks = self.world.gather((here, peak_memory_gb(self.device), policy.total, policy.by_kind))
+        here = {name: value / counted for name, value in means.items()} | self.clock.rates() if counted else {}
+        features = feature_diagnostics(self.config, self.student, batch, self.world.device)
+        ranks = self.world.gather((here | features, peak_memory_gb(self.world.device), policy.total, policy.by_kind))
         self.clock = Clock()
         if reset:
             self.meter = Meter()
@@ -230,7 +213,7 @@ class Loop:
         line = {
             "step": self.step,
             "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.num_samples,
-            **{name: sum(rank[0][name] for rank in ranks) / len(ranks) for name in here},
+            **{name: sum(rank[0][name] for rank in ranks) / len(ranks) for name in here | features},
             "lr": lr,
         }
         line |= {
@@ -252,16 +235,12 @@ class Loop:
 
     def save(self) -> None:
         """Begin a checkpoint. If it fails, the writer logs that and the run goes on."""
-        policy = self.loader.policy
-        ranks = self.world.gather((policy.total, policy.by_kind, self.loader.spec.quarantine, self.meter.state()))
-        tensors = checkpoint.snapshot(
-            self.student,
-            self.optimizer,
-            self.world.first,
-            extra=self.position_mean.tensors(),
-            ema=None if self.ema is None else self.ema.tensors(),
-        )
-        if self.log is None or tensors is None:
+        policy, world = self.loader.policy, self.world
+        ranks = world.gather((policy.total, policy.by_kind, self.loader.spec.quarantine, self.meter.state()))
+        ema = None if self.ema is None else self.ema.tensors()
+        extra = self.position_mean.tensors()
+        tensors = checkpoint.snapshot(self.student, self.optimizer, keep=world.first, extra=extra, ema=ema)
+        if self.log is None:
             return
         self.log.sync()
         state = {
@@ -281,7 +260,7 @@ class Loop:
         Raises:
             OSError: the disk is full or the folder not writable.
         """
-        self.writer.report(wait=True)
+        self.writer.wait()
         (missing,) = self.world.largest(self.world.first and self.writer.written != self.step)
         if missing:
             self.save()
@@ -289,17 +268,17 @@ class Loop:
 
     def how_it_ended(self) -> int:
         """Print it on the first rank; returns the exit code."""
-        reason = str(self.loader_stopped) if self.loader_stopped else None
-        ranks = self.world.gather((reason, self.loader.policy.total))
-        if self.any_loader_stopped:
-            for rank, (reason, _) in enumerate(ranks):
-                if reason is not None and self.world.first:
-                    by = f" by rank {rank}" if len(ranks) > 1 else ""
+        failures = sum(self.world.gather(self.loader.policy.total))
+        if self.world.first:
+            for rank, reason in enumerate(self.loaders_stopped):
+                if reason is not None:
+                    by = f" by rank {rank}" if self.world.size > 1 else ""
                     log.error("stopped at step %d%s: %s", self.step, by, reason)
+            if self.stopped_by and not self.loaders_stopped:
+                name = signal.Signals(self.stopped_by).name
+                print(f"{name}: stopped after step {self.step}, checkpoint written; continue with --resume")
+            elif not self.loaders_stopped:
+                print(f"done: {self.step} steps, {failures} failures; {self.run_dir}")
+        if self.loaders_stopped:
             return PROBLEMS
-        if self.world.first and self.stopped_by:
-            name = signal.Signals(self.stopped_by).name
-            print(f"{name}: stopped after step {self.step}, checkpoint written; continue with --resume")
-        elif self.world.first:
-            print(f"done: {self.step} steps, {sum(total for _, total in ranks)} failures; {self.run_dir}")
         return INTERRUPTED if self.stopped_by else OK

@@ -18,26 +18,23 @@ class StepProfiler:
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
-        self._folder, self._steps = folder, steps
+        self._folder, (self._first, self._last) = folder, steps or (0, 0)
         self._profile: profile | None = None
-        self._first = self._last = 0
+        self._done: list[int] = []
 
     def before(self, step: int) -> None:
         """Call before the batch of `step` is waited for."""
-        if self._steps is None or self._profile is not None or not self._steps[0] <= step <= self._steps[1]:
-            return
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
-        self._first = step
-        self._profile.start()
+        if self._profile is None and self._first <= step <= self._last:
+            gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *gpu])
+            self._profile.start()
 
     def after(self, step: int) -> None:
         """Call after `step`; after the last one the trace is written."""
-        self._last = step
-        if self._profile is not None and self._steps is not None and step >= self._steps[1]:
-            self.close()
+        if self._profile is not None:
+            self._done.append(step)
+            if step == self._last:
+                self.close()
 
     def close(self) -> None:
         """Write the trace of what was recorded, if anything."""
@@ -45,11 +42,13 @@ class StepProfiler:
             return
         running, self._profile = self._profile, None
         running.stop()
-        path = self._folder / f"steps-{self._first}-{max(self._last, self._first)}.json.gz"
+        if not self._done:
+            return
+        path = self._folder / f"steps-{self._done[0]}-{self._done[-1]}.json.gz"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             running.export_chrome_trace(str(path))
         except OSError as error:  # a full disk is no reason to end the run
             log.error("no profile: %s: %s", path, error.strerror)
             return
-        log.info("profile of steps %d to %d: %s", self._first, max(self._last, self._first), path)
+        log.info("profile of steps %d to %d: %s", self._done[0], self._done[-1], path)

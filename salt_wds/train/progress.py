@@ -22,37 +22,35 @@ class Progress:
     """A bar if stderr is a terminal, otherwise one line for each line of metrics."""
 
     def __init__(self, step: int, steps: int) -> None:
-        self._bar = None
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not terminal)
         self._redirected = contextlib.ExitStack()
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+        if terminal:
             self._redirected.enter_context(logging_redirect_tqdm())  # warnings appear above the bar, not in it
 
     def advance(self) -> None:
         """Count one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def show(self, line: Mapping[str, Any], text: str) -> None:
         """Show a line of metrics; `text` is what to print of it where there is no bar."""
-        if self._bar is None:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:
-                raise
-            except OSError as error:  # into a file on a full disk; metrics.jsonl has the line, too
-                log.debug("not printed (%s): %s", error.strerror, text)
-        else:
+        if not self._bar.disable:
             self._bar.set_postfix_str(
                 f"loss {line['loss']:.4f}, R2 {line['r2']:+.3f}, {line['clips_per_sec']:.1f} clips/s, "
                 f"wait {line['data_wait_share']:.0%}"
             )
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # into a file on a full disk; metrics.jsonl has the line, too
+            log.debug("not printed (%s): %s", error.strerror, text)
 
     def close(self) -> None:
         """Leave the bar as it is, and restore logging."""
         self._redirected.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def summary(line: dict[str, Any], steps: int) -> str:

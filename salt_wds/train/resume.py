@@ -21,30 +21,40 @@ def open_run(run_dir: Path, config: Config, resume: bool, dry_run: bool) -> tupl
     Raises:
         CommandError: a run is in the way, all of its checkpoints are damaged, or it is another run.
     """
-    begun = (run_dir / "metrics.jsonl").exists() or any((run_dir / "checkpoints").glob("step-*"))
+    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    begun = metrics.exists() or any(checkpoints.glob("step-*"))
     if begun and not resume and not dry_run:
         raise CommandError(f"{run_dir}: holds a run already; continue with --resume, or choose another train.run_dir")
-    found = checkpoint.newest(run_dir / "checkpoints") if resume else None
-    if resume and found is None:
-        _check_nothing_is_lost(run_dir, config.train.checkpoint_every)
-        log.warning("%s: no checkpoint to resume from; starting at step 1", run_dir)
-    if found is not None:
-        _check_same_config(found[0], found[1]["config"], config)
+    found = checkpoint.newest(checkpoints) if resume else None
+    if resume:
+        steps = [line["step"] for line in read_metrics(metrics)] if metrics.exists() else []
+        if found is None:
+            _check_nothing_is_lost(run_dir, steps, config.train.checkpoint_every)
+            log.warning("%s: no checkpoint to resume from; starting at step 1", run_dir)
+        else:
+            _check_same_config(found[0], found[1]["config"], config)
+            _report_missing_lines(metrics, steps, found[1])
     if not dry_run:
-        checkpoint.quarantine_newer(run_dir / "checkpoints", found[1]["step"] if found else 0)
+        checkpoint.quarantine_newer(checkpoints, found[1]["step"] if found else 0)
     return found
 
 
-def _check_nothing_is_lost(run_dir: Path, checkpoint_every: int) -> None:
+def _check_nothing_is_lost(run_dir: Path, steps: list[int], checkpoint_every: int) -> None:
     """Starting at step 1 overwrites the metrics: right only if the run stopped before its first checkpoint."""
-    path = run_dir / "metrics.jsonl"
-    lines = read_metrics(path) if path.exists() else []
-    if lines and lines[-1]["step"] > checkpoint_every:
+    if steps and steps[-1] > checkpoint_every:
         raise CommandError(
-            f"{run_dir}: its metrics reach step {lines[-1]['step']}, but there is no checkpoint to resume "
+            f"{run_dir}: its metrics reach step {steps[-1]}, but there is no checkpoint to resume "
             f"from; restore {run_dir / 'checkpoints'}; if a full disk prevented every checkpoint, remove {run_dir} "
             "to start again"
         )
+
+
+def _report_missing_lines(path: Path, steps: list[int], state: dict[str, Any]) -> None:
+    """Training needs no metrics, so it goes on without lines that the run had before its checkpoint."""
+    last = max((step for step in steps if step <= state["step"]), default=0)
+    due = state["step"] // state["config"]["train"]["log_every"] * state["config"]["train"]["log_every"]
+    if last < due:
+        log.warning("%s: has no lines of steps %d to %d; the run goes on without them", path, last + 1, due)
 
 
 def check_same_data(state: dict[str, Any], loader: Loader) -> None:

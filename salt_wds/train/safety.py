@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ _MAD_TO_STD = 1.4826  # of a normal distribution
 _LEAST_SPREAD = 0.01  # of the level: where losses hardly differ, small changes are no spikes
 
 
+Clips = dict[str, list[str]]
+"""`keys` and `shards` of the clips of a batch."""
+
+
 class FiniteGuard:
     """Prevents the update after a loss or gradient that is not finite, without a host sync.
 
@@ -40,25 +45,26 @@ class FiniteGuard:
     def __init__(self, allowed: int, skipped: int, world: World) -> None:
         self.allowed, self.count = max(allowed, skipped), skipped
         self._world = world
-        device = world.device
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self._count = torch.full((), skipped, dtype=torch.int64, device=device)
-        self._steps = torch.zeros(self.allowed + 1, dtype=torch.int64, device=device)  # the skipped ones, in order
-        self._places = torch.arange(self.allowed + 1, device=device)
+        self.found_inf = torch.zeros((), device=world.device)
+        self._total = torch.full((), float(skipped), device=world.device)
+        self._recent: list[tuple[int, Clips, Tensor]] = []
 
-    def observe(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def observe(self, step: int, clips: Clips, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Set `found_inf` before a step's update, the same on all ranks; returns 1.0 if the step counts, else 0."""
         bad = self._world.any_on_device(1 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float())
-        new = (bad > 0) & (self._count <= self.allowed)  # nothing more is recorded once the run must end
-        self._steps.copy_(torch.where(new & (self._places == self._count), step, self._steps))
-        self._count += new
-        self.found_inf.copy_((bad > 0) | (self._count > self.allowed))
+        bad = torch.where(self._total > self.allowed, 0, bad)  # nothing more is recorded once the run must end
+        self._total += bad
+        self._recent.append((step, clips, bad))
+        self.found_inf.copy_(torch.where(self._total > self.allowed, 1, bad))
         return 1 - self.found_inf
 
-    def new_steps(self) -> list[int]:
-        """Steps since the last call whose update was not made; waits for the device."""
-        before, self.count = self.count, int(self._count.item())
-        return self._steps[before : self.count].tolist()
+    def new_steps(self) -> list[tuple[int, Clips]]:
+        """Steps since the last call whose update was not made, with their clips; waits for the device."""
+        recent, self._recent = self._recent, []
+        flags = torch.stack([bad for *_, bad in recent]).tolist() if recent else []
+        found = [(step, clips) for (step, clips, _), bad in zip(recent, flags, strict=True) if bad]
+        self.count += len(found)
+        return found
 
     @property
     def exceeded(self) -> bool:
@@ -66,21 +72,21 @@ class FiniteGuard:
         return self.count > self.allowed
 
 
-def record_nonfinite(path: Path, step: int, batch: Mapping[str, list[str]], number: int, allowed: int) -> None:
+def record_nonfinite(path: Path, step: int, clips: Clips, number: int, allowed: int) -> None:
     """Append the clips of a step that was not finite to nonfinite.jsonl, and log them.
 
     Args:
-        batch: `keys` and `shards` of the step's clips, over all ranks.
+        clips: of all ranks.
         number: how many such steps the run has had, with this one.
         allowed: how many may be skipped.
     """
     stops = number > allowed
-    line = {"step": step, **batch, "action": "stopped" if stops else "skipped", "time": time.time()}
+    line = {"step": step, **clips, "action": "stopped" if stops else "skipped", "time": time.time()}
     try:
         append_lines(path, [json.dumps(line)])
     except OSError as error:  # a full disk must not change how the run goes on
         log.error("%s: %s; its line would have been %s", path, error.strerror, json.dumps(line))
-    keys = ", ".join(batch["keys"])
+    keys = ", ".join(clips["keys"])
     if stops:
         log.error(
             "loss or gradient of step %d is not finite; its update and all later ones were not made%s. Keys: %s "
@@ -103,11 +109,12 @@ class LossWatch:
     absolute deviation and at least 1% of the median. Earlier spikes hardly change either.
 
     Args:
-        losses: of the lines so far, so that a resumed run knows the usual level.
+        past: the lines so far, so that a resumed run knows the usual level.
     """
 
-    def __init__(self, losses: Iterable[float]) -> None:
-        self._losses = deque(losses, maxlen=_LINES)
+    def __init__(self, past: Iterable[Mapping[str, Any]]) -> None:
+        losses = (line.get("loss") for line in past)
+        self._losses = deque((loss for loss in losses if isinstance(loss, float)), maxlen=_LINES)
 
     def observe(self, step: int, loss: float) -> bool:
         """Add the loss of a line; returns True, and logs a warning, if it is a spike."""

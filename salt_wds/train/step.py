@@ -140,23 +140,20 @@ class Step:
             torch.OutOfMemoryError: another mode would not help.
             torch.distributed.DistError: another rank is gone.
         """
-        if self._micro_batches == 1:
-            return self._with_fallback(clips, colour, mask, targets)
         count = self._micro_batches
         batch = (clips, colour, mask) if targets is None else (clips, colour, mask, targets)
         total, means = torch.zeros((), device=clips.device), dict[str, Tensor]()
         for number, part in enumerate(zip(*(t.chunk(count) for t in batch), strict=True), start=1):
-            assert self._network is not None
             with gradient_sync(self._network, number == count):
                 loss, stats = self._with_fallback(*part)
             total = total + loss
             means = {name: means.get(name, 0) + value / count for name, value in stats.items()}
         return total / count, means
 
-    def _with_fallback(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None) -> Result:
+    def _with_fallback(self, *part: Tensor) -> Result:
         while self._passed < _PROOF and self.mode != "off":
             try:
-                result = self._pass(clips, colour, mask, targets)
+                result = self._pass(*part)
                 self._passed += 1
                 return result
             except (torch.OutOfMemoryError, DistError):
@@ -170,9 +167,9 @@ class Step:
                 torch._dynamo.reset()
                 self._passed = 0
                 self._run = self._compiled()
-        return self._pass(clips, colour, mask, targets)
+        return self._pass(*part)
 
-    def _pass(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None) -> Result:
+    def _pass(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None) -> Result:
         graphs = self.mode == "max-autotune"
         if graphs:  # CUDA graphs reuse the memory of the step before; both parts belong to one step
             torch.compiler.cudagraph_mark_step_begin()
@@ -181,7 +178,7 @@ class Step:
                 targets = self._run.targets(clips, colour, mask)
         with pinned(self._attention.student):  # the backward pass, too: checkpointed blocks run again there
             loss, stats = self._run.loss(clips, colour, mask, targets)
-            (loss / self._micro_batches if self._micro_batches > 1 else loss).backward()
+            (loss / self._micro_batches).backward()
         loss = loss.detach()
         if graphs:  # what outlives this step must not lie in the graphs' memory
             loss, stats = loss.clone(), {name: value.clone() for name, value in stats.items()}

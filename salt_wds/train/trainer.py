@@ -20,16 +20,16 @@ from salt_wds.runs import checkpoint
 from salt_wds.runs.folder import lock_run_folder, log_crashes
 from salt_wds.runs.history import record_end, record_start
 from salt_wds.train.diagnostics import PositionMean
-from salt_wds.train.distributed import RankLost, World, join, leave, shard_model
+from salt_wds.train.distributed import World, is_lost_rank, join, leave, shard_model
 from salt_wds.train.ema import Ema
 from salt_wds.train.held_out_loss import HeldOutLoss
 from salt_wds.train.knn_probe import KnnProbe
-from salt_wds.train.loop import Evaluator, Loop
+from salt_wds.train.loop import Loop
 from salt_wds.train.resume import check_same_data, open_run
 from salt_wds.train.signals import StopSignals
 from salt_wds.train.step import count_micro_batches, make_forward
 from salt_wds.train.tuning import tuned_step
-from shard_tools.common.cli import OK, PROBLEMS
+from shard_tools.common.cli import OK, PROBLEMS, one_line
 from shard_tools.common.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,13 @@ def train(config: Config, *, resume: bool = False, dry_run: bool = False, stop: 
                 world.from_first(lambda: stack.enter_context(lock_run_folder(run_dir)))
                 stack.enter_context(log_crashes(run_dir / f"crash-rank{world.rank}.log"))
             code = _train(config, world, resume, dry_run, stop)
-    except RankLost as lost:
-        log.error("another rank is gone or does not answer (%s); continue from the last checkpoint with --resume", lost)
+    except RuntimeError as error:  # torch has no one type for a lost rank
+        if not is_lost_rank(error):
+            raise
+        reason = one_line(error)[:200]
+        log.error(
+            "another rank is gone or does not answer (%s); continue from the last checkpoint with --resume", reason
+        )
         return PROBLEMS
     leave(world)
     return code
@@ -111,8 +116,8 @@ def _train(config: Config, world: World, resume: bool, dry_run: bool, stop: Stop
     return code
 
 
-def _build_evaluators(config: Config, world: World, models: Models) -> list[Evaluator]:
-    evaluators: list[Evaluator] = []
+def _build_evaluators(config: Config, world: World, models: Models) -> list[HeldOutLoss | KnnProbe]:
+    evaluators: list[HeldOutLoss | KnnProbe] = []
     run_dir = Path(config.train.run_dir)
     if config.train.validate_every:
         forward = make_forward(config, models.teacher, models.student, world.device)

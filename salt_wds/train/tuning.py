@@ -21,7 +21,7 @@ from salt_wds.models.student import Checkpointing
 from salt_wds.train.attention import choose_attention
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import World, local_part
-from salt_wds.train.flops import Utilisation, peak_of, workload
+from salt_wds.train.flops import Utilisation, utilisation_of, workload
 from salt_wds.train.step import Step, make_forward
 from shard_tools.common.cli import CommandError
 
@@ -69,7 +69,7 @@ def tuned_step(
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     work = workload(config, models.teacher, models.student)
     attention = choose_attention(train.attention, work.teacher, work.student, clips, dtype, device)
-    utilisation = Utilisation(work, peak_of(device, dtype) if device.type == "cuda" else None)
+    utilisation = utilisation_of(work, device, dtype)
     lines = [attention.line, utilisation.line()]
     world = world or World(device)
     mode, called = _compile_mode(train.compile, micro_batches, world.size), network or models.student

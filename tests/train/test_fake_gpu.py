@@ -72,11 +72,11 @@ def a_loop(config, models, monkeypatch) -> Loop:
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     loop = Loop.__new__(Loop)
-    loop.config, loop.world, loop.device, loop.step = config, World(gpu), gpu, 1
+    loop.config, loop.world, loop.step = config, World(gpu), 1
     loop.student, loop.optimizer = models.student, build_optimizer(models.student, config.optim, fused=True)
     loop.guard = FiniteGuard(3, 0, loop.world)
     loop.optimizer.found_inf = loop.guard.found_inf
-    loop.meter, loop.recent, loop.progress = Meter(), [], None
+    loop.meter, loop.progress = Meter(), None
     forward = make_forward(config, models.teacher, models.student, gpu, means)
     loop.forward_backward = Step(forward, "off", network=models.student, micro_batches=2)
     loop.position_mean, loop.ema = means, Ema(models.student, 0.9)

@@ -10,7 +10,7 @@ from train_runs import small
 
 from salt_wds.models.build import Models
 from salt_wds.train import flops
-from salt_wds.train.flops import Peak, Stack, Utilisation, Workload, matmul_rate, peak_of, workload
+from salt_wds.train.flops import Stack, Utilisation, Workload, matmul_rate, utilisation_of, workload
 from salt_wds.train.step import Step, make_forward
 from salt_wds.train.tuning import synthetic_batch
 
@@ -66,26 +66,25 @@ def test_base_is_what_the_design_says():
 
 def test_mfu_by_hand():
     work = Workload(Stack(10, 8, 0, 1, 0), Stack(10, 8, 0, 1, 0), None, 5, 8)
-    a_clip = 3 * (2 * 10 * 1536 * 8) + 3 * (
-        2 * 5 * 8 * 8
-    )  # teacher and student embed, the student backwards, too; head
-    assert work.flops() == a_clip
-    utilisation = Utilisation(work, Peak(1e9, "by hand"))
-    assert utilisation.mfu(100) == pytest.approx(100 * a_clip / 1e9)
-    assert utilisation.mfu(100, devices=4) == pytest.approx(100 * a_clip / 4e9)
+    embedding, head = 2 * 10 * 1536 * 8, 2 * 5 * 8 * 8
+    assert work.flops() == 3 * embedding + 3 * head  # teacher and student embed, the student backwards, too
+    utilisation = Utilisation(work, 1e9, "by hand")
+    assert utilisation.mfu(100) == pytest.approx(100 * work.flops() / 1e9)
+    assert utilisation.mfu(100, devices=4) == pytest.approx(100 * work.flops() / 4e9)
     assert "peak 0 TFLOP/s (by hand)" in utilisation.line()
-    assert Utilisation(work, None).mfu(100) is None
+
+
+def test_peak_is_tabled_by_name_and_measured_otherwise(monkeypatch):
+    work, gpu, names = Workload(None, Stack(10, 8, 0, 1, 0), None, 5, 8), torch.device("cuda", 0), ["NVIDIA H200"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
+    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 5e12)
+    assert utilisation_of(work, gpu, torch.bfloat16).peak == 989e12
+    assert utilisation_of(work, gpu, torch.float32).peak == 5e12
+    names[0] = "Some GPU"
+    found = utilisation_of(work, gpu, torch.bfloat16)
+    assert (found.peak, found.source) == (5e12, "measured: a bfloat16 matrix product")
+    assert utilisation_of(work, CPU, torch.float32).mfu(100) is None
 
 
 def test_matmul_rate_is_a_rate():
     assert 1e8 < matmul_rate(CPU, torch.float32, repeats=1) < 1e15
-
-
-def test_peak_is_tabled_by_name_and_measured_otherwise(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 5e12)
-    gpu = torch.device("cuda", 0)
-    assert peak_of(gpu, torch.bfloat16).flops_per_sec == 989e12
-    assert peak_of(gpu, torch.float32).flops_per_sec == 5e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    assert peak_of(gpu, torch.bfloat16) == Peak(5e12, "measured: a bfloat16 matrix product")

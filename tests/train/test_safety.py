@@ -21,7 +21,7 @@ def watched(guard, losses):
     """`found_inf` at each step's update."""
     found = []
     for step, loss in enumerate(losses, start=1):
-        guard.observe(step, loss, ONE)
+        guard.observe(step, {}, loss, ONE)
         found.append(guard.found_inf.item())
     return found
 
@@ -29,25 +29,25 @@ def watched(guard, losses):
 def test_to_stop_nothing_moves_after_the_first():
     guard = FiniteGuard(0, 0, WORLD)
     assert watched(guard, [ONE, NAN, ONE, NAN]) == [0, 1, 1, 1]
-    assert guard.new_steps() == [2]
+    assert guard.new_steps() == [(2, {})]
     assert guard.exceeded
 
 
 def test_to_skip_only_that_step_does_not_move_until_the_cap():
     guard = FiniteGuard(2, 0, WORLD)
     assert watched(guard, [NAN, ONE, ONE, NAN, ONE]) == [1, 0, 0, 1, 0]
-    assert guard.new_steps() == [1, 4]
+    assert [step for step, _ in guard.new_steps()] == [1, 4]
     assert guard.new_steps() == []
     assert not guard.exceeded
     assert watched(guard, [ONE, ONE * torch.inf, ONE, NAN]) == [0, 1, 1, 1]
-    assert guard.new_steps() == [2]
+    assert guard.new_steps() == [(2, {})]
     assert guard.exceeded
 
 
 def test_the_cap_counts_what_was_skipped_before_the_start():
     guard = FiniteGuard(3, 2, WORLD)
     assert watched(guard, [NAN, ONE, NAN, ONE]) == [1, 0, 1, 1]
-    assert (guard.new_steps(), guard.count, guard.exceeded) == ([1, 3], 4, True)
+    assert (guard.new_steps(), guard.count, guard.exceeded) == ([(1, {}), (3, {})], 4, True)
     assert not FiniteGuard(0, 2, WORLD).exceeded  # a run that skipped, and now is to stop, may go on
 
 
@@ -133,7 +133,8 @@ def test_one_more_than_may_be_skipped_stops_the_run(make_config, tmp_path, monke
 
 
 def test_a_loss_far_above_the_usual_is_told_once_with_numbers(caplog):
-    watch = LossWatch(0.5 + 0.01 * (n % 3) for n in range(20))
+    past = [{"loss": 0.5 + 0.01 * (n % 3)} for n in range(20)]
+    watch = LossWatch([*past, {"step": 3}, {"loss": "low"}])  # edited lines
     assert not watch.observe(21, 0.55)
     assert watch.observe(22, 0.9)
     assert not watch.observe(23, 0.51)
@@ -142,6 +143,6 @@ def test_a_loss_far_above_the_usual_is_told_once_with_numbers(caplog):
 
 
 def test_no_spike_where_little_is_known_or_the_level_changes_slowly():
-    assert not any(LossWatch([1.0] * known).observe(9, 100.0) for known in range(8))
+    assert not any(LossWatch([{"loss": 1.0}] * known).observe(9, 100.0) for known in range(8))
     watch = LossWatch([])
     assert not any(watch.observe(step, 1.0 + 0.001 * step) for step in range(200))

@@ -1,5 +1,6 @@
-"""Signals: each ends a run after a checkpoint, from the first moment on; a crash leaves its stack in the run."""
+"""Signals: each ends a run after a checkpoint, at any moment; a kill costs steps; a crash leaves its stack."""
 
+import json
 import os
 import signal
 import threading
@@ -52,14 +53,10 @@ def test_an_ignored_signal_stays_ignored_and_handlers_come_back():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGUSR1,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGHUP, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *SLOW])
 def test_a_signal_to_the_whole_group_writes_a_checkpoint(make_config, tmp_path, number):
     """As Slurm and terminals send it: loader workers and their fork server get it, too."""
     run_dir = tmp_path / "run"
@@ -77,25 +74,15 @@ def test_a_signal_to_the_whole_group_writes_a_checkpoint(make_config, tmp_path, 
 
 
 @pytest.mark.slow
-def test_stopped_killed_and_resumed_a_run_is_the_undisturbed_one(make_config, tmp_path):
-    settings = {"train__steps": 60, "train__checkpoint_every": 5, "data__num_workers": 2}
-    assert train(make_config("whole", **settings)) == 0
-    run_dir = tmp_path / "run"
-    command = arguments(make_config(**settings))
-    process = start(command)
-    wait_for_step(run_dir, 3, [process])
-    process.send_signal(signal.SIGTERM)
-    (code,), ((out, errors),) = finish([process])
-    assert code == 130, errors
-    assert "SIGTERM: stopped after step" in out
-    process = start([*command, "--resume"])
-    wait_for_step(run_dir, max(lines(run_dir)) + 8, [process])
-    process.kill()
-    process.communicate()
-    codes, texts = finish([start([*command, "--resume"])])
-    assert codes == [0], texts
-    assert losses(run_dir) == losses(tmp_path / "whole")
-    assert last_files(run_dir, 60) == last_files(tmp_path / "whole", 60)
+def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one_to_the_bit(dataset, repository, tmp_path):
+    words = [repository / "benchmarks/kill_train.py", dataset, "--out", tmp_path / "result.json"]
+    words += ["--kills", 3, "--steps", 60, "--longest", 0.3]
+    (code,), texts = finish([start([str(word) for word in words])], timeout=240)
+    assert code == 0, texts
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["kills"], result["differs"]) == (3, [])
+    # The checkpoint before the one that was being written is there, whole.
+    assert result["most_steps_lost"] <= 2 * result["checkpoint_every"] + 1
 
 
 def wait_until_torch_is_loaded(process):

@@ -8,6 +8,8 @@ from torch import nn
 
 from salt_wds.train.step import Forward, Step
 
+CLIPS = (torch.ones(2),) * 3
+
 
 @pytest.fixture
 def weight():
@@ -42,7 +44,7 @@ def play_compiler(monkeypatch, fails):
 def test_a_compile_mode_that_fails_falls_back(monkeypatch, caplog, forward):
     tried = play_compiler(monkeypatch, lambda mode, calls: mode is not None)
     step = Step(forward, "max-autotune")
-    loss, _ = step(torch.ones(2), None, None)
+    loss, _ = step(*CLIPS)
     assert loss == 2
     assert tried == ["max-autotune", "max-autotune-no-cudagraphs", None, None]  # the teacher's part, then the student's
     assert step.mode == "default"
@@ -55,7 +57,7 @@ def test_a_compile_mode_that_fails_later_falls_back_too(monkeypatch, forward, we
     step = Step(forward, "max-autotune")
     for _ in range(3):
         weight.grad = None
-        loss, _ = step(torch.ones(2), None, None)
+        loss, _ = step(*CLIPS)
         assert (loss, weight.grad) == (2, 2)
     assert step.mode == "max-autotune-no-cudagraphs"
 
@@ -67,7 +69,7 @@ def test_a_lost_rank_is_no_fault_of_the_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, mode: fail)
     step = Step(Forward(fail, fail), "max-autotune")
     with pytest.raises(torch.distributed.DistNetworkError):
-        step(torch.ones(2), None, None)
+        step(*CLIPS)
     assert step.mode == "max-autotune"
 
 

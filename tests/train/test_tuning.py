@@ -10,6 +10,7 @@ from train_runs import small
 
 from salt_wds.train import tuning
 from salt_wds.train.attention import UNPINNED
+from salt_wds.train.flops import Utilisation
 from salt_wds.train.step import Step, make_forward
 from salt_wds.train.tuning import peak_bytes, synthetic_batch, tuned_step
 from shard_tools.common.cli import CommandError
@@ -121,7 +122,7 @@ def test_what_does_not_fit_is_told(monkeypatch):
 def play_gpu(monkeypatch, sizes) -> None:
     monkeypatch.setattr(tuning, "peak_bytes", lambda *_: next(sizes))
     monkeypatch.setattr(tuning, "choose_attention", lambda *_: UNPINNED)
-    monkeypatch.setattr(tuning, "peak_of", lambda *_: None)
+    monkeypatch.setattr(tuning, "utilisation_of", lambda work, *_: Utilisation(work))
     monkeypatch.setattr(tuning, "_usable_bytes", lambda device: 100)
     monkeypatch.setattr(tuning, "synthetic_batch", lambda *_: ())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")

@@ -152,9 +152,10 @@ class InOrder:
         return _place(range(len(self._ends)), self._ends, position % self.num_positions // self._views)
 
 
-def sample_rng(seed: int, position: int) -> np.random.Generator:
+def sample_rng(seed: int, position: int, attempt: int = 0) -> np.random.Generator:
     """The generator for everything random about the sample at a position: clip start, crop, flip, mask.
 
-    Of the position, not of the worker or the sample: the same on every machine, another in every epoch.
+    Of the position, not of the worker or the sample: the same on every machine, another in every epoch. A substitute
+    draws anew: where every clip has the same fault, such as damaged last frames, the same start would fail again.
     """
-    return np.random.default_rng([seed, _SAMPLE, position])
+    return np.random.default_rng([seed, _SAMPLE, position, *([attempt] if attempt else [])])

@@ -92,11 +92,11 @@ class SamplePipeline:
     def request(self, position: int, attempt: int) -> Sample:
         """The sample at a position, or its substitute: where it lies, and which frames and crop of it are wanted.
 
-        Everything random about it comes from the position.
+        Everything random about it comes from position and attempt.
         """
         place = self._order.locate(position, attempt)
         row = self._spec.catalog.row(*place)
-        rng = sample_rng(self._spec.seed, position)
+        rng = sample_rng(self._spec.seed, position, attempt)
         size = row.num_frames, row.width, row.height
         if self._spec.views is None:
             frames, crop = training_view(*size, self._spec.data, rng)

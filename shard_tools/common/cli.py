@@ -25,6 +25,8 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 _CONTROL = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}  # a terminal obeys them
+_CONTROL |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # text order
+_BREAKS = re.compile(r"[ \t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")  # not the wide space that a name may have
 
 T = TypeVar("T")
 
@@ -178,7 +180,7 @@ def comma_separated(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]
 
 def one_line(text: object) -> str:
     """The text without line breaks; a control character, such as those that clear a terminal, becomes `\\x1b`."""
-    return " ".join(str(text).split()).translate(_CONTROL)
+    return _BREAKS.sub(" ", str(text)).strip().translate(_CONTROL)
 
 
 def describe_os_error(error: OSError) -> str:

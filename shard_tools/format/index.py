@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from shard_tools.common.cli import one_line
 from shard_tools.format.dataset import DatasetError
@@ -56,15 +57,21 @@ def parse_index(data: bytes) -> pa.Table:
     return table
 
 
-def read_index(path: Path) -> pa.Table:
+def read_index(path: Path, xxh3: str | None = None) -> pa.Table:
     """A shard's index.
 
+    Args:
+        xxh3: its hash in dataset.json, if it is to be compared.
+
     Raises:
-        DatasetError: missing, not parquet, or without the columns of INDEX_SCHEMA.
+        DatasetError: missing, of another hash, not parquet, or without the columns of INDEX_SCHEMA.
     """
     check = f"check the data set: python -m shard_tools.verify {path.parent}"
     try:
-        return parse_index(path.read_bytes())
+        data = path.read_bytes()
+        if xxh3 is not None and xxhash.xxh3_64_hexdigest(data) != xxh3:
+            raise ValueError("the index does not match its hash in dataset.json")
+        return parse_index(data)
     except FileNotFoundError:
         raise DatasetError(f"{path}: the index is missing; {check}") from None
     except OSError as error:

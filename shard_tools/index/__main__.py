@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
+from unicodedata import normalize
 
 from shard_tools.common.cli import CommandError, Parser, path, run
 from shard_tools.format.dataset import SPLITS
@@ -50,7 +51,7 @@ def _ext(text: str) -> str:
 
 def _class_names(path: Path) -> list[str]:
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [normalize("NFC", line.strip()) for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         raise CommandError(f"--classes {path}: not UTF-8 text; write one name per line") from None
     while names and not names[-1]:

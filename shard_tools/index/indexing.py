@@ -22,7 +22,7 @@ import xxhash
 from tqdm import tqdm
 
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, one_line
-from shard_tools.common.files import sync_folder, write_atomic
+from shard_tools.common.files import write_atomic
 from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.format import ledger
 from shard_tools.format.dataset import (
@@ -47,6 +47,7 @@ from shard_tools.index.scan import (
     scan_tar,
     try_payload,
 )
+from shard_tools.index.tar_reader import is_text
 from shard_tools.pack import staging
 
 _SHOWN = 10  # names printed of a longer list; failures.jsonl has them all
@@ -79,6 +80,8 @@ def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names:
         _commit(out, dataset, indexes, failures, _links(source, out, indexes), old)
     for note, count in sum((scan.notes for scan in scans), Counter[str]()).items():
         print(one_line(f"{count:,} {note}"))
+    warnings = [f"warning: {scan.file} {scan.warning}" for scan in scans if scan.warning]
+    _print_some(warnings, f"{len(warnings)} tars without the mark; fetch again those that were cut")
     return _report(out, dataset, failures)
 
 
@@ -97,8 +100,8 @@ def _find_tars(folder: Path) -> list[str]:
         print(one_line(f"{folder}: {len(packed)} compressed tars skipped, such as {packed[0]}: training reads "
                        "samples at their offset in the tar; decompress them first"))  # fmt: skip
     for name in names:
-        if not name.isprintable():
-            raise CommandError(f"{folder}: {name!r} is not a printable UTF-8 name; rename the file")
+        if not is_text(name):
+            raise CommandError(f"{folder}: {name!r} is not UTF-8 text, or has control characters; rename the file")
     if names:
         return names
     below = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("*/**/*.tar")})
@@ -237,9 +240,7 @@ def _commit(
     links: dict[Path, Path],
     old: Dataset | None,
 ) -> None:
-    """Write everything: an old dataset.json is removed first, the new one comes last."""
-    (out / DATASET_FILE).unlink(missing_ok=True)
-    sync_folder(out)
+    """Write what has changed, dataset.json last; until then, old hashes in it tell the loader of new indexes."""
     before = {info.file for info in old.shards} if old else set()
     for file in before - indexes.keys():
         if _is_our_index(out / index_name(file), True):
@@ -247,15 +248,17 @@ def _commit(
         if links and (out / file).is_symlink():
             (out / file).unlink()
     for link, target in links.items():
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-    for file, index in indexes.items():
-        write_atomic(out / index_name(file), index)
+        if not (link.is_symlink() and link.readlink() == target):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+    files = {index_name(file): index for file, index in indexes.items()}
     if failures:
-        write_atomic(out / FAILURES_FILE, "".join(failure.to_line() for failure in failures).encode())
+        files[FAILURES_FILE] = "".join(failure.to_line() for failure in failures).encode()
     else:
         (out / FAILURES_FILE).unlink(missing_ok=True)
-    write_atomic(out / DATASET_FILE, dataset.to_json())
+    for name, data in (*files.items(), (DATASET_FILE, dataset.to_json())):
+        if not (out / name).exists() or (out / name).read_bytes() != data:
+            write_atomic(out / name, data)
 
 
 def _report(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> int:
@@ -263,11 +266,12 @@ def _report(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> int:
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in dataset.splits.items())
     contents = f"{len(dataset.shards)} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes"
     print(f"{out}: {samples:,} samples ({splits}) in {contents}; check: python -m shard_tools.verify {out}")
-    if not failures:
-        return OK
-    for failure in failures[:_SHOWN]:
-        key = f", key {failure.key}" if failure.key else ""
-        print(one_line(f"not indexed: {failure.shard}{key}: {failure.message}"), file=sys.stderr)
-    message = f"{len(failures)} samples or tars could not be indexed; all are named in {out / FAILURES_FILE}"
-    print(message, file=sys.stderr)
-    return PROBLEMS
+    lines = [f"not indexed: {f.shard}{f', key {f.key}' if f.key else ''}: {f.message}" for f in failures]
+    _print_some(lines, f"{len(failures)} samples or tars could not be indexed; all are named in {out / FAILURES_FILE}")
+    return PROBLEMS if failures else OK
+
+
+def _print_some(lines: Sequence[str], summary: str) -> None:
+    """The first lines and a summary on stderr, where there are lines."""
+    for line in [*lines[:_SHOWN], summary] if lines else ():
+        print(one_line(line), file=sys.stderr)

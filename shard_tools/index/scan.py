@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import is_normalized, normalize
 
 import pyarrow as pa
 import xxhash
@@ -52,7 +53,7 @@ class ScanJob:
 
 @dataclass
 class Scan:
-    """What one tar holds. `rows` is None if it is damaged; `exts` counts the extensions of videos."""
+    """What one tar holds. `rows` is None if it is damaged; `exts` has the extensions of videos."""
 
     file: str
     bytes: int = 0
@@ -60,28 +61,12 @@ class Scan:
     rows: pa.Table | None = None
     failures: list[Failure] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
-    exts: Counter[str] = field(default_factory=Counter)
-
-    def fail(self, job: ScanJob, message: str, error: Exception, sample: Sample | None = None) -> None:
-        """Record that a sample, or the whole tar, is left out. No time or process: the same tars give the same file."""
-        where = error.offset if isinstance(error, ShardDamage) and error.kind != "unreadable" else None
-        self.failures.append(
-            Failure(
-                stage="pack",
-                dataset=job.dataset,
-                shard=self.file,
-                key=sample.key if sample else None,
-                offset=sample.offset if sample else where,
-                error=type(error).__name__.lstrip("_"),
-                message=message,
-                traceback=ledger.compact_traceback(error) if isinstance(error, BadVideoError) else None,
-                action="skipped",
-            )
-        )
+    warning: str | None = None
+    exts: set[str] = field(default_factory=set)
 
 
 class _Unusable(Exception):
-    """A sample that cannot be part of a data set; the message says why."""
+    """A sample, or a part of it, that cannot be in a data set; the message says why."""
 
 
 def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) -> Scan:
@@ -90,30 +75,60 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
     Args:
         crashing: offsets of payloads whose probe kills the process; these samples fail without being tried.
     """
-    scan, rows = Scan(file), []
-    hasher = xxhash.xxh3_64()
+    scan, hasher = Scan(file), xxhash.xxh3_64()
+    rows: dict[str, dict[str, Any]] = {}
+    found: dict[str, set[str]] = {}  # the extensions of every key
+    apart: dict[str, int] = {}  # where the keys go on whose members are not adjacent
     try:
         if not (job.folder / file).is_file():
-            raise ShardDamage("unreadable", 0, "not a file (a folder, pipe or device, or a link to nothing)")
+            raise OSError("not a file (a folder, pipe or device, or a link to nothing)")
         with (job.folder / file).open("rb", buffering=_BUFFER) as opened:
             stream = TarStream(opened, hasher.update)
             scan.bytes = stream.total
             for sample in read_samples(stream, functools.partial(_size_limit, job.ext), scan.notes):
+                earlier = found.setdefault(sample.key, sample.exts)
                 try:
-                    rows.append(_row(job, scan, sample, crashing))
+                    if earlier is not sample.exts and earlier & sample.exts:
+                        raise _Unusable("its key occurs earlier in this tar, with other members between")
+                    if earlier is not sample.exts:
+                        apart[sample.key] = sample.offset
+                    else:
+                        rows[sample.key] = _row(job, scan, sample, crashing)
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
-                    scan.fail(job, str(error), error, sample)
+                    scan.failures.append(_failure(job, scan, error, str(error), sample.key, sample.offset))
+            scan.warning = stream.warning
     except (ShardDamage, OSError) as error:
-        place = f"{error.kind} at byte {error.offset}: " if isinstance(error, ShardDamage) and error.offset else ""
-        reason = error.detail if isinstance(error, ShardDamage) else error.strerror or str(error)
-        scan.failures.clear()
-        scan.fail(job, f"the whole tar is left out: {place}{reason}", error)
+        damage = error if isinstance(error, ShardDamage) else None
+        place = f"{damage.kind} at byte {damage.offset}: " if damage and damage.offset else ""
+        reason = damage.detail if damage else getattr(error, "strerror", None) or str(error)
+        message, offset = f"the whole tar is left out: {place}{reason}", damage.offset if damage else None
+        scan.failures = [_failure(job, scan, error, message, None, offset)]
         return scan
+    scan.failures = [failure for failure in scan.failures if failure.key not in apart]
+    for key, offset in apart.items():
+        rows.pop(key, None)
+        reason = "its members are not adjacent: sort the tar (extract it, then tar --sort=name -cf NEW.tar FILES)"
+        scan.failures.append(_failure(job, scan, _Unusable(), reason, key, offset))
     scan.xxh3 = hasher.hexdigest()
-    scan.rows = pa.Table.from_pylist(rows, schema=_ROWS)
+    scan.rows = pa.Table.from_pylist(list(rows.values()), schema=_ROWS)
     if not rows and not scan.failures:
-        scan.fail(job, "the whole tar is left out: no sample in it", _Unusable())
+        scan.failures.append(_failure(job, scan, _Unusable(), "the whole tar is left out: no sample in it", None, None))
     return scan
+
+
+def _failure(job: ScanJob, scan: Scan, error: Exception, message: str, key: str | None, offset: int | None) -> Failure:
+    """The record of what is left out. It has no time or process: the same tars give the same file."""
+    return Failure(
+        stage="pack",
+        dataset=job.dataset,
+        shard=scan.file,
+        key=key,
+        offset=offset,
+        error=type(error).__name__.lstrip("_"),
+        message=message,
+        traceback=ledger.compact_traceback(error) if isinstance(error, BadVideoError) else None,
+        action="skipped",
+    )
 
 
 def payload_places(job: ScanJob, file: str) -> list[tuple[int, int]]:
@@ -147,7 +162,7 @@ def _size_limit(chosen: str | None, sample: Sample, ext: str) -> int:
 
 
 def _row(job: ScanJob, scan: Scan, sample: Sample, crashing: frozenset[int]) -> dict[str, Any]:
-    """The index row of a sample."""
+    """The index row of a sample; that only one of several videos is used is a failure of the others."""
     if sample.refusal is not None:
         raise _Unusable(sample.refusal)
     parts = {part.ext: part for part in sample.parts}
@@ -157,9 +172,14 @@ def _row(job: ScanJob, scan: Scan, sample: Sample, crashing: frozenset[int]) -> 
     if payload is None:
         wanted = f"no member .{job.ext}" if job.ext else "no video"
         raise _Unusable(f"{wanted} in it, only {', '.join(sorted(sample.exts)[:5])}")
-    sample.offset = payload.offset
     if len(videos) > 1 and job.ext is None:
-        scan.notes[f"samples with several videos ({', '.join(videos)}): the first is used, --ext EXT chooses"] += 1
+        some = ", ".join(videos[:5]) + (", ..." if len(videos) > 5 else "")
+        message = (
+            f"{len(videos)} videos under one key ({some}), which ends at the first dot of a file name; only "
+            f"{payload.ext} is used: rename the files without dots, or choose with --ext EXT"
+        )
+        scan.failures.append(_failure(job, scan, _Unusable(), message, sample.key, payload.offset))
+    sample.offset = payload.offset
     head, record = _json(scan, parts.get("json"))
     number, text = _label(scan, parts.get("cls"), record)
     if number is not None and not 0 <= number < _MAX_CLASSES:
@@ -212,9 +232,9 @@ def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | 
         if re.fullmatch(r"[+-]?[0-9]{1,18}", said):
             return int(said), None
     if isinstance(said, str):
-        if not (text := said.encode(errors="replace").decode().strip()):
-            return None, None
-        return None, text
+        if not is_normalized("NFC", said):
+            scan.notes["labels spelled with combining characters (NFD): each is of the class that is spelled NFC"] += 1
+        return None, normalize("NFC", said.encode(errors="replace").decode().strip()) or None
     if isinstance(said, int) and not isinstance(said, bool):
         return said, None
     if said is not None:
@@ -238,15 +258,14 @@ def number_labels(scans: Sequence[Scan], names: list[str] | None) -> list[str]:
             f"labels are numbers ({numbers[1]} of {numbers[0]}) and text ({texts[1]!r} of {texts[0]}); "
             "give all samples labels of one kind"
         )
-    tables = [scan.rows for scan in scans if scan.rows is not None]
+    column = "label_text" if texts else "label"
+    found = {value for scan in scans if scan.rows is not None for value in scan.rows[column].unique().to_pylist()}
+    found.discard(None)
     if texts:
-        found = sorted({text for table in tables for text in table["label_text"].unique().to_pylist()} - {None})
-        strange = set(found) - set(names or found)
-        if strange:
+        if names is not None and (strange := found - set(names)):
             raise CommandError(f"--classes: label {min(strange)!r} is not in the file; add it, one name per line")
-        return found if names is None else names
-    most = max((number for table in tables for number in table["label"].unique().to_pylist() if number is not None),
-               default=-1)  # fmt: skip
+        return sorted(found) if names is None else names
+    most = max(found, default=-1)
     if names is not None and most >= len(names):
         raise CommandError(f"--classes: {len(names)} names, and there is a label {most}; name every class from 0")
     return [str(number) for number in range(most + 1)] if names is None else names
@@ -263,7 +282,7 @@ def _first_with(scans: Sequence[Scan], column: str) -> tuple[str, Any] | None:
 
 def numbered_rows(table: pa.Table, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of the index, with text labels as numbers of `classes`."""
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {normalize("NFC", name): number for number, name in enumerate(classes)}
     rows = table.to_pylist()
     for row in rows:
         text = row.pop("label_text")

@@ -2,8 +2,9 @@
 
 The standard library's tarfile parses the headers, as it does for webdataset. What it lacks is added here. It stops
 silently at a damaged header; here damage is an error with its offset. It follows whatever a header says; here links,
-devices, names that lead out of the folder, and extensions that change a member's name or size are refused with a
-reason, because readers disagree about them. Nothing is extracted, and nothing unpickled.
+devices, names that lead out of the folder, and extensions that change a member's size are refused with a reason.
+Names in a PAX or GNU extension are taken, as GNU tar, tarfile and webdataset take them. Nothing is extracted, and
+nothing unpickled.
 
 Sources: POSIX.1-2024, pax interchange format; GNU tar manual, "Basic Tar Format"; webdataset/tariterators.py.
 """
@@ -13,10 +14,11 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, BinaryIO, cast
 
 from shard_tools.format.tar import BLOCK, ShardDamage
 
@@ -33,11 +35,7 @@ _TYPES = {
     tarfile.FIFOTYPE: "a FIFO",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-_EXTENSIONS = {
-    tarfile.GNUTYPE_LONGNAME: "its name is in a GNU extension (a long name); use --format=ustar, or a shorter name",
-    tarfile.GNUTYPE_LONGLINK: "it has a GNU extension (a long link)",
-}
-_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # that may change a name
 _HARMLESS_RECORDS = re.compile(
     r"[amc]time|comment|[ug]id|[ug]name|(hdr)?charset|(SCHILY\.(dev|ino|nlink|fflags|xattr\.|acl\.)|"
     r"LIBARCHIVE\.(creationtime|xattr\.)|RHT\.security\.).*"
@@ -56,14 +54,17 @@ class Entry:
 
 
 class TarStream:
-    """A tar read once from start to end, as a file object for tarfile; every byte passes through `update`.
+    """A tar as a file object for tarfile, read once from start to end.
 
-    Seeking is reading on, so that a hash sees what tarfile skips.
+    Args:
+        update: receives every byte, so seeking reads on, and a hash sees what tarfile skips. None: data that nobody
+            takes is not read.
     """
 
-    def __init__(self, file: BinaryIO, update: Callable[[bytes], Any] = lambda data: None) -> None:
+    def __init__(self, file: BinaryIO, update: Callable[[bytes], Any] | None = None) -> None:
         self.total = file.seek(0, os.SEEK_END)
         self.last = b""  # what tarfile read last
+        self.warning: str | None = None  # what is unusual about the end, once it is reached
         self._offset = file.seek(0)
         self._file, self._update = file, update
 
@@ -78,8 +79,11 @@ class TarStream:
         return self.last
 
     def seek(self, offset: int) -> None:
-        for _ in self.chunks(offset - self._offset):
-            pass
+        if self._update is None:
+            self._offset = self._file.seek(offset)
+        else:
+            for _ in self.chunks(offset - self._offset):
+                pass
 
     def take(self, size: int) -> bytes:
         """Exactly `size` bytes; raises ShardDamage where the file ends before."""
@@ -96,7 +100,8 @@ class TarStream:
 
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)
-        self._update(data)
+        if self._update is not None:
+            self._update(data)
         self._offset += len(data)
         return data
 
@@ -104,70 +109,58 @@ class TarStream:
 # --- members ------------------------------------------------------------------------------------------------------
 
 
-class _Header(NamedTuple):
-    """What one header block says by itself, before extensions change it."""
-
-    type: bytes
-    name: str
-    size: int
-    has_gnu_times: bool  # of GNU's incremental dumps, in the place of a name's prefix
-
-
 def iter_members(stream: TarStream) -> Iterator[Entry]:
     """Every member in order, links and folders included. After each, the caller may take its data from the stream.
 
     Raises:
-        ShardDamage: at the first place where the structure is broken, the end-of-archive mark included.
+        ShardDamage: at the first place where the structure is broken, or where there is data behind the end.
     """
-    headers: list[_Header] = []  # of one member: extensions first, its own last
+    types: list[bytes] = []  # of one member's headers: extensions first, its own last
 
     class Recorded(tarfile.TarInfo):
         @classmethod
         def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Recorded:
             info = super().frombuf(buf, encoding, errors)
-            gnu_times = buf[257:265] == tarfile.GNU_MAGIC and buf[345] != 0
-            headers.append(_Header(info.type, info.name, info.size, gnu_times))
+            types.append(info.type)
             return info
 
-    start, reason = 0, "no header follows"
+    start, reason = 0, ""
     try:
         tar = tarfile.TarFile(fileobj=cast(IO[bytes], stream), tarinfo=Recorded, encoding="utf-8")
         while (info := tar.next()) is not None:
-            _check_structure(tar, info, headers, stream.total)
-            yield Entry(info.name, info.isdir(), info.offset_data, info.size, _refusal(info, headers))
+            _check_structure(tar, info, types, stream.total)
+            yield Entry(info.name, info.isdir(), info.offset_data, info.size, _refusal(info, stream.last))
             start = tar.offset
-            headers.clear()
+            types.clear()
             cast(Any, tar).members.clear()  # or a tar of many members fills the memory
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as error:  # tarfile lets some through
-        reason = str(error)
+        reason = f" ({error})"
     # tarfile stops without an error at the end mark, and at any block that is not a header
-    if len(stream.last) < BLOCK:
-        raise ShardDamage("truncated", start, "the file ends without the end-of-archive mark")
-    if headers:
-        raise ShardDamage("bad_header", start, f"an extension header without its member ({reason})")
+    if not stream.total or len(stream.last) not in (0, BLOCK):
+        raise ShardDamage("truncated", start, "the file ends within a header" if stream.total else "the file is empty")
+    mark = stream.tell()
+    if types:
+        kind = "truncated" if mark == stream.total else "bad_header"
+        raise ShardDamage(kind, start, f"an extension header without its member{reason}")
     if any(stream.last):
         hint = "; it is compressed: unpack it first" if start == 0 and stream.last.startswith(_COMPRESSED) else ""
         raise ShardDamage("bad_header", start, f"not a tar header, or its checksum is wrong{hint}")
-    _check_end_mark(stream, start)
-
-
-def _check_end_mark(stream: TarStream, start: int) -> None:
-    """The second zero block of the mark that begins at `start`, and zeros from there to the end of the file."""
-    mark = stream.tell()
-    if stream.total - mark < BLOCK:
-        raise ShardDamage("truncated", start, "the end-of-archive mark is incomplete")
     if any(any(chunk) for chunk in stream.chunks(stream.total - mark)):
         raise ShardDamage("bad_header", mark, "there is data behind the end-of-archive mark, where readers stop")
+    if stream.total - start < 2 * BLOCK:
+        stream.warning = (
+            f"ends at byte {stream.total} without the end-of-archive mark of two zero blocks: it may be cut"
+        )
 
 
-def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, headers: list[_Header], total: int) -> None:
-    """Raise ShardDamage if readers disagree about which members follow this one."""
+def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, types: list[bytes], total: int) -> None:
+    """Raise ShardDamage if readers disagree about which members follow this one, or about its name."""
 
     def damaged(kind: str, detail: str) -> ShardDamage:
         return ShardDamage(kind, info.offset, f"{info.name!r} {detail}")
 
-    if sum(header.type in _PAX for header in headers) > 1:
-        raise damaged("bad_header", "has two PAX headers")
+    if sum(kind in _EXTENSIONS for kind in types) > 1:
+        raise damaged("bad_header", "has two extension headers for its name")
     if (key := _harmful_record(tar.pax_headers)) is not None:
         raise damaged("bad_header", f"is behind a PAX header that changes the {key} of all members")
     if info.size < 0 or tar.offset < info.offset_data:
@@ -178,34 +171,32 @@ def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, headers: list[
         raise damaged("truncated", f"should hold {info.size} bytes, the file ends before")
 
 
-def _refusal(info: tarfile.TarInfo, headers: list[_Header]) -> str | None:
-    """Why a member is refused; None if it is not."""
-    own = headers[-1]
-    if own.has_gnu_times:
-        return "it has GNU fields that readers take for a part of its name"
-    for header in headers:
-        if header.type in _EXTENSIONS:
-            return _EXTENSIONS[header.type]
-    records = dict(info.pax_headers)
-    for key, same in (("path", info.name == own.name), ("size", info.size == own.size)):
-        if same:
-            records.pop(key, None)
-    if (harmful := _harmful_record(records)) is not None:
-        return f"a PAX header changes its {harmful}"
+def _refusal(info: tarfile.TarInfo, block: bytes) -> str | None:
+    """Why a member with this header block is refused; None if it is not."""
     if info.type in _TYPES or not (info.isreg() or info.isdir()):
         return f"it is {_TYPES.get(info.type, f'of the unknown type {info.type!r}')}"
+    if block[257:265] == tarfile.GNU_MAGIC and block[345]:  # of incremental dumps, in the place of a name's prefix
+        return "it has GNU fields that readers take for a part of its name"
+    records = {key: value for key, value in info.pax_headers.items() if key != "path"}
+    if (harmful := _harmful_record(records)) is not None:
+        return f"a PAX header changes its {harmful}"
     if info.name.startswith("/"):
         return "its name is absolute"
     if ".." in info.name.split("/"):
         return "its name leads out of the folder (..)"
-    if not info.name.isprintable():  # surrogates are not printable either
-        return "its name is not printable UTF-8"
+    if not is_text(info.name):
+        return "its name is not UTF-8 text, or has control characters"
     return None
 
 
 def _harmful_record(records: Mapping[str, str]) -> str | None:
     """The first PAX record that changes more than owner, times and attributes."""
     return next((key for key in records if not _HARMLESS_RECORDS.fullmatch(key)), None)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is text of any script: no control characters, line ends, or bytes that are not UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 # --- samples ------------------------------------------------------------------------------------------------------
@@ -244,7 +235,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def read_samples(stream: TarStream, size_limit: Callable[[Sample, str], int], notes: Counter[str]) -> Iterator[Sample]:
-    """The samples that webdataset makes of a tar; those it would mix up, and refused ones, have a `refusal`.
+    """The samples that webdataset makes of a tar; refused ones have a `refusal`.
 
     Args:
         size_limit: most bytes of a member to keep, by its sample so far and its extension; 0 skips the member.
@@ -254,7 +245,6 @@ def read_samples(stream: TarStream, size_limit: Callable[[Sample, str], int], no
         ShardDamage: see `iter_members`.
     """
     sample: Sample | None = None
-    known: set[str] = set()
     for entry in iter_members(stream):
         if entry.refusal is None and (entry.is_folder or _META_NAME.match(entry.name)):
             continue
@@ -270,9 +260,6 @@ def read_samples(stream: TarStream, size_limit: Callable[[Sample, str], int], no
             if sample is not None:
                 yield sample
             sample = Sample(key, entry.offset)
-            if key in known:
-                sample.refuse("its key occurs earlier in this tar, with other members between", entry.offset)
-            known.add(key)
         _add(stream, sample, ext, entry, size_limit)
     if sample is not None:
         yield sample

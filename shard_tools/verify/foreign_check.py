@@ -37,8 +37,9 @@ class ForeignCheck(ShardCheck):
 
     def _check_member(self, stream: TarStream, entry: Entry, member: IndexedMember) -> None:
         """Compare a member with its index row: name, size, hash."""
-        if detail := _other_member(entry.name, entry.size, member):
-            self._report_header(member, detail)
+        named = split_name(entry.name)
+        if named is None or named[0] != member.key or entry.size != member.size:
+            self._report_header(member, _other_member(entry.name, entry.size, member))
         elif entry.refusal:
             self.report("bad_header", member.key, member.offset, f"{entry.name}: {entry.refusal}")
         else:
@@ -53,12 +54,9 @@ class ForeignCheck(ShardCheck):
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             return f"before its {member.part}: {error}"
-        return _other_member(header.name, header.size, member)
+        # the name may be in an extension before it
+        return None if header.size == member.size else _other_member(header.name, header.size, member)
 
 
-def _other_member(name: str, size: int, member: IndexedMember) -> str | None:
-    """How a header differs from the member that the index has there; None if it does not."""
-    named = split_name(name)
-    if named is not None and named[0] == member.key and size == member.size:
-        return None
+def _other_member(name: str, size: int, member: IndexedMember) -> str:
     return f"the index has its {member.part} of {member.size} bytes there, the tar has {name!r} of {size}"

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from conftest import pack_here
+from damage import flip
 
 from salt_wds.data import memory
 from salt_wds.data.catalog import open_catalog
@@ -110,6 +112,20 @@ def test_a_data_set_that_fails_everywhere_stops_with_the_command_that_checks_it(
     with pytest.raises(LoaderStopped, match=r"samples in a row failed .* python -m shard_tools.verify"):
         next(iter(Loader(config, tmp_path / "l.jsonl")))
     assert len(ledger.read(tmp_path / "l.jsonl")[0]) >= 6  # they reached the ledger although no batch came
+
+
+def test_a_fault_at_the_same_place_of_every_clip_costs_only_the_draws_that_meet_it(make_config, videos, tmp_path):
+    """Damaged last frames: a substitute that starts where the failed clip started would fail, too."""
+    folder = tmp_path / "shards"
+    assert pack_here(videos, "--out", folder, "--frames", "mjpeg") == 0
+    for shard in folder.glob("train*.tar"):
+        for row in read_index(folder / index_name(shard.name)).to_pylist():
+            flip(shard, row["payload_offset"] + row["payload_size"] - 9)
+    config = make_config(folder, num_workers=0, frame_stride=1, max_failure_rate=1.0, max_consecutive_failures=4)
+    batches = list(islice(iter(Loader(config, tmp_path / "l.jsonl")), 20))
+    failures, _ = ledger.read(tmp_path / "l.jsonl")
+    assert 3 < len({failure.position for failure in failures}) < 20  # one of 17 starts meets the last frame
+    assert sum(batch["substituted"].sum() for batch in batches) == len({failure.position for failure in failures})
 
 
 # --- stages of the user -------------------------------------------------------------------------------------------

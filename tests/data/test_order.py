@@ -70,11 +70,12 @@ def test_a_split_without_samples_is_refused():
         Order([0, 0], 1, 0)
 
 
-def test_sample_randomness_is_of_the_position():
-    draws = {position: sample_rng(0, position).integers(2**60) for position in range(100)}
-    assert len(set(draws.values())) == 100
-    assert draws[3] == sample_rng(0, 3).integers(2**60)
-    assert draws[3] != sample_rng(1, 3).integers(2**60)
+def test_sample_randomness_is_of_position_and_attempt():
+    draws = {sample_rng(0, position, attempt).integers(2**60) for position in range(50) for attempt in range(4)}
+    assert len(draws) == 200
+    assert sample_rng(0, 3, 2).integers(2**60) == sample_rng(0, 3, 2).integers(2**60)
+    assert sample_rng(1, 3).integers(2**60) not in draws
+    assert sample_rng(2**40, 3).integers(2**60) == 1142251560719953631  # runs of earlier versions are resumed
 
 
 # --- several data sets --------------------------------------------------------------------------------------------

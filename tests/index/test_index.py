@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -21,8 +22,8 @@ from video_maker import make_video
 from shard_tools import bench
 from shard_tools.common.cli import CommandError
 from shard_tools.describe import __main__ as describe
-from shard_tools.format.dataset import DATASET_FILE, FAILURES_FILE, read_dataset
-from shard_tools.format.index import index_bytes
+from shard_tools.format.dataset import FAILURES_FILE, DatasetError, index_name, read_dataset
+from shard_tools.format.index import index_bytes, read_index
 from shard_tools.format.sample import Video
 from shard_tools.format.tar import BLOCK
 from shard_tools.index import __main__ as index
@@ -169,12 +170,11 @@ def test_ext_chooses_among_several_videos(webm: bytes, tmp_path: Path, capsys: p
     write_tar(tmp_path / "tars/a.tar", [{"__key__": "a", "left.webm": webm, "right.webm": other}])
     sizes = {}
     for ext in (None, "left.webm", ".RIGHT.webm"):
-        assert command(index, tmp_path / "tars", *(["--ext", ext] if ext else [])) == 0
+        assert command(index, tmp_path / "tars", *(["--ext", ext] if ext else [])) == (ext is None)
         [row] = rows_of(tmp_path / "tars", "a.tar")
         sizes[ext] = row["payload_size"]
         assert row["ext"] == "webm"
-        said = "several videos (left.webm, right.webm): the first is used, --ext EXT chooses" in capsys.readouterr().out
-        assert said == (ext is None)
+        assert ("2 videos under one key (left.webm, right.webm)" in capsys.readouterr().err) == (ext is None)
         (tmp_path / "tars/a.parquet").unlink()
         assert command(repair, tmp_path / "tars") == 0  # which has to find out what was chosen
         assert rows_of(tmp_path / "tars", "a.tar") == [row]
@@ -211,6 +211,7 @@ LABELS: dict[str, tuple[list[Sample], list[str], list[int | None]]] = {
     "json": ([{"json": {"label": 1}}, {"json": {"cls": 0}}, {"json": {"label": None}}], ["0", "1"], [1, 0, None]),
     "text": ([{"cls": "b c"}, {"json": {"label": "a"}}, {"json": {"label": "b c"}}], ["a", "b c"], [1, 0, 1]),
     "cls-first": ([{"cls": 1, "json": {"label": "x"}}, {"cls": 0}], ["0", "1"], [1, 0]),
+    "spelling": ([{"cls": "cafe\u0301"}, {"cls": "caf\xe9"}, {"json": {"label": "b"}}], ["b", "caf\xe9"], [1, 1, 0]),
     "odd": ([{"json": {"label": [1]}}, {"json": {"label": True}}, {"cls": b""}], [], [None, None, None]),
 }  # fmt: skip
 
@@ -327,15 +328,14 @@ class Stop(Exception):
     pass
 
 
-def test_stopped_before_any_write_there_is_a_whole_data_set_or_none(tars: Path, webm: bytes) -> None:
+def test_stopped_before_any_write_the_old_data_set_names_what_is_new_already(tars: Path, webm: bytes) -> None:
     assert command(index, tars) == 0
-    old = contents(tars)
+    before = contents(tars)
+    write = indexing.write_atomic
     for name in ("train-0.tar", "train-1.tar", "val-0.tar"):
         write_tar(tars / name, samples(webm, 2, cls=0))
-    write = indexing.write_atomic
-    new_tars = contents(tars)
-    steps = 0
-    while True:
+    changed = contents(tars)
+    for steps in range(5):
         left = steps
 
         def stopping(path: Path, data: bytes) -> None:
@@ -346,20 +346,28 @@ def test_stopped_before_any_write_there_is_a_whole_data_set_or_none(tars: Path, 
             left -= 1
             write(path, data)
 
-        for name, data in new_tars.items():
+        for name, data in changed.items():
             (tars / name).write_bytes(data)
         with mock.patch.object(indexing, "write_atomic", stopping):
-            try:
+            if steps == 4:  # three indexes and dataset.json
                 assert command(index, tars) == 0
                 break
-            except Stop:
-                assert not (tars / DATASET_FILE).exists()
-        steps += 1
+            with pytest.raises(Stop):
+                command(index, tars)
+        for number, info in enumerate(read_dataset(tars).shards):
+            new = pytest.raises(DatasetError, match="the index does not match its hash")
+            with new if number < steps else contextlib.nullcontext():
+                read_index(tars / index_name(info.file), info.index_xxh3)
         assert command(index, tars) == 0
         assert not list(tars.glob(".*"))
-    assert steps == 4  # three indexes and dataset.json
-    assert contents(tars).keys() == old.keys()
+    assert contents(tars).keys() == before.keys()
     assert command(verify, tars) == 0
+
+
+def test_what_has_not_changed_is_not_written_again(tars: Path) -> None:
+    assert command(index, tars) == 0
+    with mock.patch.object(indexing, "write_atomic", side_effect=AssertionError):
+        assert command(index, tars) == 0
 
 
 # --- verify, repair, describe, bench --------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from shard_tools.pack import packing
 from shard_tools.pack.pack_shard import PackJob
 from shard_tools.pack.plan import Plan, ShardTask, make_plan
 from shard_tools.pack.staging import PackPlan, Staging
-from shard_tools.video.sources import find_sources
+from shard_tools.video.layouts import find_sources
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: parallel tests share the cores
 # A background job (`nohup make test &`) starts with SIGINT ignored, and processes that tests start would inherit that.

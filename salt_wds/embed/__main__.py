@@ -15,7 +15,7 @@ from salt_wds.models.build import pick_device
 from salt_wds.models.exported import load_encoder
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, positive_int, run
 from shard_tools.common.files import write_atomic
-from shard_tools.video.sources import LAYOUTS
+from shard_tools.video.layouts import LAYOUTS, split_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     policy = logging.getLogger("salt_wds.data.failure_policy")
     try:
         policy.setLevel(logging.ERROR)  # it names some of the failures; here each one is named
-        catalogs = find_catalogs(args.videos, args.split, args.layout, out, args.workers, outcome)
+        catalogs = find_catalogs(args.videos, out, args, outcome)
         rows = (row for catalog in catalogs for row in embed_catalog(encoder, catalog, args, outcome))
         written = write_embeddings(out, encoder.width, about, rows)
     except LoaderStopped as stopped:
@@ -75,6 +75,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on a GPU, 2 to 3 digits")
     parser.add_argument("--split", help="of a data set: only this split")
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="of files: where labels are, as for pack")
+    parser.add_argument("--labels", type=path, action="append", default=[], metavar="FILE", help="as for pack")
+    parser.add_argument(
+        "--split-folder", type=split_folder, action="append", default=[], metavar="NAME=SPLIT", help="as for pack"
+    )
     return parser.parse_args(argv)
 
 

@@ -28,6 +28,7 @@ from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.dataset import DATASET_FILE, read_dataset
 from shard_tools.format.ledger import Failure
+from shard_tools.video.layouts import find_sources
 
 _NEVER = 10**9  # failures stop a training; here each one only costs a row
 
@@ -40,6 +41,10 @@ class Options(Protocol):
     batch_size: int
     workers: int
     bf16: bool
+    split: str | None
+    layout: str
+    labels: list[Path]
+    split_folder: list[tuple[str, str]]
 
 
 @dataclass
@@ -50,9 +55,7 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
 
 
-def find_catalogs(
-    videos: Path, split: str | None, layout: str, out: Path, workers: int, outcome: Outcome
-) -> Iterator[Catalog]:
+def find_catalogs(videos: Path, out: Path, options: Options, outcome: Outcome) -> Iterator[Catalog]:
     """What to embed: the splits of a data set, or the files of a folder.
 
     Raises:
@@ -60,12 +63,13 @@ def find_catalogs(
     """
     if (videos / DATASET_FILE).is_file():
         splits = read_dataset(videos).splits
-        for name in [name for name, info in splits.items() if info.samples] if split is None else [split]:
+        for name in [options.split] if options.split else [name for name, info in splits.items() if info.samples]:
             yield open_catalog((videos,), name)
         return
-    if split is not None:
-        raise CommandError(f"--split {split}: {videos} is no data set, it has no {DATASET_FILE}")
-    catalog, failures = catalog_of_folder(videos, layout, out, workers)
+    if options.split is not None:
+        raise CommandError(f"--split {options.split}: {videos} is no data set, it has no {DATASET_FILE}")
+    found = find_sources(videos, options.layout, out, options.labels, options.split_folder)
+    catalog, failures = catalog_of_folder(videos, found, out, options.workers)
     outcome.failures += failures
     outcome.lost += [failure.key or "" for failure in failures]
     if catalog is not None:

@@ -24,31 +24,31 @@ from shard_tools.format import ledger
 from shard_tools.format.index import INDEX_SCHEMA
 from shard_tools.format.ledger import Failure
 from shard_tools.video.probe import BadVideoError, probe
-from shard_tools.video.sources import NOT_TEXT, Source, find_sources
+from shard_tools.video.sources import NOT_TEXT, Source, SourceSet, count_by_suffix, find_videos
 
 
-def catalog_of_folder(folder: Path, layout: str, output: Path, workers: int) -> tuple[Catalog | None, list[Failure]]:
-    """All videos below a folder, sorted by path, with their labels where the layout has them; and files that are none.
+def catalog_of_folder(
+    folder: Path, labelled: SourceSet, output: Path, workers: int
+) -> tuple[Catalog | None, list[Failure]]:
+    """All videos below a folder, sorted by path, with their labels where there are any; and files that are none.
 
-    The catalog is None if no video is whole.
+    The catalog is None if no video is whole. Files that have no suffix of a video are counted on stdout.
 
     Args:
-        layout: "auto", "ssv2" or "folders", see shard_tools.video.sources.
+        labelled: what `find_sources` found in the folder.
         output: never taken for input.
-
-    Raises:
-        CommandError: no such folder, no videos in it, or unreadable label files.
     """
-    every = find_sources(folder, "folders", output)
-    labelled = find_sources(folder, layout, output)
-    known = {source.path: source for source in labelled.sources}
-    if labelled.layout == "folders":
-        sources = every.sources
-    else:  # a folder is no class there, and a video need not have a label
-        sources = [known.get(source.path, Source(source.key, source.path, "")) for source in every.sources]
+    sources = labelled.sources
+    if labelled.layout != "folders":  # there a video need not have a label
+        known = {source.path: source for source in sources}
+        every = SourceSet("")
+        sources = [known.get(path, Source(path, path, "")) for path in find_videos(folder, output, every)]
+        labelled.passed_over, labelled.notes = every.passed_over, every.notes
+    if labelled.passed_over:
+        print(f"passed over: {count_by_suffix(labelled.passed_over)}")
     failures = [
         _failure(folder, name, "read", ValueError("its name is not UTF-8 text; rename it"))
-        for name in every.skipped.get(NOT_TEXT, ())
+        for name in labelled.notes.get(NOT_TEXT, ())
     ]
     rows = []
     prepare_fork_server()  # these processes need little, but the loader's come from the same server

@@ -78,13 +78,16 @@ class CreatedBy:
 class Settings:
     """The options of pack that decided the bytes, beside the tier: what `repair` needs to encode a sample again.
 
-    `layout` is "ssv2" or "folders"; `quality` and `short_side` are those of the encoding (None: automatic; as it is).
+    `layout` is "ssv2", "folders" or "labels"; `quality` and `short_side` are those of the encoding (None: automatic; as
+    it is). `labels` are the paths of list files, relative to the root, `split_folders` as given (NAME=SPLIT).
     """
 
     layout: str
     quality: int | None
     short_side: int | None
     shard_bytes: int
+    labels: tuple[str, ...] = ()
+    split_folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from shard_tools.common.cli import (
 )
 from shard_tools.pack.packing import pack
 from shard_tools.pack.ray_executor import require_ray
-from shard_tools.video.sources import LAYOUTS
+from shard_tools.video.layouts import LAYOUTS, split_folder
 from shard_tools.video.tiers import BEST_QUALITY, TIERS, WORST_QUALITY
 
 _LEAST_SHARD_BYTES = 64 << 10
@@ -43,9 +43,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,  # `packing` looks for --task among the words
     )
     add = parser.add_argument
+    meanings = "what a folder in ROOT is: a split, class or ignore"
     add("root", type=path, metavar="ROOT", help="folder with the videos and labels")
     add("--out", type=path, metavar="DIR", help="output folder (default ROOT/shards)")
     add("--layout", choices=LAYOUTS, default="auto", help="default auto")
+    add("--labels", type=path, action="append", default=[], metavar="FILE", help="list of the videos; repeatable")
+    add("--split-folder", type=split_folder, action="append", default=[], metavar="NAME=SPLIT", help=meanings)
     add("--frames", choices=TIERS, default="source", help="storage tier (default source)")
     quality = f"of mjpeg: {BEST_QUALITY} (best) to {WORST_QUALITY}, or auto"
     add("--quality", type=_quality, metavar="N", help=quality)

@@ -25,7 +25,8 @@ from shard_tools.pack.plan import MIB, Plan, ShardTask, make_plan
 from shard_tools.pack.ray_executor import ray_cluster, run_ray
 from shard_tools.pack.schedule import write_shards
 from shard_tools.pack.staging import PackPlan, ShardResult, Staging, lock_exclusive, lock_shared
-from shard_tools.video.sources import SourceSet, find_sources
+from shard_tools.video.layouts import find_sources
+from shard_tools.video.sources import SourceSet, count_by_suffix
 from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
 
 _SHOWN = 10  # names printed of a longer list; the files name them all
@@ -41,6 +42,8 @@ class Packing:
     plan: Plan
     encoding: Encoding
     staging: Staging
+    labels: tuple[str, ...]  # list files, relative to the root
+    split_folders: tuple[str, ...]  # NAME=SPLIT
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -79,14 +82,16 @@ def _prepare(args: argparse.Namespace) -> Packing:
     """Find the sources and plan their shards."""
     out = args.out or args.root / "shards"
     name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
-    found = find_sources(args.root, args.layout, exclude=out)
+    found = find_sources(args.root, args.layout, out, args.labels, args.split_folder)
     if args.limit:
         found = _limited(found, args.limit, args.seed)
     source_bytes = {source.key: _size(args.root / source.path) for source in found.sources}
     encoding = Encoding(args.frames, args.quality, args.short_side)
     plan = _plan(args, name, found, source_bytes, encoding)
     asked = PackPlan(plan.hash, name, args.seed, str(encoding), plan.shard_bytes, len(found.sources))
-    return Packing(args.root, found, source_bytes, plan, encoding, Staging(out, asked))
+    labels = tuple(os.path.relpath(path, args.root) for path in args.labels)
+    split_folders = tuple(map("=".join, args.split_folder))
+    return Packing(args.root, found, source_bytes, plan, encoding, Staging(out, asked), labels, split_folders)
 
 
 def _plan(
@@ -161,7 +166,10 @@ def _commit(packing: Packing, results: dict[str, ShardResult]) -> None:
             f"{packing.root}: none of its {len(failures)} videos can be packed (first: {failures[0].message})"
         )
     encoding, asked = packing.encoding, packing.staging.plan
-    settings = Settings(packing.found.layout, encoding.quality, encoding.short_side, packing.plan.shard_bytes)
+    settings = Settings(
+        packing.found.layout, encoding.quality, encoding.short_side, packing.plan.shard_bytes, packing.labels,
+        packing.split_folders,
+    )  # fmt: skip
     dataset = make_dataset(
         asked.name, encoding.tier, asked.hash, asked.seed, shards, packing.found.classes, settings=settings
     )
@@ -183,7 +191,9 @@ def _print_plan(packing: Packing, shown: int | None) -> None:
             samples = sum(len(t.sources) for t in tasks)
             labelled = sum(s.label is not None for t in tasks for s in t.sources)
             print(f"  {split:<10} {samples:>8,} videos, {labelled:>8,} with a label, {len(tasks):>4} shards")
-    for reason, names in found.skipped.items():
+    if found.passed_over:
+        print(f"  passed over: {count_by_suffix(found.passed_over)}")
+    for reason, names in found.notes.items():
         some = ", ".join(names[:shown]) + (", ...; --dry-run names all" if len(names) > (shown or len(names)) else "")
         print(f"  {reason}: {len(names):,} ({one_line(some)})")
     limit = f"{plan.shard_bytes / MIB:.4g} MiB"

@@ -24,8 +24,9 @@ from shard_tools.format.sample import Video, parse_sample
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import read_members
 from shard_tools.repair.damaged_tar import DamagedTar, fits
+from shard_tools.video.layouts import find_sources, split_folder
 from shard_tools.video.probe import BadVideoError, probe
-from shard_tools.video.sources import Source, find_sources
+from shard_tools.video.sources import Source
 from shard_tools.video.tiers import BEST_QUALITY, WORST_QUALITY, Encoding, make_payload
 
 _NO_SOURCE = "its KEY.json is damaged, and the source folder has no video or label of this key"
@@ -202,7 +203,7 @@ class DamagedShard:
         """Videos and labels by key."""
         settings = self.dataset.settings
         if settings is not None:
-            return sources_by_key(self.root, settings.layout, self.folder)
+            return sources_by_key(self.root, settings.layout, self.folder, settings.labels, settings.split_folders)
         # packed by version 0.1, which did not record the layout: the one that has the keys of this data set
         files = [self.info.file, *(info.file for info in self.dataset.shards)]
         known = next((keys for file in files if (keys := self._keys_of(file))), [])
@@ -257,9 +258,14 @@ class DamagedShard:
 
 
 @functools.cache
-def sources_by_key(root: Path | None, layout: str, exclude: Path) -> dict[str, Source]:
+def sources_by_key(
+    root: Path | None, layout: str, exclude: Path, labels: tuple[str, ...] = (), split_folders: tuple[str, ...] = ()
+) -> dict[str, Source]:
     """Videos and labels of the source folder by key; none where it is not known or holds none in this layout."""
+    if root is None:
+        return {}
     try:
-        return {source.key: source for source in find_sources(root, layout, exclude).sources} if root else {}
+        found = find_sources(root, layout, exclude, [root / path for path in labels], map(split_folder, split_folders))
+        return {source.key: source for source in found.sources}
     except (CommandError, OSError):
         return {}

@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 # By default FFmpeg also takes still pictures for videos, and playlists, which open other files.
-_OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv"}
+_OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"}
 # Xvid's inverse DCT is as exact as FFmpeg's own (IEEE 1180), and faster.
 _DECODER_OPTIONS = {"mjpeg": {"idct": "xvid"}}
 _BT709 = 1  # AVCOL_SPC_BT709

@@ -17,8 +17,8 @@ from shard_tools.format.dataset import read_dataset
 from shard_tools.pack import estimate
 from shard_tools.pack.estimate import Estimate, TierEstimate, choose, clip_frames, verdict
 from shard_tools.pack.pack_shard import read_source
+from shard_tools.video.layouts import find_sources
 from shard_tools.video.probe import BadVideoError
-from shard_tools.video.sources import find_sources
 from shard_tools.video.tiers import TIERS
 
 Capture = pytest.CaptureFixture[str]

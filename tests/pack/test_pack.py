@@ -33,8 +33,9 @@ from shard_tools.pack import __main__ as pack
 from shard_tools.pack.pack_shard import pack_shard
 from shard_tools.pack.plan import make_plan
 from shard_tools.pack.schedule import write_shards
+from shard_tools.repair.rebuild import sources_by_key
 from shard_tools.video import probe as frames
-from shard_tools.video.sources import find_sources
+from shard_tools.video.layouts import find_sources
 
 FOLDER = "20bn-something-something-v2"
 
@@ -183,6 +184,32 @@ def test_a_dry_run_writes_nothing_and_names_everything_passed_over(some_videos, 
 def test_a_limit_packs_so_many(videos, tmp_path):
     assert pack_here(videos, "--out", tmp_path, "--limit", 7) == 0
     assert len(payloads(tmp_path)) == 7
+
+
+def test_lists_and_split_folders_are_recorded_so_that_repair_finds_the_sources(videos, tmp_path, capsys):
+    root, out = tmp_path / "root", tmp_path / "out"
+    paths = sorted((videos / FOLDER).iterdir())[:4]
+    for path, name in zip(paths, ("train/a/1.WEBM", "train/b/2.webm", "val/a/3.webm", "extra/4.webm"), strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / name)
+    (root / "train/a/x.gif").touch()
+    with pytest.raises(CommandError, match="extra is not; say which is meant: --split-folder extra=ignore"):
+        pack_here(root, "--out", out)
+    assert pack_here(root, "--out", out, "--split-folder", "extra=-") == 0
+    assert "  passed over: 1 .gif\n" in capsys.readouterr().out
+    settings = read_dataset(out).settings
+    assert settings == Settings("folders", None, None, 16 << 20, split_folders=("extra=ignore",))
+    assert len(sources_by_key(root, settings.layout, out, settings.labels, settings.split_folders)) == 3
+    (tmp_path / "list.csv").write_text("path,label,split\n1,x,train\n2,y,test\n")
+    assert pack_here(root, "--out", out, "--labels", tmp_path / "list.csv", "--overwrite") == 0
+    dataset = read_dataset(out)
+    assert dataset.settings == Settings("labels", None, None, 16 << 20, labels=("../list.csv",))
+    assert (dataset.classes, list(dataset.splits)) == (("x", "y"), ["train", "test"])
+    found = sources_by_key(root, "labels", out, dataset.settings.labels, ())
+    assert {source.path: source.split for source in found.values()} == {
+        "train/a/1.WEBM": "train",
+        "train/b/2.webm": "test",
+    }
 
 
 # --- videos that cannot be packed -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from shard_tools.pack.plan import make_plan
 from shard_tools.pack.ray_executor import check_address, ray_cluster, run_ray
 from shard_tools.pack.schedule import write_shards
 from shard_tools.video import probe as frames
-from shard_tools.video.sources import find_sources
+from shard_tools.video.layouts import find_sources
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is optional, and not installed here"),

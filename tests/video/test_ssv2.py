@@ -1,16 +1,16 @@
-"""Every layout of the field notes is found with the right labels, and nothing is passed over without being named."""
+"""The layout of Something-Something-v2: found wherever its files lie, and nothing is left out without being named."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.sample import KEY_PATTERN, make_key
-from shard_tools.video.sources import Source, SourceSet, find_sources
+from shard_tools.format.sample import make_key
+from shard_tools.video.layouts import find_sources
+from shard_tools.video.sources import MISSING, Source, SourceSet
 
 TRAIN = [
     {"id": "1", "label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]},
@@ -49,7 +49,7 @@ def by_key(sources: SourceSet) -> dict[str, Source]:
 def test_every_layout_of_something_something_is_found(tmp_path: Path, labels: str, videos: str) -> None:
     sources = found(ssv2(tmp_path, labels, videos))
     assert (sources.layout, sources.classes) == ("ssv2", ["Moving something up", "Holding something"])
-    assert sources.skipped == {}
+    assert sources.notes == {}
     prefix = "" if videos == "." else f"{videos}/"
     assert by_key(sources) == {
         "1": Source("1", f"{prefix}1.webm", "train", 1, "holding a cup", "Holding [something]", ("a cup",)),
@@ -62,7 +62,7 @@ def test_every_layout_of_something_something_is_found(tmp_path: Path, labels: st
 def test_generated_clips_get_the_class_their_template_names(videos: Path) -> None:
     sources = found(videos)
     assert len(sources.sources) == 40
-    assert sources.skipped == {}
+    assert sources.notes == {}
     for source in sources.sources:
         assert source.template is not None
         assert source.label is not None
@@ -84,7 +84,9 @@ def test_missing_and_additional_label_files(tmp_path: Path) -> None:
 
 def test_an_entry_without_a_file_keeps_its_path_so_that_packing_reports_it(tmp_path: Path) -> None:
     (ssv2(tmp_path) / "20bn-something-something-v2/2.webm").unlink()
-    assert by_key(found(tmp_path))["2"].path == "20bn-something-something-v2/2.webm"
+    sources = found(tmp_path)
+    assert by_key(sources)["2"].path == "20bn-something-something-v2/2.webm"
+    assert sources.notes == {MISSING: ["20bn-something-something-v2/2.webm"]}
 
 
 def test_whatever_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
@@ -98,13 +100,14 @@ def test_whatever_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
     write(root / "labels/validation.json", [*VALIDATION, TRAIN[0], {"id": "5", "template": "Eating [something]"}])
     write(folder / "5.webm", "")
     sources = found(root)
-    assert sources.skipped == {
+    assert sources.notes == {
         "another file has the same id": ["20bn-something-something-v2/1.mp4", "videos/2.webm"],
         "id already taken by split train": ["train: 1", "validation: 1"],
         "id that cannot be a file name": ["train: '../../2'", "train: ''", "train: 'a\\x00b'"],
         "class not in labels.json, packed without a label": ["5: Eating something"],
         "video without an entry in any split": ["20bn-something-something-v2/77.webm"],
     }
+    assert sources.passed_over == {".txt": 1}
     assert by_key(sources)["5"].label is None
     assert by_key(sources)["1"].path == "20bn-something-something-v2/1.webm"
     assert len(sources.sources) == 5
@@ -141,77 +144,11 @@ def test_label_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         found(tmp_path)
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
-
-
-def folders(root: Path, *paths: str) -> Path:
-    for path in paths:
-        write(root / path, "")
-    return root
-
-
-def placed(sources: SourceSet) -> dict[str, tuple[str, str | None]]:
-    return {s.path: (s.split, sources.classes[s.label] if s.label is not None else None) for s in sources.sources}
-
-
-@pytest.mark.parametrize(
-    "expected",
-    [
-        {"d.avi": ("train", None), "run/b.WEBM": ("train", "run"), "run/deep/c.mkv": ("train", "run"),
-         "walk/a.mp4": ("train", "walk")},
-        {"test/b.mp4": ("test", None), "train/run/a.mp4": ("train", "run"), "val/run/a.mp4": ("validation", "run")},
-        {"test/b.mp4": ("test", None), "valid/c/a.mp4": ("validation", "c"), "validation/c.mp4": ("validation", None)},
-        {"car/a.mp4": ("train", "car"), "train/b.mp4": ("train", "train")},  # a class may be called train
-    ],
-)  # fmt: skip
-def test_folders_are_classes_below_splits_or_the_root(
-    tmp_path: Path, expected: dict[str, tuple[str, str | None]]
-) -> None:
-    sources = found(folders(tmp_path, *expected, "run/notes.txt"))
-    assert sources.layout == "folders"
-    assert placed(sources) == expected
-    assert sources.classes == sorted({name for _, name in expected.values() if name})
-
-
-def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
-    odd = r"""a b/c d|a b/c.d|a_b/c_d|a.b/c d|a/b_c|a_b/c|a/x|ü/日本|ü/日 本|a/-rf|a/$(x);'"|a/\u202fc"""
-    names = (*(f"{name}.mp4" for name in odd.split("|")), "a/x.webm", f"a/{'n' * 200}.mp4", "a/\n.mp4")
-    keys = [source.key for source in found(folders(tmp_path, *names)).sources]
-    assert len(keys) == len(names)
-    assert len(set(keys)) == len(names)
-    assert all(KEY_PATTERN.fullmatch(key) for key in keys)
-
-
 def test_two_sources_that_would_share_a_key_are_named(tmp_path: Path) -> None:
     odd = make_key("a b")
     write(ssv2(tmp_path, videos="videos") / "labels/train.json", [{"id": "a b"}, {"id": odd}])
     with pytest.raises(CommandError, match=rf"videos/a b\.webm and videos/{odd}\.webm would both get the key {odd}"):
         found(tmp_path)
-
-
-def test_a_name_that_is_not_text_is_skipped_and_named(tmp_path: Path) -> None:
-    folders(tmp_path, "a/b.mp4")
-    try:
-        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff.mp4"))).touch()
-    except OSError:
-        pytest.skip("the file system takes UTF-8 names only")
-    sources = found(tmp_path)
-    assert [source.path for source in sources.sources] == ["a/b.mp4"]
-    assert sources.skipped == {"name that is not UTF-8 text": ["a/\udcff.mp4"]}
-
-
-def test_the_output_and_other_data_sets_and_hidden_folders_are_no_input(tmp_path: Path) -> None:
-    folders(tmp_path, "a/b.mp4", "shards/x.mp4", "old/dataset.json", "old/y.mp4", ".git/z.mp4", "a/._b.mp4")
-    assert list(placed(found(tmp_path))) == ["a/b.mp4"]
-
-
-def test_links_are_followed_and_links_in_a_circle_end(tmp_path: Path) -> None:
-    root = folders(tmp_path / "root", "a/b.mp4")
-    folders(tmp_path / "elsewhere", "c.mp4")
-    (root / "linked").symlink_to(tmp_path / "elsewhere")
-    (root / "a/up").symlink_to(root)
-    (root / "a/self").symlink_to(root / "a")
-    assert list(placed(found(root))) == ["a/b.mp4", "linked/c.mp4"]
 
 
 # --- nothing to pack ------------------------------------------------------------------------------------------------
@@ -220,7 +157,7 @@ def test_links_are_followed_and_links_in_a_circle_end(tmp_path: Path) -> None:
 def test_a_folder_with_nothing_to_pack_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="no such folder"):
         found(tmp_path / "missing")
-    with pytest.raises(CommandError, match=r"no videos found \(looked for \.avi"):
+    with pytest.raises(CommandError, match=r"no videos found \(looked for \.3g2"):
         found(tmp_path)
     with pytest.raises(CommandError, match="try --layout folders"):
         found(tmp_path, "ssv2")

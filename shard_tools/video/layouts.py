@@ -1,0 +1,167 @@
+"""Find the videos and labels below a root folder.
+
+labels    list files that the user names (label_lists.py)
+ssv2      the layout of Something-Something-v2 (ssv2.py)
+folders   CLASS/video.mp4, or SPLIT/CLASS/video.mp4; videos without a class folder have no label
+
+To add a layout, name it in LAYOUTS, write a function like `_find_folders`, and choose it in `find_sources`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from shard_tools.common.cli import CommandError
+from shard_tools.video import ssv2
+from shard_tools.video.label_lists import find_listed
+from shard_tools.video.sources import (
+    SPLIT_WORDS,
+    TWO_FORMS,
+    VIDEO_SUFFIXES,
+    SourceSet,
+    count_by_suffix,
+    find_videos,
+    split_named,
+)
+
+LAYOUTS = ("auto", "ssv2", "folders")
+CLASS, IGNORE = "class", "ignore"  # what a folder may be said to be, beside a split
+_SHOWN = 3
+
+
+def split_folder(text: str) -> tuple[str, str]:
+    """The folder and the split, "class" or "ignore" in an argument such as extra=train."""
+    name, _, meaning = text.rpartition("=")
+    meaning = meaning.lower()
+    meaning = SPLIT_WORDS.get(meaning, IGNORE if meaning == "-" else meaning)
+    if not name or meaning not in (*SPLIT_WORDS, CLASS, IGNORE):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=SPLIT: a folder in ROOT and train, validation, test, class or ignore"
+        )
+    return name.rstrip("/"), meaning
+
+
+def find_sources(
+    root: Path, layout: str, exclude: Path, labels: Sequence[Path] = (), split_folders: Iterable[tuple[str, str]] = ()
+) -> SourceSet:
+    """Videos and labels below `root`.
+
+    Args:
+        layout: one of LAYOUTS; "auto" is ssv2 if its label files are there, else folders.
+        exclude: the output folder, which is never taken for input.
+        labels: list files; then they say which videos there are, and no layout does.
+        split_folders: folders in `root` and their meaning (a split, CLASS or IGNORE), where their names do not say it.
+
+    Raises:
+        CommandError: no such folder, no label files or no videos where the layout expects them, unreadable labels,
+            folders that may be splits or classes.
+    """
+    if not root.is_dir():
+        raise CommandError(f"{root}: no such folder; name the folder that holds the videos")
+    said = dict(split_folders)
+    for name in said:
+        if not (root / name).is_dir() or "/" in name:
+            raise CommandError(f"--split-folder {name}: no such folder in {root}; name one that stands there")
+    label_files = ssv2.label_files(root)
+    if layout == "ssv2" and not label_files and not labels:
+        raise CommandError(f"{root}: no train.json, labels/train.json or {ssv2.PREFIX}train.json; try --layout folders")
+    if labels:
+        found = find_listed(root, exclude, labels, [name for name in said if said[name] == IGNORE])
+    elif label_files and layout != "folders":
+        found = ssv2.find_ssv2(root, label_files)
+    else:
+        found = _find_folders(root, exclude, said)
+    if not found.sources:
+        others = f", passed over: {count_by_suffix(found.passed_over)}" if found.passed_over else ""
+        raise CommandError(
+            f"{root}: no videos found (looked for {', '.join(sorted(VIDEO_SUFFIXES))} in layout {found.layout}"
+            f"{others}); name the folder that holds them, or choose --layout"
+        )
+    key, count = Counter(source.key for source in found.sources).most_common(1)[0]
+    if count > 1:
+        paths = [source.path for source in found.sources if source.key == key]
+        raise CommandError(f"{root}: {' and '.join(paths)} would both get the key {key}; rename one of them")
+    return found
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def _find_folders(root: Path, exclude: Path, said: Mapping[str, str]) -> SourceSet:
+    found = SourceSet("folders")
+    paths = find_videos(root, exclude, found)
+    folders: dict[str, set[str]] = {}  # in the root -> those in it that lead to videos
+    for parts in (path.split("/")[:-1] for path in paths):
+        if parts:
+            folders.setdefault(parts[0], set()).update(parts[1:2])
+    meanings = _meanings(root, folders, said, found)
+    entries: list[tuple[str, str, str | None]] = []
+    spellings: dict[str, set[str]] = {}
+    for path in paths:
+        parts = path.split("/")[:-1]
+        meaning = meanings[parts[0]] if parts else "train"
+        if meaning == IGNORE:
+            found.note("left out by --split-folder", path)
+            continue
+        classes = parts if meaning == CLASS else parts[1:]
+        class_name = unicodedata.normalize("NFC", classes[0]) if classes else None
+        if class_name is not None:
+            spellings.setdefault(class_name, set()).add(classes[0])
+        if len(classes) > 1:
+            found.note("in a folder below the class", path)
+        entries.append((path, "train" if meaning == CLASS else meaning, class_name))
+    found.classes = sorted(spellings)
+    if found.classes:
+        found.note("without a class folder, packed without a label", *(path for path, _, name in entries if not name))
+    twice = [name for name, each in spellings.items() if len(each) > 1]
+    found.note(TWO_FORMS, *twice)
+    found.add_videos(entries)
+    return found
+
+
+def _meanings(root: Path, folders: Mapping[str, set[str]], said: Mapping[str, str], found: SourceSet) -> dict[str, str]:
+    """What each folder in the root is: a split, CLASS or IGNORE.
+
+    All are splits, or none is. Where some are named for a split and others are not, the user has to say which is meant.
+    Beside others, a longer name such as `training_dog` counts only if it has classes below.
+    """
+    open_ = [name for name in folders if name not in said]
+    named = {name: split for name in open_ if (split := split_named(name))}
+    if len(named) < len(open_):
+        loose = [name for name in named if name.lower() not in SPLIT_WORDS and not folders[name]]
+        found.note("taken for a class, though named like a split", *loose)
+        named = {name: split for name, split in named.items() if name not in loose}
+    others = [name for name in open_ if name not in named]
+    if named and others:
+        raise CommandError(
+            f"{root}: {_some(named)} named like splits, {_some(others)} not; say which is meant: --split-folder "
+            f"{others[0]}=ignore (or =train, =class), or --split-folder {next(iter(named))}=class"
+        )
+    for split in named.values():
+        same = [name for name in named if named[name] == split]
+        if len(same) > 1:
+            raise CommandError(
+                f"{root}: {_some(same)} named like the split {split}; leave one out or say that they belong "
+                f"together: --split-folder {same[1]}=ignore, or --split-folder {same[1]}={split}"
+            )
+    for name in others:
+        below = sorted(folder for folder in folders[name] if folder.lower() in SPLIT_WORDS)
+        if below:
+            raise CommandError(
+                f"{root}: in {name}, {_some(below)} named like splits; name {root / name} as ROOT, or say that {name} "
+                f"is a class: --split-folder {name}=class"
+            )
+    longer = [f"{name}: {split}" for name, split in named.items() if name.lower() not in SPLIT_WORDS]
+    found.note("folder taken for a split", *longer)
+    return {name: said.get(name) or named.get(name, CLASS) for name in folders}
+
+
+def _some(names: Iterable[str]) -> str:
+    """The names and a verb: `a is`, `a and b are`, `a, b, c and 9 more are`."""
+    every = list(names)
+    shown = every[:_SHOWN] + ([f"{len(every) - _SHOWN} more"] if len(every) > _SHOWN else [])
+    return " and ".join(", ".join(shown).rsplit(", ", 1)) + (" are" if len(every) > 1 else " is")

@@ -12,13 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shard_tools.format.sample import COLOURS
+from shard_tools.format.sample import LUMA_WEIGHTS, RANGES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Luma weights of red and blue (ITU-R BT.601 and BT.709); everything else follows from them.
-_LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
 
 
 def to_normalised_rgb(clips: Tensor, colour: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -39,7 +36,7 @@ def to_normalised_rgb(clips: Tensor, colour: Tensor, size: int, dtype: torch.dty
 def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
     """YUV 4:2:0 planes to RGB, chroma repeated over its 2 x 2 pixels (as swscale does without scaling).
 
-    Formulas: ITU-R BT.601-7 and BT.709-6, sections on quantisation; full range as in JPEG (JFIF 1.02).
+    Formulas: ITU-R BT.601-7, section on quantisation; full range as in JPEG (JFIF 1.02).
 
     Args:
         clips: uint8 (B, T, P); a frame is its planes Y (S * S), U and V (S/2 * S/2 each), one after the other.
@@ -65,14 +62,16 @@ def _channels(
     y = planes[..., :luma].unflatten(-1, (half, 2, half, 2))  # (B, T, S/2, 2, S/2, 2)
     u, v = planes[..., luma:].unflatten(-1, (2, half, half)).unbind(2)  # (B, T, S/2, S/2) each
 
-    # Limited range keeps luma in 16..235 and chroma in 16..240.
-    limited = _is_any(colour, "limited")
+    # COLOURS has every matrix with every range. Limited range keeps luma in 16..235 and chroma in 16..240.
+    matrix, limited = colour // len(RANGES), colour % len(RANGES) == RANGES.index("limited")
     y_scale, y_zero = 1 / _pick(limited, 219.0, 255.0), _pick(limited, 16.0, 0.0)
     chroma_range = _pick(limited, 224.0, 255.0)
     u, v = (u - 128.0) / chroma_range, (v - 128.0) / chroma_range
 
-    bt709 = _is_any(colour, "bt709")
-    k_red, k_blue = (_pick(bt709, _LUMA["bt709"][i], _LUMA["bt601"][i]) for i in range(2))
+    k_red, k_blue = (
+        torch.stack([_pick(matrix == number, k, 0.0) for number, k in enumerate(ks)]).sum(dim=0)
+        for ks in zip(*LUMA_WEIGHTS.values(), strict=True)
+    )
     red, blue = 2 * (1 - k_red) * v, 2 * (1 - k_blue) * u  # each colour less luma
     green = -(k_red * red + k_blue * blue) / (1 - k_red - k_blue)
     channels = []
@@ -83,12 +82,6 @@ def _channels(
     return channels
 
 
-def _is_any(colour: Tensor, word: str) -> Tensor:
-    """(B, 1, 1, 1) bool: clips whose colour has this matrix or range."""
-    hits = [colour == index for index, names in enumerate(COLOURS) if word in names]
-    return torch.stack(hits).any(dim=0)[:, None, None, None]
-
-
 def _pick(condition: Tensor, yes: float, no: float) -> Tensor:
-    """One number a clip, without a constant tensor, which would be copied from the host in every step."""
-    return condition.to(torch.float32) * (yes - no) + no
+    """(B, 1, 1, 1): one number a clip, without a constant tensor, which every step would copy from the host."""
+    return condition.to(torch.float32)[:, None, None, None] * (yes - no) + no

@@ -9,14 +9,14 @@ from typing import Any
 import av
 import numpy as np
 import xxhash
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
 from shard_tools.format.sample import COLOURS, SampleInfo, SourceFile, parse_sample
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError, probe
 
-_MATRIX = {"bt601": Colorspace.ITU601, "bt709": Colorspace.ITU709}
+_MATRIX = {"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}  # FFmpeg's numbers
 _RANGE = {"limited": ColorRange.MPEG, "full": ColorRange.JPEG}
 
 

@@ -26,7 +26,8 @@ from shard_tools import __version__
 from shard_tools.common.cli import CommandError, one_line
 from shard_tools.format.sample import adapter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that is written
+_READABLE = (1, 2)
 DATASET_FILE = "dataset.json"
 FAILURES_FILE = "failures.jsonl"
 SPLITS = ("train", "validation", "test")
@@ -180,8 +181,8 @@ def read_dataset(folder: Path) -> Dataset:
     remedy = "pack again with --overwrite, or restore the file"
     try:
         version = json.loads(text).get("format_version")  # checked first: other versions may have other fields
-        if version != FORMAT_VERSION:
-            raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
+        if version not in _READABLE:
+            raise DatasetError(f"{path}: format version {version}, this program reads 1 and 2; {remedy}")
         dataset = adapter(Dataset).validate_json(text, strict=True)
         for name in (info.file for split in dataset.splits.values() for info in split.shards):
             if not _FILE_NAME.fullmatch(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from dataclasses import dataclass
@@ -14,7 +15,17 @@ import xxhash
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
 FRAME_TIERS = ("mjpeg", "y4m")  # tiers whose frames can be read one by one; also their extensions
 Y4M_FRAME_MARK = b"FRAME\n"
-COLOURS = (("bt601", "limited"), ("bt601", "full"), ("bt709", "limited"), ("bt709", "full"))  # (matrix, range)
+# Luma weights of red and blue by matrix; everything else of it follows from them. Sources: ITU-R BT.601-7, BT.709-6 and
+# BT.2020-2 (non-constant luminance), SMPTE 240M, FCC 73.682.
+LUMA_WEIGHTS = {
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+    "smpte240m": (0.212, 0.087),
+    "fcc": (0.3, 0.11),
+}
+RANGES = ("limited", "full")
+COLOURS = tuple((matrix, colour_range) for matrix in LUMA_WEIGHTS for colour_range in RANGES)
 
 adapter = functools.cache(pydantic.TypeAdapter)  # reads JSON into a type; made once for each type
 
@@ -33,7 +44,15 @@ def make_key(text: str) -> str:
 
 @dataclass(frozen=True)
 class Video:
-    """What a decoder needs to know: pixels, frames, frames per second, and how colour is coded (see COLOURS)."""
+    """What a decoder needs to know: pixels, frames, frames per second, and how colour is coded (see COLOURS).
+
+    Attributes:
+        width, height: of the upright picture.
+        rotation: degrees clockwise that turn decoded frames upright: 0, 90, 180 or 270.
+        mirrored: whether they are mirrored left to right before that.
+        transfer: of HDR, "smpte2084" (PQ) or "arib-std-b67" (HLG).
+        streams: video streams in the file; this is the first.
+    """
 
     codec: str
     width: int
@@ -42,6 +61,23 @@ class Video:
     fps: float
     matrix: str
     range: str
+    rotation: int = 0
+    mirrored: bool = False
+    transfer: str | None = None
+    streams: int = 1
+
+    def to_record(self) -> dict[str, Any]:
+        """What KEY.json says of it: the fields with defaults only where they differ."""
+        record = dict(vars(self))
+        for name, default in _VIDEO_DEFAULTS:
+            if record[name] == default:
+                del record[name]
+        return record
+
+
+_VIDEO_DEFAULTS = tuple(
+    (field.name, field.default) for field in dataclasses.fields(Video) if field.default is not dataclasses.MISSING
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +109,8 @@ class SampleInfo:
 
         Frame fields are left out where there are none.
         """
-        record = vars(self) | {"source": vars(self.source), "video": vars(self.video)}  # asdict copies all, slowly
+        # asdict would copy all, slowly
+        record = vars(self) | {"source": vars(self.source), "video": self.video.to_record()}
         for name in ("frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
@@ -95,9 +132,11 @@ def parse_sample(data: bytes) -> SampleInfo:
     """The content of KEY.json, strictly.
 
     Raises:
-        ValueError: not the JSON of a sample, or of a colour that is none of COLOURS.
+        ValueError: not the JSON of a sample, or of a colour that is none of COLOURS, or turned by another angle.
     """
     sample = adapter(SampleInfo).validate_json(data, strict=True)
+    if sample.video.rotation not in (0, 90, 180, 270):
+        raise ValueError(f"a rotation of {sample.video.rotation} degrees is none of those stored")
     if (sample.video.matrix, sample.video.range) not in COLOURS:
         raise ValueError(f"colour {sample.video.matrix} {sample.video.range} is none of those stored")
     return sample

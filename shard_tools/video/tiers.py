@@ -10,6 +10,7 @@ Frames never pass through RGB. They are numbered in decoding order, so a variabl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.format.sample import COLOURS, SampleInfo, SourceFile, Video, y4m_frame_bytes
+from shard_tools.format.sample import COLOURS, LUMA_WEIGHTS, SampleInfo, SourceFile, Video, y4m_frame_bytes
 from shard_tools.video.decode import DecodeError, VideoInfo, decode_mjpeg, decode_video
 from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError
@@ -192,25 +193,36 @@ def _jpegs(pictures: list[Planes], video: Video, quality: int) -> list[bytes]:
 
 
 def to_jpeg_colour(planes: Planes, video: Video) -> Planes:
-    """Planes in JPEG's colour: bt601, full range (JFIF 1.02). Chroma stays at its resolution.
-
-    The coefficients from bt709 follow from the luma weights of both matrices (ITU-R BT.601-7, BT.709-6).
-    """
+    """Planes in JPEG's colour: bt601, full range (JFIF 1.02). Chroma stays at its resolution."""
     y, u, v = planes
-    if video.matrix == "bt709":
+    if video.matrix != "bt601":
+        (_, y_cb, y_cr), (_, cb_cb, cb_cr), (_, cr_cb, cr_cr) = _to_bt601(video.matrix)
         cb, cr = u.astype(np.float32) - 128, v.astype(np.float32) - 128
         size = y.shape[1], y.shape[0]
         nearest = (cv2.resize(c, (2 * c.shape[1], 2 * c.shape[0]), interpolation=cv2.INTER_NEAREST) for c in (cb, cr))
         cb_full, cr_full = (c[: size[1], : size[0]] for c in nearest)
         scale = 219 / 224 if video.range == "limited" else 1.0  # chroma's levels over luma's
-        y = _clip(y + scale * (0.101579 * cb_full + 0.196076 * cr_full))
-        u = _clip(128 + 0.989854 * cb - 0.110653 * cr)
-        v = _clip(128 - 0.072453 * cb + 0.983398 * cr)
+        y = _clip(y + scale * (y_cb * cb_full + y_cr * cr_full))
+        u = _clip(128 + cb_cb * cb + cb_cr * cr)
+        v = _clip(128 + cr_cb * cb + cr_cr * cr)
     if video.range == "limited":
         levels = np.arange(256, dtype=np.float32)
         luma, chroma = _clip((levels - 16) * 255 / 219), _clip((levels - 128) * 255 / 224 + 128)
         y, u, v = luma[y], chroma[u], chroma[v]
     return y, u, v
+
+
+@functools.cache
+def _to_bt601(matrix: str) -> list[list[float]]:
+    """(3, 3): what to multiply Y, Cb, Cr of a matrix with for those of bt601, to six digits."""
+
+    def to_rgb(red: float, blue: float) -> np.ndarray:
+        green = 1 - red - blue
+        cb, cr = 2 * (1 - blue), 2 * (1 - red)
+        return np.array([[1, 0, cr], [1, -cb * blue / green, -cr * red / green], [1, cb, 0]])
+
+    both = np.linalg.inv(to_rgb(*LUMA_WEIGHTS["bt601"])) @ to_rgb(*LUMA_WEIGHTS[matrix])
+    return both.round(6).tolist()
 
 
 def _clip(values: np.ndarray) -> np.ndarray:

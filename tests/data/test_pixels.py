@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
 from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD, to_normalised_rgb, yuv_to_rgb
 from shard_tools.format.sample import COLOURS
@@ -21,7 +21,7 @@ def random_planes(seed: int, size: int = SIZE) -> np.ndarray:
 def swscale_rgb(planes: np.ndarray, matrix: str, colour_range: str, size: int = SIZE) -> np.ndarray:
     """(S, S, 3) uint8 through FFmpeg's own conversion."""
     frame = av.VideoFrame.from_ndarray(planes.reshape(size * 3 // 2, size), format="yuv420p")
-    matrices = {"bt601": Colorspace.ITU601, "bt709": Colorspace.ITU709}
+    matrices = {"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}  # FFmpeg's numbers
     ranges = {"limited": ColorRange.MPEG, "full": ColorRange.JPEG}
     spaces = {"src_colorspace": matrices[matrix], "dst_colorspace": matrices[matrix]}
     rgb = frame.reformat(
@@ -95,7 +95,8 @@ def test_normalised_with_imagenet_statistics():
 
 
 def test_compiles_into_one_graph():
-    clips, colour = torch.from_numpy(random_planes(0)).expand(2, 2, -1), torch.tensor([0, 3])
+    colour = torch.arange(len(COLOURS))
+    clips = torch.from_numpy(random_planes(0)).expand(len(colour), 2, -1)
     compiled = torch.compile(to_normalised_rgb, backend="aot_eager", fullgraph=True)
     expected = to_normalised_rgb(clips, colour, SIZE, torch.float32)
     torch.testing.assert_close(compiled(clips, colour, SIZE, torch.float32), expected)

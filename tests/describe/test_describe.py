@@ -17,7 +17,7 @@ from shard_tools.describe.facts import read_samples
 from shard_tools.describe.samples import to_rgb
 from shard_tools.format.dataset import index_name, read_dataset
 from shard_tools.format.index import read_index
-from shard_tools.format.sample import Video
+from shard_tools.format.sample import COLOURS, LUMA_WEIGHTS, Video
 from shard_tools.video.probe import probe
 from tests.conftest import pack_here
 
@@ -131,9 +131,9 @@ def test_sheet_has_the_colours_and_the_size_promised(pictures, tier, tmp_path, c
     assert worst < 4  # the wrong matrix would be 16 off
 
 
-@pytest.mark.parametrize(("matrix", "colour_range"), [(m, r) for m in ("bt601", "bt709") for r in ("limited", "full")])
+@pytest.mark.parametrize(("matrix", "colour_range"), COLOURS)
 def test_rgb_follows_matrix_and_range(matrix, colour_range):
-    kr, kb = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[matrix]
+    kr, kb = LUMA_WEIGHTS[matrix]
     y, u, v = 120, 100, 160
     planes = tuple(np.full(shape, level, np.uint8) for shape, level in (((16, 16), y), ((8, 8), u), ((8, 8), v)))
     luma, cb, cr = y / 255, (u - 128) / 255, (v - 128) / 255

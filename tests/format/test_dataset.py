@@ -144,8 +144,8 @@ def test_a_damaged_dataset_json_is_one_line(tmp_path: Path, change: str) -> None
 
 
 def test_another_format_version_is_named(tmp_path: Path) -> None:
-    record = {"format_version": 2, "other": "fields"}
-    with pytest.raises(DatasetError, match="format version 2, this program reads 1"):
+    record = {"format_version": 3, "other": "fields"}
+    with pytest.raises(DatasetError, match="format version 3, this program reads 1 and 2"):
         read_dataset(written(tmp_path, json.dumps(record).encode()))
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import video_maker
 import xxhash
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
-from shard_tools.format.sample import frame_span
+from shard_tools.format.sample import COLOURS, frame_span
 from shard_tools.video.ffmpeg import fill_frame
 from shard_tools.video.probe import BadVideoError, probe
 from shard_tools.video.sources import Source
@@ -116,7 +116,7 @@ def test_every_frame_is_found_alone_and_has_its_hash(tier):
             assert equal(planes_of(piece, "mjpeg"), [whole[number]])
 
 
-@pytest.mark.parametrize(("matrix", "colour_range"), [(m, r) for m in ("bt601", "bt709") for r in ("limited", "full")])
+@pytest.mark.parametrize(("matrix", "colour_range"), COLOURS)
 def test_colour_for_jpeg_is_that_of_the_source(matrix, colour_range):
     """RGB of the converted planes (as JPEG) against RGB of the source's (by its own tags), where chroma is flat."""
     rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_colour_for_jpeg_is_that_of_the_source(matrix, colour_range):
     def rgb(planes, matrix, colour_range):
         out = fill_frame(planes, "yuv420p").reformat(
             format="rgb24",
-            src_colorspace={"bt601": Colorspace.ITU601, "bt709": Colorspace.ITU709}[matrix],
+            src_colorspace={"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}[matrix],  # FFmpeg's numbers
             src_color_range={"limited": ColorRange.MPEG, "full": ColorRange.JPEG}[colour_range],
             dst_color_range=ColorRange.JPEG,
         )

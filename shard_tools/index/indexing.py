@@ -50,6 +50,7 @@ from shard_tools.index.scan import (
 from shard_tools.index.tar_reader import is_text
 from shard_tools.pack import staging
 
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _SHOWN = 10  # names printed of a longer list; failures.jsonl has them all
 _SPLIT_PREFIX = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
@@ -93,12 +94,12 @@ def _find_tars(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder; name the folder that holds the tars")
     names = sorted(path.name for path in folder.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
-    packed = sorted(
-        path.name for path in folder.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.zst"))
+    others = sorted(
+        path.name for path in folder.iterdir() if path.name.lower().endswith(_TARS) and path.suffix != ".tar"
     )
-    if packed:
-        print(one_line(f"{folder}: {len(packed)} compressed tars skipped, such as {packed[0]}: training reads "
-                       "samples at their offset in the tar; decompress them first"))  # fmt: skip
+    if others:
+        print(one_line(f"{folder}: {len(others)} tars skipped, such as {others[0]}: decompress them first (training "
+                       "reads samples at their offset in the tar), and give them names that end in .tar"))  # fmt: skip
     for name in names:
         if not is_text(name):
             raise CommandError(f"{folder}: {name!r} is not UTF-8 text, or has control characters; rename the file")
@@ -211,7 +212,7 @@ def _assemble(
     used = [scan for scan in scans if scan.rows]
     if not used:
         first = next((failure for scan in scans for failure in scan.failures), None)
-        hint = f" (first: {first.shard}: {first.key or ''} {first.message})" if first else ""
+        hint = f" (first: {_named(first)})" if first else ""
         raise CommandError(f"{job.folder}: no sample of its {len(scans)} tars can be used{hint}")
     classes = number_labels(used, names)
     indexes: dict[str, bytes] = {}
@@ -266,9 +267,13 @@ def _report(out: Path, dataset: Dataset, failures: Sequence[Failure]) -> int:
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in dataset.splits.items())
     contents = f"{len(dataset.shards)} tars, {size / 1e9:.3f} GB, {len(dataset.classes)} classes"
     print(f"{out}: {samples:,} samples ({splits}) in {contents}; check: python -m shard_tools.verify {out}")
-    lines = [f"not indexed: {f.shard}{f', key {f.key}' if f.key else ''}: {f.message}" for f in failures]
+    lines = [f"not indexed: {_named(failure)}" for failure in failures]
     _print_some(lines, f"{len(failures)} samples or tars could not be indexed; all are named in {out / FAILURES_FILE}")
     return PROBLEMS if failures else OK
+
+
+def _named(failure: Failure) -> str:
+    return f"{failure.shard}{f', key {failure.key}' if failure.key else ''}: {failure.message}"
 
 
 def _print_some(lines: Sequence[str], summary: str) -> None:

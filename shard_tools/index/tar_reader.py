@@ -146,7 +146,12 @@ def iter_members(stream: TarStream) -> Iterator[Entry]:
         hint = "; it is compressed: unpack it first" if start == 0 and stream.last.startswith(_COMPRESSED) else ""
         raise ShardDamage("bad_header", start, f"not a tar header, or its checksum is wrong{hint}")
     if any(any(chunk) for chunk in stream.chunks(stream.total - mark)):
-        raise ShardDamage("bad_header", mark, "there is data behind the end-of-archive mark, where readers stop")
+        raise ShardDamage(
+            "bad_header",
+            mark,
+            "there is data behind the end-of-archive mark, where readers "
+            "stop; if tars were joined by cat, extract it with tar --ignore-zeros, and write it again",
+        )
     if stream.total - start < 2 * BLOCK:
         stream.warning = (
             f"ends at byte {stream.total} without the end-of-archive mark of two zero blocks: it may be cut"
@@ -247,6 +252,9 @@ def read_samples(stream: TarStream, size_limit: Callable[[Sample, str], int], no
     sample: Sample | None = None
     for entry in iter_members(stream):
         if entry.refusal is None and (entry.is_folder or _META_NAME.match(entry.name)):
+            continue
+        if entry.name.rpartition("/")[2].startswith("._"):  # macOS writes one beside each file that has attributes
+            notes["AppleDouble members (._NAME, attributes of macOS) skipped"] += 1
             continue
         named = split_name(entry.name)
         if named is None:

@@ -142,7 +142,8 @@ def test_samples_are_those_of_plain_webdataset(writer: str, webm: bytes, mp4: by
     members = [
         ("a1.cls", b"2"), ("a1.json", b'{"caption": "x"}'), ("a1.WEBM", webm), ("a1.txt", b"hallo"),
         ("folder.d/b2.mp4", mp4), ("folder.d/b2.json", b"[1]"),
-        ("folder.d/c3.left.mp4", mp4), ("no_extension", b"x"), ("z-9.webm", webm), ("z-9.zjson", b""),
+        ("folder.d/c3.left.mp4", mp4), ("no_extension", b"x"), ("._a.webm", b"x"), ("z-9.webm", webm),
+        ("z-9.zjson", b""),
     ]  # fmt: skip
     WRITERS[writer](path, members)
     before = path.read_bytes()
@@ -177,7 +178,9 @@ def test_an_unsorted_tar_is_told_how_to_be_sorted(webm: bytes, tmp_path: Path) -
     files = [(f"{n}.{ext}", data) for ext, data in (("json", b"{}"), ("webm", webm)) for n in range(3)]
     (tmp_path / "tars").mkdir()
     WRITERS["tarfile-gnu"](tmp_path / "tars/a.tar", files)
-    with pytest.raises(CommandError, match=r"first: a.tar: 0 its members are not adjacent: sort .*tar --sort=name"):
+    with pytest.raises(
+        CommandError, match=r"first: a.tar, key 0: its members are not adjacent: sort .*tar --sort=name"
+    ):
         command(index, tmp_path / "tars")
     WRITERS["tarfile-gnu"](
         tmp_path / "tars/b.tar", [("x.webm", webm), *files[:1], *files[3:4], *files[4:], *files[1:3]]

@@ -316,9 +316,10 @@ def test_no_tars_here_is_one_line(tars: Path, tmp_path: Path, capsys: pytest.Cap
         command(index, tmp_path / "nothing")
     with pytest.raises(CommandError, match="no such folder"):
         command(index, tmp_path / "nowhere")
-    (tars / "more.tar.gz").write_bytes(b"x")
+    for name in ("more.tar.gz", "MORE.TAR"):
+        (tars / name).write_bytes(b"x")
     assert command(index, tars) == 0
-    assert "1 compressed tars skipped, such as more.tar.gz" in capsys.readouterr().out
+    assert "2 tars skipped, such as MORE.TAR: decompress them" in capsys.readouterr().out
 
 
 # --- stopped --------------------------------------------------------------------------------------------------------

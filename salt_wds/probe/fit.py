@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
-from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
+from salt_wds.probe.attentive import make_probes, probe_optimizer, update
 from salt_wds.probe.config import HeadsConfig
 from salt_wds.probe.features import Features
 
@@ -23,10 +23,9 @@ def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int,
     trained: dict[str, Trained] = {}
     for batch in features:
         if batch.encoder not in trained:
-            probes = AttentiveProbes(len(config.grid), batch.tokens.shape[-1], config.heads, classes, config.seed).to(
-                batch.tokens.device
-            )
-            trained[batch.encoder] = Trained(probes, StackedAdamW(probes, config.grid))
+            probes = make_probes(len(config.grid), batch.tokens.shape[-1], config.heads, classes, config.seed)
+            probes.to(batch.tokens.device)
+            trained[batch.encoder] = Trained(probes, probe_optimizer(probes, config.grid))
         trained[batch.encoder].step(batch, learning_rate_factor(batch.epoch, config.warmup_epochs, epochs))
     return trained
 
@@ -42,17 +41,20 @@ def learning_rate_factor(epoch: float, warmup: float, epochs: int) -> float:
 class Trained:
     """The probes of one encoder. `losses` holds each epoch's sum of losses over steps (P,), and its steps."""
 
-    probes: AttentiveProbes
-    optimizer: StackedAdamW
+    probes: nn.ModuleList
+    optimizer: torch.optim.Optimizer
     losses: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def step(self, batch: Features, factor: float) -> None:
-        """One update of every probe."""
-        losses = losses_of(self.probes(batch.tokens), batch.labels)
-        losses.sum().backward()
-        self.optimizer.step(factor)
+        """One update of every probe. One after the other: only the activations of one are in memory."""
+        losses = []
+        for probe in self.probes:
+            loss = F.cross_entropy(probe(batch.tokens), batch.labels)
+            loss.backward()
+            losses.append(loss.detach())
+        update(self.optimizer, factor)
         total, steps = self.losses.get(int(batch.epoch), (0.0, 0))
-        self.losses[int(batch.epoch)] = (total + losses.detach(), steps + 1)
+        self.losses[int(batch.epoch)] = (total + torch.stack(losses), steps + 1)
 
     def loss_curves(self) -> list[list[float]]:
         """Mean loss by epoch, of each probe."""
@@ -88,10 +90,9 @@ def measure(
     """
     sums: dict[str, _Sums] = {}
     for batch in features:
-        probes = None if trained is None else trained[batch.encoder].probes
+        probes = trained[batch.encoder].probes if trained is not None else nn.ModuleList()
         if batch.encoder not in sums:
-            count = 0 if probes is None else len(probes.stacked["query"])
-            sums[batch.encoder] = _Sums(samples, batch.tokens.shape[-1], count, classes)
+            sums[batch.encoder] = _Sums(samples, batch.tokens.shape[-1], len(probes), classes)
         sums[batch.encoder].add(batch, torch.from_numpy(batch.positions // views), probes)
     return {name: total.mean() for name, total in sums.items()}
 
@@ -105,13 +106,13 @@ class _Sums:
         self._pooled = torch.zeros(samples, width)
         self._probabilities = torch.zeros(samples, probes, classes)
 
-    def add(self, batch: Features, samples: Tensor, probes: AttentiveProbes | None) -> None:
+    def add(self, batch: Features, samples: Tensor, probes: nn.ModuleList) -> None:
         self._seen.index_add_(0, samples, torch.ones(len(samples)))
         self._labels[samples] = batch.labels.cpu()
         self._pooled.index_add_(0, samples, pooled(batch.tokens).cpu())
-        if probes is not None:
-            shares = probes(batch.tokens).float().softmax(dim=-1).transpose(0, 1)  # (B, P, C)
-            self._probabilities.index_add_(0, samples, shares.cpu())
+        for number, probe in enumerate(probes):
+            shares = probe(batch.tokens).float().softmax(dim=-1)  # (B, C)
+            self._probabilities[:, number].index_add_(0, samples, shares.cpu())
 
     def mean(self) -> Measured:
         kept = self._seen > 0

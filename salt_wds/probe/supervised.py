@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from salt_wds.data.loader import Loader
 from salt_wds.models.frozen import FrozenEncoder, student_of
 from salt_wds.models.optim import build_optimizer, set_learning_rate
 from salt_wds.models.student import Student
-from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
+from salt_wds.probe.attentive import make_probes, probe_optimizer, update
 from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.fit import learning_rate_factor
 
@@ -43,15 +44,15 @@ def supervised_of(
         CommandError: no checkpoint of the run can be loaded.
         LoaderStopped: too many samples failed.
     """
-    settings, seed = config.supervised, config.probe.seed
+    settings = config.supervised
     encoder = student_of(run_dir, device)
     network = encoder.network.train().requires_grad_(True)
     assert isinstance(network, Student)
-    head = AttentiveProbes(1, encoder.width, config.probe.heads, classes, seed).to(device)
+    head = make_probes(1, encoder.width, config.probe.heads, classes, config.probe.seed).to(device)
     learned = [*network.parameters(), *head.parameters()]
     rates = OptimConfig(lr=settings.lr, min_lr=0.0, weight_decay=settings.weight_decay)
     optimizer = build_optimizer(network, rates, fused=False)
-    head_optimizer = StackedAdamW(head, [(settings.lr, settings.weight_decay)])
+    head_optimizer = probe_optimizer(head, [(settings.lr, settings.weight_decay)])
     steps = math.ceil(settings.epochs * catalog.num_samples / run_config.data.batch_size)
     bf16 = run_config.train.precision == "bf16"
     loader = Loader(run_config, ledger, catalog=catalog, copy=False)
@@ -65,12 +66,12 @@ def supervised_of(
             video = encoder.video(batch["clips"][rows], batch["colour"][rows])
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 tokens = network.encode(video).float()
-            losses_of(head(tokens), labels).sum().backward()
+            F.cross_entropy(head[0](tokens), labels).backward()
             nn.utils.clip_grad_norm_(learned, _CLIP)
             factor = learning_rate_factor(step / steps * settings.epochs, settings.warmup_epochs, settings.epochs)
             set_learning_rate(optimizer, factor * settings.lr)
             optimizer.step()
-            head_optimizer.step(factor)
             optimizer.zero_grad()
+            update(head_optimizer, factor)
     network.eval().requires_grad_(False)
     return dataclasses.replace(encoder, name="supervised")

@@ -1,39 +1,39 @@
-"""Stacked attentive probes against the module they stand for, written out, and against each probe trained alone."""
+"""Attentive probes against the published classifier, restated here, and many at once against each alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
-from salt_wds.probe.attentive import AttentiveProbes, StackedAdamW, losses_of
+from salt_wds.probe.attentive import make_probes, probe_optimizer, update
 
 CLIPS, TOKENS, WIDTH, HEADS, CLASSES = 5, 7, 12, 3, 4
-GRID = ((1e-2, 0.1), (3e-3, 0.0), (3e-3, 5.0))
 
 
-class Reference(nn.Module):
-    """V-JEPA's attentive classifier as published: keys and values of every token, one probe."""
+def published(state, tokens):
+    """Logits of V-JEPA's classifier with these weights: plain attention with keys and values of every token."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.zeros(WIDTH))
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.v, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.k = nn.Linear(WIDTH, WIDTH)
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.linear = nn.Linear(WIDTH, CLASSES)
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
-    def forward(self, tokens):
-        b = len(tokens)
-        x = self.norm1(tokens)
-        query = self.query.expand(b, 1, -1)
-        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.q(query), self.k(x), self.v(x)))
-        seen = F.scaled_dot_product_attention(q, k, v)
-        pooled = query + self.proj(seen.transpose(1, 2).reshape(b, 1, WIDTH))
-        pooled = pooled + self.fc2(F.gelu(self.fc1(self.norm2(pooled))))
-        return self.linear(pooled[:, 0])
+    def norm(x, name):
+        return F.layer_norm(x, (WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def mlp(x, name):
+        return linear(F.gelu(linear(x, f"{name}.fc1")), f"{name}.fc2")
+
+    def attend(q, k, v):
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.transpose(2, 3) / (WIDTH // HEADS) ** 0.5
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+    cross = "pooler.cross_attention_block"
+    query = state["pooler.query_tokens"].expand(len(tokens), 1, WIDTH)
+    keys, values = linear(norm(tokens, f"{cross}.norm1"), f"{cross}.xattn.kv").chunk(2, dim=-1)
+    pooled = query + linear(attend(linear(query, f"{cross}.xattn.q"), keys, values), f"{cross}.xattn.proj")
+    pooled = pooled + mlp(norm(pooled, f"{cross}.norm2"), f"{cross}.mlp")
+    return linear(pooled[:, 0], "linear")
 
 
 @pytest.fixture
@@ -41,75 +41,58 @@ def tokens():
     return 3 * torch.randn(CLIPS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)) + 1
 
 
-def scrambled(probes: int) -> AttentiveProbes:
+def scrambled(count):
     """Probes of which each has weights of its own, and no norm or bias is trivial."""
-    stacked = AttentiveProbes(probes, WIDTH, HEADS, CLASSES, seed=0)
-    rng = torch.Generator().manual_seed(2)
+    probes, rng = make_probes(count, WIDTH, HEADS, CLASSES, seed=0), torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in stacked.parameters():
+        for parameter in probes.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
-    return stacked
-
-
-def reference_of(stacked: AttentiveProbes, number: int) -> Reference:
-    """One of the probes as the module it stands for, with a bias of the keys, which must not matter."""
-    reference = Reference()
-    state = {name: stacked.stacked[name.replace(".", "_")][number].detach().clone()
-             for name, _ in reference.named_parameters() if name != "k.bias"}  # fmt: skip
-    reference.load_state_dict(state | {"k.bias": torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))})
-    return reference
+    return probes
 
 
 def test_logits_are_those_of_the_published_classifier(tokens):
-    stacked = scrambled(3)
-    logits = stacked(tokens)
-    assert logits.shape == (3, CLIPS, CLASSES)
-    for number in range(3):
-        torch.testing.assert_close(logits[number], reference_of(stacked, number)(tokens), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(logits[0], logits[1], atol=0.1)
+    probes = scrambled(2)
+    logits = [probe(tokens) for probe in probes]
+    for probe, found in zip(probes, logits, strict=True):
+        torch.testing.assert_close(found, published(probe.state_dict(), tokens), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*logits, atol=0.1)
 
 
 def test_all_start_alike_and_the_seed_alone_decides():
-    a, b, other = (AttentiveProbes(2, WIDTH, HEADS, CLASSES, seed) for seed in (0, 0, 1))
-    for name, parameter in a.stacked.items():
-        assert torch.equal(parameter[0], parameter[1])
-        assert torch.equal(parameter, b.stacked[name])
-    assert not torch.equal(a.stacked["v_weight"], other.stacked["v_weight"])
-    assert a.stacked["q_weight"].std().item() == pytest.approx(0.02, rel=0.15)
+    torch.manual_seed(7)
+    one, other = make_probes(2, WIDTH, HEADS, CLASSES, seed=0), make_probes(1, WIDTH, HEADS, CLASSES, seed=1)
+    again = make_probes(1, WIDTH, HEADS, CLASSES, seed=0)[0].state_dict()
+    for name, parameter in again.items():
+        assert torch.equal(one[0].state_dict()[name], parameter)
+        assert torch.equal(one[1].state_dict()[name], parameter)
+    assert not torch.equal(other[0].linear.weight, again["linear.weight"])
+    assert again["pooler.cross_attention_block.xattn.q.weight"].std().item() == pytest.approx(0.02, rel=0.15)
 
 
-def test_training_together_is_training_each_alone_with_torchs_adamw(tokens):
-    """A probe that diverges (all NaN) beside them changes nothing."""
-    stacked = scrambled(len(GRID) + 1)
+def test_each_probe_is_trained_as_alone_by_torchs_adamw(tokens):
+    """With the learning rate and weight decay of its own; a probe that diverges (all NaN) beside it changes nothing."""
+    grid = ((1e-2, 0.1), (3e-3, 5.0))
+    probes, alone = scrambled(3), scrambled(3)
     with torch.no_grad():
-        for parameter in stacked.parameters():
-            parameter[-1] = float("nan")
-    alone = [reference_of(stacked, number) for number in range(len(GRID))]
-    together = StackedAdamW(stacked, (*GRID, (1e9, 0.0)))
-    optimizers = []
-    for model, (lr, decay) in zip(alone, GRID, strict=True):
-        decayed = [p for name, p in model.named_parameters() if p.ndim == 2 or name == "query"]
-        rest = [p for name, p in model.named_parameters() if p.ndim != 2 and name != "query"]
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizers.append(torch.optim.AdamW(groups, lr=lr))
-    rng = torch.Generator().manual_seed(4)
-    for step in range(5):
-        batch = tokens + torch.randn(tokens.shape, generator=rng)
-        labels = torch.randint(CLASSES, (CLIPS,), generator=rng)
-        factor = 1 / (step + 1)
-        losses = losses_of(stacked(batch), labels)
-        losses.sum().backward()
-        together.step(factor)
-        for number, (model, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
-            loss = F.cross_entropy(model(batch), labels)
-            assert losses[number].item() == pytest.approx(loss.item(), rel=1e-4)
+        for parameter in probes[2].parameters():
+            parameter.fill_(float("nan"))
+    together = probe_optimizer(probes, (*grid, (1e9, 0.0)))
+    labels = torch.arange(CLIPS) % CLASSES
+    for factor in (1.0, 0.5, 0.25):
+        for probe in probes:
+            F.cross_entropy(probe(tokens), labels).backward()
+        update(together, factor)
+    for probe, model, (lr, decay) in zip(probes, alone, grid, strict=False):
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        for factor in (1.0, 0.5, 0.25):
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(model(tokens), labels).backward()
             for group in optimizer.param_groups:
-                group["lr"] = factor * GRID[number][0]
+                group["lr"] = factor * lr
             optimizer.step()
-    for number, model in enumerate(alone):
-        for name, parameter in model.named_parameters():
-            if name != "k.bias":
-                ours = stacked.stacked[name.replace(".", "_")][number]
-                torch.testing.assert_close(ours, parameter, atol=2e-4, rtol=1e-3, msg=f"{number} {name}")
+        for (name, ours), expected in zip(probe.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(ours, expected, msg=name)

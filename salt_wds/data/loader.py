@@ -29,6 +29,7 @@ from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec, Sample, identity
 from salt_wds.data.views import Views
 from salt_wds.data.workers import WorkerLostError, Workers, try_sample
 from shard_tools.common.cli import CommandError
+from shard_tools.common.processes import interrupts_deferred
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
 
@@ -129,13 +130,17 @@ class Loader:
         ]
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
+        workers = None
         try:
             while not self._at_end():
+                if workers is None:
+                    # Workers of an interrupted start would look for a parent that is gone, and print a traceback.
+                    with interrupts_deferred():
+                        workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
                 batch = self._next(workers)
                 if batch is None:
                     gc.collect()  # the traceback holds the lost generation's pipes and semaphores
-                    workers = Workers(self.spec, self.budget.prefetch, self.next_batch)
+                    workers = None
                     continue
                 assert batch["number"] == self.next_batch, (batch["number"], self.next_batch)
                 try:
@@ -147,7 +152,8 @@ class Loader:
                 self.next_batch += 1
                 yield self._to_tensors(batch)
         finally:
-            workers.stop()
+            if workers is not None:
+                workers.stop()
 
     def _at_end(self) -> bool:
         """Whether an evaluation has seen everything; training has no end."""

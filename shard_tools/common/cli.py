@@ -61,7 +61,8 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         command: the module, such as "shard_tools.verify".
-        exit_codes: what each means, such as "0 whole; 1 problems, one line each; 2 usage".
+        exit_codes: what each means, such as "0 whole; 1 problems, one line each; 2 usage"; 130 is added where it has
+            no meaning of its own.
         page: the page in docs/ that explains the command at length, without its suffix.
         options: of argparse.ArgumentParser.
     """
@@ -72,7 +73,8 @@ class Parser(argparse.ArgumentParser):
         if command:
             options["prog"] = _program(command)
         if exit_codes:
-            options["epilog"] = f"Exit codes: {exit_codes}." + (f" More in docs/{page}.md." if page else "")
+            codes = exit_codes if "130" in exit_codes else f"{exit_codes}; 130 interrupted"
+            options["epilog"] = f"Exit codes: {codes}." + (f" More in docs/{page}.md." if page else "")
         super().__init__(description=description, **options)
 
     def error(self, message: str) -> NoReturn:

@@ -97,7 +97,7 @@ def _start_worker(function: Callable[[Any], Any], processes: list[BaseProcess]) 
         context = multiprocessing.get_context("forkserver")
         process = context.Process(target=_work, args=(function, theirs), daemon=True)
         try:
-            with _interrupts_deferred():
+            with interrupts_deferred():
                 process.start()
                 processes.append(process)
             return ours
@@ -164,7 +164,7 @@ def start_fork_server(modules: Sequence[str]) -> None:
     """
     _choose_socket_folder()
     multiprocessing.set_forkserver_preload([*modules])
-    with _interrupts_deferred():
+    with interrupts_deferred():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         try:
             resource_tracker.ensure_running()  # it unblocks two of them when it starts
@@ -200,7 +200,7 @@ def _choose_socket_folder() -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Start processes in this block: a KeyboardInterrupt waits for its end.
 
     In the middle of a start it would leave a process that nobody knows of.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import wait_until
+from conftest import alive, wait_until
 
 from salt_wds.data import workers
 from salt_wds.data.failure_policy import LoaderStopped
@@ -52,6 +52,23 @@ def take_disturbed(loader, count, disturb):
     found += sums(islice(iterator, count - 5))
     iterator.close()
     return found
+
+
+def test_an_interrupt_while_workers_start_stops_them(make_config, tmp_path, monkeypatch):
+    """Left alone, they would find their parent gone and print a traceback."""
+    started = []
+
+    class Interrupted(workers.Workers):
+        def __init__(self, *args):
+            os.kill(os.getpid(), signal.SIGINT)
+            super().__init__(*args)
+            started.extend(process.pid for process in self._iterator._workers)
+
+    monkeypatch.setattr("salt_wds.data.loader.Workers", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(Loader(make_config(), tmp_path / "l.jsonl")))
+    assert len(started) == 2
+    wait_until(lambda: not alive(started))
 
 
 # --- killed from outside ------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
 
 CPU = torch.device("cpu")
+VIDEOMAE = "OpenGVLab/VideoMAEv2-Base"
 PROBE = {  # as salt_wds.probe writes them, as far as the card quotes them
     "classes": ["a", "b", "c", "d"],
     "data": {"views": {"segments": 2, "crops": 3}, "clips": {"fit": 90, "evaluation": 1000}},
@@ -126,19 +127,23 @@ def test_it_can_be_trained_further(exported):
 # --- input --------------------------------------------------------------------------------------------------------
 
 
-def test_frames_become_the_central_square_resized(exported):
-    encoder = salt_wds.load_encoder(exported)
-    rng = np.random.default_rng(0)
-    for height, width in ((40, 55), (61, 32), (32, 32)):
-        frames = rng.integers(0, 256, (1, 4, height, width, 3), dtype=np.uint8)
-        side = min(height, width)
-        y, x = (height - side) // 2 // 2 * 2, (width - side) // 2 // 2 * 2
-        square = frames[0, :, y : y + side, x : x + side].astype(np.float32) / 255
-        resized = np.stack([cv2.resize(picture, (32, 32), interpolation=cv2.INTER_LINEAR) for picture in square])
-        expected = (resized - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-        video = encoder.preprocess(torch.from_numpy(frames))
-        assert video.shape == (1, 3, 4, 32, 32)
-        np.testing.assert_allclose(video[0].permute(1, 2, 3, 0), expected, atol=1e-4)
+@pytest.fixture(scope="module")
+def encoder(exported):
+    """The exported encoder. Read-only."""
+    return salt_wds.load_encoder(exported)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 55), (61, 32), (32, 32)])
+def test_frames_become_the_central_square_resized(encoder, height, width):
+    frames = np.random.default_rng(0).integers(0, 256, (1, 4, height, width, 3), dtype=np.uint8)
+    side = min(height, width)
+    y, x = (height - side) // 2 // 2 * 2, (width - side) // 2 // 2 * 2
+    square = frames[0, :, y : y + side, x : x + side].astype(np.float32) / 255
+    resized = np.stack([cv2.resize(picture, (32, 32), interpolation=cv2.INTER_LINEAR) for picture in square])
+    expected = (resized - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    video = encoder.preprocess(torch.from_numpy(frames))
+    assert video.shape == (1, 3, 4, 32, 32)
+    np.testing.assert_allclose(video[0].permute(1, 2, 3, 0), expected, atol=1e-4)
 
 
 def test_frames_that_shrink_much_are_averaged(exported):
@@ -155,11 +160,9 @@ def test_frames_that_shrink_much_are_averaged(exported):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 32, 32), (1, 3, 4, 48, 48), (1, 4, 3, 32, 32), (3, 4, 32, 32)])
-def test_other_shapes_are_refused(exported, shape):
-    encoder = salt_wds.load_encoder(exported)
-    with pytest.raises(
-        ValueError, match=rf"{re.escape(str(shape))}, this encoder takes normalised floats \(B, 3, 4, 32, 32\)"
-    ):
+def test_other_shapes_are_refused(encoder, shape):
+    found = re.escape(str(shape))
+    with pytest.raises(ValueError, match=rf"{found}, this encoder takes normalised floats \(B, 3, 4, 32, 32\)"):
         encoder(torch.zeros(shape))
     with pytest.raises(
         ValueError, match=r"expected uint8 RGB \(B, 4, H, W, 3\): 4 frames, one in every 2 of the video"
@@ -167,8 +170,7 @@ def test_other_shapes_are_refused(exported, shape):
         encoder.preprocess(torch.zeros(shape, dtype=torch.uint8))
 
 
-def test_other_types_are_refused(exported):
-    encoder = salt_wds.load_encoder(exported)
+def test_other_types_are_refused(encoder):
     with pytest.raises(ValueError, match=r"torch.uint8 .* encoder.preprocess"):
         encoder(torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="frames are torch"):
@@ -180,9 +182,7 @@ def test_other_types_are_refused(exported):
 
 def test_other_folders_are_refused_in_a_line(run, tmp_path):
     for folder in (tmp_path / "nowhere", run, tmp_path):
-        with pytest.raises(
-            CommandError, match=r"not an exported encoder, it has no config\.json; python -m salt_wds\.exp"
-        ):
+        with pytest.raises(CommandError, match=r"not an exported encoder, it has no config\.json; python -m salt"):
             salt_wds.load_encoder(folder)
 
 
@@ -224,9 +224,7 @@ def test_weights_of_another_encoder_are_refused(copied, change):
     tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
     save_file(tensors, path)
     change_config(copied, weights=fingerprint(path).model_dump())
-    with pytest.raises(
-        CommandError, match=r"the weights do not fit this version's vit_tiny_patch16_224 .*(norm|head)\.bias"
-    ):
+    with pytest.raises(CommandError, match=r"the weights do not fit this version's vit_tiny\w+ .*(norm|head)\.bias"):
         salt_wds.load_encoder(copied)
 
 
@@ -285,11 +283,10 @@ def test_other_tokens_end_with_exit_code_1_and_no_folder(run, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refusal_is_one_line(tmp_path, run_module):
-    done = run_module("salt_wds.export", tmp_path / "no-run", tmp_path / "out", check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "not the folder of a run" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_a_folder_without_a_run_leaves_no_output(tmp_path):
+    with pytest.raises(CommandError, match="not the folder of a run"):
+        export.main([str(tmp_path / "no-run"), str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the card -----------------------------------------------------------------------------------------------------
@@ -306,9 +303,7 @@ def test_the_three_lines_of_the_card_work(exported, monkeypatch):
 
 def test_the_card_names_data_teacher_settings_and_numbers(dataset, tmp_path):
     plan_hash = read_dataset(dataset).plan_hash
-    make_run(
-        tmp_path / "run", dataset, plan_hash=plan_hash, teacher__weights="OpenGVLab/VideoMAEv2-Base", mask__kind="tube"
-    )
+    make_run(tmp_path / "run", dataset, plan_hash=plan_hash, teacher__weights=VIDEOMAE, mask__kind="tube")
     probes = tmp_path / "run" / "probes"
     probes.mkdir()
     (probes / "motion.json").write_text(json.dumps(PROBE))
@@ -354,7 +349,7 @@ def test_the_licence_of_the_teacher_is_carried_on(tmp_path):
     (folders["stated"] / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# x\n")
     make_run(tmp_path / "first", teacher__weights=folders["renamed"])
     expected = {
-        "OpenGVLab/VideoMAEv2-Base": "cc-by-nc-4.0",
+        VIDEOMAE: "cc-by-nc-4.0",
         folders["VideoMAEv2-Base"]: "cc-by-nc-4.0",
         folders["renamed"]: "cc-by-nc-4.0",
         folders["stated"]: "apache-2.0",

@@ -36,6 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = Path(__file__).parents[2] / "shared/data/ssv2_mini"
+CASES = Path(__file__).parents[2] / "shared/data/cases"
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # the same examples, however busy the machine
 settings.load_profile("steady")
@@ -159,6 +160,14 @@ def real_clips() -> Path:
     if not REAL_CLIPS.is_dir():
         pytest.skip(f"no real clips: {REAL_CLIPS.name} is not beside the repository")
     return REAL_CLIPS
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Small files that were once packed wrongly; not part of the repository."""
+    if not CASES.is_dir():
+        pytest.skip(f"no such files: {CASES.name} is not beside the repository")
+    return CASES
 
 
 @pytest.fixture(scope="session")

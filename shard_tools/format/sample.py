@@ -90,8 +90,34 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class PacketTable:
+    """Where each packet of a video file lies, so that it can be decoded without its container; see docs/format.md.
+
+    The first seven are what a decoder must know; the last six have a value a packet, or bytes, as base64.
+    """
+
+    codec: str
+    tag: str
+    width: int
+    height: int
+    pix_fmt: str | None
+    bits: int
+    extradata: str
+    count: int
+    gaps: str
+    sizes: str
+    frames: str
+    starts: str
+    chunk_xxh3: str
+
+
+@dataclass(frozen=True)
 class SampleInfo:
-    """The content of KEY.json. The last two are of frame tiers: where each frame lies, and its XXH3-64 as 16 digits."""
+    """The content of KEY.json.
+
+    `packets` is of tier "source" (a word says why there is no table), the last two are of frame tiers: where each frame
+    lies, and its XXH3-64 as 16 digits.
+    """
 
     key: str
     split: str
@@ -101,17 +127,20 @@ class SampleInfo:
     placeholders: tuple[str, ...]
     source: SourceFile
     video: Video
+    packets: PacketTable | str | None = None
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
         """Canonical bytes, as pydantic-core spells them: the same sample gives the same bytes.
 
-        Frame fields are left out where there are none.
+        What a tier does not have is left out.
         """
         # asdict would copy all, slowly
         record = vars(self) | {"source": vars(self.source), "video": self.video.to_record()}
-        for name in ("frame_offsets", "frame_xxh3"):
+        if isinstance(self.packets, PacketTable):
+            record["packets"] = vars(self.packets)
+        for name in ("packets", "frame_offsets", "frame_xxh3"):
             if record[name] is None:
                 del record[name]
         return pydantic_core.to_json(record)

@@ -20,7 +20,8 @@ from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import MAX_MEMBER_BYTES
 from shard_tools.pack.plan import ShardTask
 from shard_tools.pack.staging import ShardResult, Staging
-from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.packets import Packets
+from shard_tools.video.probe import BadVideoError, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import SOURCE, Encoding, Payload, make_payload
 
@@ -34,7 +35,7 @@ class PackJob:
     root: Path
     staging: Staging
     encoding: Encoding = SOURCE
-    probe: Callable[[bytes], Video] = probe
+    probe: Callable[[bytes], tuple[Video, Packets]] = probe_packets
 
 
 def pack_shard(job: PackJob, task: ShardTask, crashing: frozenset[str] = frozenset()) -> ShardResult:
@@ -65,7 +66,10 @@ def pack_shard(job: PackJob, task: ShardTask, crashing: frozenset[str] = frozens
 
 
 def read_source(
-    root: Path, source: Source, encoding: Encoding, probe: Callable[[bytes], Video] = probe
+    root: Path,
+    source: Source,
+    encoding: Encoding,
+    probe: Callable[[bytes], tuple[Video, Packets]] = probe_packets,
 ) -> tuple[bytes, Payload]:
     """The bytes of a video file, and its payload in a storage tier.
 
@@ -80,7 +84,7 @@ def read_source(
     if status.st_size > MAX_MEMBER_BYTES:
         raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
     data = path.read_bytes()
-    payload = make_payload(data, path.suffix[1:].lower(), probe(data), encoding)
+    payload = make_payload(data, path.suffix[1:].lower(), *probe(data), encoding)
     if len(payload.data) > MAX_MEMBER_BYTES:
         raise BadVideoError(
             f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"

@@ -7,6 +7,7 @@ dataset.json, or by label, source and remains that agree.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import stat
 from collections.abc import Callable, Iterator
@@ -25,9 +26,9 @@ from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import read_members
 from shard_tools.repair.damaged_tar import DamagedTar, fits
 from shard_tools.video.layouts import find_sources, split_folder
-from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.probe import BadVideoError, probe_packets
 from shard_tools.video.sources import Source
-from shard_tools.video.tiers import BEST_QUALITY, WORST_QUALITY, Encoding, make_payload
+from shard_tools.video.tiers import BEST_QUALITY, WORST_QUALITY, Encoding, Payload, make_payload
 
 _NO_SOURCE = "its KEY.json is damaged, and the source folder has no video or label of this key"
 _UNPROVEN = "the index of its shard is lost too, and nothing else proves its bytes"
@@ -233,14 +234,18 @@ class DamagedShard:
             yield b"", ext, data  # its hash is proof enough: the video is not opened
             return
         try:
-            video = probe(data)
+            video, packets = probe_packets(data)
             for encoding in self._encodings(video, row):
-                payload = make_payload(data, ext, video, encoding)
+                payload = make_payload(data, ext, video, packets, encoding)
                 if row is not None and fits(payload.data, row["payload_size"], row["xxh3_payload"]):
                     self._encoding = encoding
-                yield b"" if source is None else payload.sample_info(source, data).to_json(), payload.ext, payload.data
+                yield b"" if source is None else self._json(payload, source, data), payload.ext, payload.data
         except BadVideoError as error:
             raise _LostError(f"its source {path}: {error}") from None
+
+    def _json(self, payload: Payload, source: Source, data: bytes) -> bytes:
+        info = payload.sample_info(source, data)
+        return (dataclasses.replace(info, packets=None) if self.dataset.format_version == 1 else info).to_json()
 
     def _encodings(self, video: Video, row: Row | None) -> list[Encoding]:
         """How the sources of this data set may be encoded: dataset.json says it, unless version 0.1 wrote it."""

@@ -11,6 +11,7 @@ import xxhash
 from shard_tools.format.sample import FRAME_TIERS, SampleInfo, parse_sample
 from shard_tools.verify.problems import Problem
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
+from shard_tools.video.packets import Packets
 
 _LEAVE = "again, or leave it: training skips the video, and names it"
 
@@ -33,8 +34,11 @@ def decode_sample(folder: Path, foreign: bool, task: tuple[str, dict[str, Any]])
         sample = parse_sample(head)
         detail = _hash_error(sample, row["ext"], payload) if row["ext"] in FRAME_TIERS else None
         if detail is None:
-            frames = payload_frames(payload, row["ext"], sample, None)
-            detail = _decoding_error(frames, row["ext"], VideoInfo.of(sample.video))
+            try:
+                frames = payload_frames(payload, row["ext"], sample, None)
+                detail = _decoding_error(frames, row["ext"], VideoInfo.of(sample.video))
+            except DecodeError as error:  # of the table of packets
+                detail = str(error)
     return None if detail is None else undecodable(foreign, shard, row, detail)
 
 
@@ -44,7 +48,7 @@ def undecodable(foreign: bool, shard: str, row: dict[str, Any], detail: str) -> 
     return Problem(shard, row["key"], "undecodable", row["payload_offset"], detail, remedy)
 
 
-def _decoding_error(frames: bytes | list[memoryview], ext: str, info: VideoInfo) -> str | None:
+def _decoding_error(frames: bytes | Packets | list[memoryview], ext: str, info: VideoInfo) -> str | None:
     """What is wrong when all frames are decoded as for training; None if nothing is."""
     try:
         found = sum(1 for _ in get_decoder(ext)(frames, info, None).pictures)
@@ -61,7 +65,7 @@ def _hash_error(sample: SampleInfo, ext: str, payload: bytes) -> str | None:
     if len(hashes) != expected:
         return f"{len(hashes)} frame hashes for {expected} frames"
     frames = payload_frames(payload, ext, sample, None)
-    assert not isinstance(frames, bytes), ext
+    assert isinstance(frames, list), ext
     for number, frame in enumerate(frames):
         if xxhash.xxh3_64_hexdigest(frame) != hashes[number]:
             return f"frame {number} does not match its hash in {sample.key}.json"

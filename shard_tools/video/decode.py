@@ -6,34 +6,24 @@ all speak of the same frames at the same speed. One thread each: parallel work i
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import av
 import cv2
 import numpy as np
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.sample import COLOURS, FRAME_TIERS, SampleInfo, Video, frame_span
-from shard_tools.video.ffmpeg import (
-    Planes,
-    colour_of,
-    decode_frames,
-    frame_decoder,
-    open_video,
-    padded_packet,
-    planes_of,
-)
-from shard_tools.video.webm import vp9_packets
+from shard_tools.format.sample import COLOURS, FRAME_TIERS, PacketTable, SampleInfo, Video, frame_span
+from shard_tools.video.ffmpeg import Planes, frame_decoder, padded_packet, planes_of
+from shard_tools.video.packet_table import from_table
+from shard_tools.video.packets import DecodeError as DecodeError
+from shard_tools.video.packets import Packets, read_packets
 
 _DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # of the conversion back from decord's RGB
-
-
-class DecodeError(Exception):
-    """A payload does not give the frames that its index promises."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +76,20 @@ def get_decoder(ext: str, name: str = "pyav") -> Decoder:
 
 def payload_frames(
     payload: bytes, ext: str, sample: SampleInfo, numbers: Sequence[int] | None
-) -> bytes | list[memoryview]:
-    """What a decoder takes of a payload.
+) -> bytes | Packets | list[memoryview]:
+    """What a decoder takes of a payload: a video file or its packets, or the bytes of each wanted frame.
 
-    It is all of a video file, or the bytes of each wanted frame of a frame tier.
+    Raises:
+        DecodeError: the table of packets is damaged.
     """
     if ext not in FRAME_TIERS:
-        return payload
+        if not isinstance(sample.packets, PacketTable):
+            return payload
+        try:
+            packets = from_table(sample.packets, len(payload), sample.video.num_frames)
+        except ValueError as error:
+            raise DecodeError(str(error)) from None
+        return dataclasses.replace(packets, content=payload)
     record: dict[str, Any] = {"video": vars(sample.video)}
     if sample.frame_offsets is not None:
         record["frame_offsets"] = sample.frame_offsets
@@ -104,56 +101,36 @@ def payload_frames(
 # --- video files --------------------------------------------------------------------------------------------------
 
 
-def decode_video(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
-    """Decode a video file with FFmpeg, up to its last wanted frame.
-
-    The container of an ordinary VP9 file is not opened, because that takes as long as decoding four frames.
+def decode_video(payload: bytes | Packets, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
+    """Decode a video file, or its packets, with FFmpeg: no more than the wanted frames need.
 
     Raises (when called, or while the pictures are taken):
         DecodeError: the video ends before its last wanted frame, or has no video stream.
         av.FFmpegError: FFmpeg cannot read the payload.
     """
-    packets = vp9_packets(payload) if info.colour is not None else None
-    if info.colour is not None and packets is not None and len(packets) == info.num_frames:
-        return Decoded(info.colour, _decode_packets(payload, info, COLOURS[info.colour][1], packets, numbers))
-    container = open_video(payload)
-    if not container.streams.video:
-        raise DecodeError("no video stream in the file")
-    colour = colour_of(container.streams.video[0].codec_context)
-    return Decoded(COLOURS.index(colour), _decode_container(container, info, colour[1], numbers))
+    packets = read_packets(payload) if isinstance(payload, bytes) else payload
+    exist = packets.num_frames
+    if numbers is not None and exist is not None and numbers[-1] >= exist:
+        raise _ends_early(exist, info)
+    if info.colour is not None:
+        colour = info.colour
+    else:
+        assert packets.colour is not None  # only tables have none, and beside them is KEY.json
+        colour = COLOURS.index(packets.colour)
+    return Decoded(colour, _pictures(packets, info, COLOURS[colour][1], numbers))
 
 
-def _decode_packets(
-    payload: bytes,
-    info: VideoInfo,
-    colour_range: str,
-    packets: Sequence[tuple[int, int]],
-    numbers: Sequence[int] | None,
-) -> Iterator[Planes]:
-    wanted = range(info.num_frames) if numbers is None else numbers
-    view, chosen, decoder = memoryview(payload), frozenset(wanted), frame_decoder("vp9")
-    for number, (start, size) in enumerate(packets[: wanted[-1] + 1]):
-        frames = decoder.decode(padded_packet(view[start : start + size]))
-        if len(frames) != 1:
-            raise DecodeError(f"packet {number} of {len(packets)} gives {len(frames)} frames")
-        if number in chosen:
-            yield planes_of(frames[0], info.width, info.height, colour_range)
-
-
-def _decode_container(
-    container: av.container.InputContainer, info: VideoInfo, colour_range: str, numbers: Sequence[int] | None
-) -> Iterator[Planes]:
-    chosen = None if numbers is None else frozenset(numbers)
+def _pictures(packets: Packets, info: VideoInfo, colour_range: str, numbers: Sequence[int] | None) -> Iterator[Planes]:
     found = 0
-    with container:
-        for frame in decode_frames(container):
-            if chosen is None or found in chosen:
-                yield planes_of(frame, info.width, info.height, colour_range)
-            found += 1
-            if numbers is not None and found > numbers[-1]:
-                return
-    if numbers is not None:
-        raise DecodeError(f"the video ends early: {found} frames can be decoded, its index says {info.num_frames}")
+    for frame in packets.frames(numbers):
+        yield planes_of(frame, info.width, info.height, colour_range)
+        found += 1
+    if numbers is not None and found < len(numbers):
+        raise _ends_early(found, info)
+
+
+def _ends_early(found: int, info: VideoInfo) -> DecodeError:
+    return DecodeError(f"the video ends early: {found} frames can be decoded, its index says {info.num_frames}")
 
 
 def decode_with_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
@@ -195,7 +172,7 @@ def decode_mjpeg(payload: Iterable[bytes | memoryview], info: VideoInfo, numbers
 
 
 def _decode_jpegs(payload: Iterable[bytes | memoryview], info: VideoInfo, colour_range: str) -> Iterator[Planes]:
-    decoder = frame_decoder("mjpeg")
+    decoder = frame_decoder("mjpeg", {"idct": "xvid"})  # as exact as FFmpeg's own (IEEE 1180), and faster
     for jpeg in payload:
         frames = decoder.decode(padded_packet(jpeg))
         if [(frame.width, frame.height) for frame in frames] != [(info.width, info.height)]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 # By default FFmpeg also takes still pictures for videos, and playlists, which open other files.
 _OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"}
-# Xvid's inverse DCT is as exact as FFmpeg's own (IEEE 1180), and faster.
-_DECODER_OPTIONS = {"mjpeg": {"idct": "xvid"}}
+# Of H.264: wait as long as its level allows for a frame that is presented first, in place of guessing.
+_DECODER_OPTIONS = {"h264": {"strict": "1"}}
 _BT709 = 1  # AVCOL_SPC_BT709
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
@@ -40,18 +41,53 @@ def colour_of(context: av.VideoCodecContext) -> tuple[str, str]:
     return matrix, "full" if context.color_range == _FULL_RANGE else "limited"
 
 
-def decode_frames(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
-    """All frames of the video, decoded in one thread: parallel work is done by processes."""
-    stream = container.streams.video[0]
-    stream.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
-    yield from container.decode(stream)
+def video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first stream that is a video: not a picture attached to it, as a cover is."""
+    streams = container.streams.video
+    return next((stream for stream in streams if not stream.disposition & Disposition.attached_pic), None)
 
 
-def frame_decoder(codec: str) -> av.VideoCodecContext:
+@dataclass(frozen=True)
+class Coding:
+    """What a decoder must know of a stream beside its packets: AVCodecParameters, as far as it depends on them.
+
+    `codec` is the name of FFmpeg's decoder.
+    """
+
+    codec: str
+    tag: str
+    width: int
+    height: int
+    pix_fmt: str | None
+    bits: int
+    extradata: bytes
+
+    @classmethod
+    def of(cls, context: av.VideoCodecContext) -> Coding:
+        """What the container says of a stream."""
+        try:
+            tag = context.codec_tag.strip("\0")
+        except UnicodeDecodeError:  # not ASCII, which PyAV expects: no decoder knows such a tag
+            tag = ""
+        size = context.width, context.height
+        return cls(context.name, tag, *size, context.pix_fmt, context.bits_per_coded_sample, context.extradata or b"")
+
+    def decoder(self) -> av.VideoCodecContext:
+        """A new decoder, in one thread: parallel work is done by processes."""
+        decoder = frame_decoder(self.codec, _DECODER_OPTIONS.get(self.codec, {}))
+        decoder.codec_tag, decoder.bits_per_coded_sample = self.tag.ljust(4, "\0"), self.bits
+        decoder.width, decoder.height = self.width, self.height
+        if self.pix_fmt is not None:
+            decoder.pix_fmt = self.pix_fmt
+        if self.extradata:
+            decoder.extradata = self.extradata
+        return decoder
+
+
+def frame_decoder(codec: str, options: dict[str, str]) -> av.VideoCodecContext:
     """A decoder for packets without a container, in one thread."""
     decoder = cast(av.VideoCodecContext, av.CodecContext.create(codec, "r"))
-    decoder.options = _DECODER_OPTIONS.get(codec, {})
+    decoder.options = options
     decoder.thread_type = "NONE"
     decoder.thread_count = 1
     return decoder

@@ -1,7 +1,7 @@
 """Probe a video: what a decoder needs to know of it, or why it cannot be used.
 
-A probe finds every packet and decodes none. It refuses files that are empty, are not video, or end before their
-container says they should. VP9 in an ordinary WebM file is read by webm.py, ten times faster than by FFmpeg.
+A probe finds every packet, and decodes them only where time stamps leave in doubt which frames exist. It refuses files
+that are empty, are not video, or end before their container says they should.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import av
 
 from shard_tools.format.sample import Video
-from shard_tools.video.ffmpeg import colour_of, open_video
-from shard_tools.video.webm import vp9_video
+from shard_tools.video.ffmpeg import colour_of, open_video, video_stream
+from shard_tools.video.packets import Packets, count_frames, demux, resolve
 
-# Codecs in which every packet shows exactly one frame. For others, frames are counted by decoding.
-_ONE_FRAME_PER_PACKET = frozenset(("vp9", "av1", "h264", "hevc", "mjpeg", "mpeg4", "ffv1"))
 _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
 )
@@ -29,35 +27,36 @@ def probe(payload: bytes) -> Video:
     Raises:
         BadVideoError: empty, not a video, without frames, cut short.
     """
-    if not payload:
-        raise BadVideoError("the file is empty (0 bytes)")
-    return vp9_video(payload) or probe_with_ffmpeg(payload)
+    return probe_packets(payload)[0]
 
 
-def probe_with_ffmpeg(payload: bytes) -> Video:
-    """`probe` of a file that is not empty, of any kind that FFmpeg reads.
+def probe_packets(payload: bytes) -> tuple[Video, Packets]:
+    """The same, and the packets of the video.
 
     Raises:
-        BadVideoError: not a video, without frames, cut short.
+        BadVideoError: empty, not a video, without frames, cut short.
     """
+    if not payload:
+        raise BadVideoError("the file is empty (0 bytes)")
     declared = declared_size(payload)
     if declared is not None and declared > len(payload):
         raise BadVideoError(f"cut short: the container declares {declared} bytes, the file has {len(payload)}")
     try:
         with open_video(payload) as container:
-            if not container.streams.video:
+            stream = video_stream(container)
+            if stream is None:
                 raise BadVideoError("no video stream in the file")
-            stream = container.streams.video[0]
             context = stream.codec_context
             if context is None:
                 raise BadVideoError("FFmpeg does not know its codec")
             if container.format.name.startswith("mov"):
                 _refuse_turned(payload)
-            num_frames = _count_frames(container, stream)
+            packets = resolve(demux(container, stream, payload))
+            num_frames = count_frames(packets)
             if not num_frames or not context.width or not context.height:
                 raise BadVideoError("no video frames in the file")
             matrix, colour_range = colour_of(context)
-            return Video(
+            video = Video(
                 codec=context.name,
                 width=context.width,
                 height=context.height,
@@ -66,6 +65,7 @@ def probe_with_ffmpeg(payload: bytes) -> Video:
                 matrix=matrix,
                 range=colour_range,
             )
+            return video, packets
     except av.FFmpegError as error:
         raise BadVideoError(f"not a readable video: {error.strerror or error}") from error
 
@@ -77,13 +77,6 @@ def _refuse_turned(payload: bytes) -> None:
             if frame.rotation % 360:
                 raise BadVideoError(f"it is stored with a rotation of {frame.rotation} degrees; re-encode it upright")
             return
-
-
-def _count_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
-    if stream.codec_context.name in _ONE_FRAME_PER_PACKET:
-        return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    stream.codec_context.thread_type = "NONE"
-    return sum(1 for _ in container.decode(stream))
 
 
 def declared_size(payload: bytes) -> int | None:

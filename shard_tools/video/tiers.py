@@ -19,9 +19,19 @@ import cv2
 import numpy as np
 import xxhash
 
-from shard_tools.format.sample import COLOURS, LUMA_WEIGHTS, SampleInfo, SourceFile, Video, y4m_frame_bytes
+from shard_tools.format.sample import (
+    COLOURS,
+    LUMA_WEIGHTS,
+    PacketTable,
+    SampleInfo,
+    SourceFile,
+    Video,
+    y4m_frame_bytes,
+)
 from shard_tools.video.decode import DecodeError, VideoInfo, decode_mjpeg, decode_video
 from shard_tools.video.ffmpeg import Planes, fill_frame
+from shard_tools.video.packet_table import to_table
+from shard_tools.video.packets import Packets
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 
@@ -62,13 +72,14 @@ SOURCE = Encoding()
 class Payload:
     """What goes into the shard: extension without dot, bytes, and the video as it is stored.
 
-    `frame_offsets` (mjpeg) are byte offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes
-    as 16 hex digits. None if the tier has none.
+    `packets` (source) is the table of its packets, or says why it has none; `frame_offsets` (mjpeg) are byte offsets in
+    the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes as 16 hex digits. None: the tier has none.
     """
 
     ext: str
     data: bytes
     video: Video
+    packets: PacketTable | str | None = None
     frame_offsets: tuple[int, ...] | None = None
     frame_xxh3: tuple[str, ...] | None = None
 
@@ -83,27 +94,28 @@ class Payload:
             placeholders=source.placeholders,
             source=SourceFile(source.path, len(data), xxhash.xxh3_64_hexdigest(data)),
             video=self.video,
+            packets=self.packets,
             frame_offsets=self.frame_offsets,
             frame_xxh3=self.frame_xxh3,
         )
 
 
-def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Payload:
+def make_payload(data: bytes, ext: str, video: Video, packets: Packets, encoding: Encoding) -> Payload:
     """The payload of a video file in a tier.
 
     Args:
         data: the file's bytes.
         ext: the file's extension, without dot.
-        video: the result of `probe`.
+        video, packets: the result of `probe_packets`.
 
     Raises:
         BadVideoError: the video cannot be decoded to its end.
     """
     assert encoding.tier in TIERS, encoding.tier
     if encoding.tier == "source":
-        return Payload(ext, data, video)
+        return Payload(ext, data, video, to_table(packets, data))
     try:
-        pictures = _decode_all(data, video, encoding.short_side)
+        pictures = _decode_all(packets, video, encoding.short_side)
     except DecodeError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error}") from error
     except av.FFmpegError as error:
@@ -118,11 +130,11 @@ def make_payload(data: bytes, ext: str, video: Video, encoding: Encoding) -> Pay
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def _decode_all(data: bytes, video: Video, short_side: int | None) -> list[Planes]:
+def _decode_all(packets: Packets, video: Video, short_side: int | None) -> list[Planes]:
     """Copies of Y, U, V of every frame at the size of the tier."""
     width, height = _target_size(video.width, video.height, short_side)
     info = dataclasses.replace(VideoInfo.of(video), width=width, height=height)
-    return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(data, info, None).pictures]
+    return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(packets, info, None).pictures]
 
 
 def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from shard_tools.format import dataset as contract
 from shard_tools.format.dataset import DATASET_FILE, DatasetError, ShardInfo, make_dataset, read_dataset
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes, parse_index, read_index
 from shard_tools.format.ledger import Failure
-from shard_tools.format.sample import KEY_PATTERN, SampleInfo, make_key
+from shard_tools.format.sample import KEY_PATTERN, PacketTable, SampleInfo, make_key
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=120)  # any text that UTF-8 can hold
 
@@ -158,6 +158,6 @@ def test_a_folder_without_dataset_json_says_how_to_get_one(tmp_path: Path) -> No
 
 def test_the_page_in_docs_names_every_field(repository: Path) -> None:
     text = (repository / "docs" / "format.md").read_text()
-    types = (contract.Dataset, contract.Settings, SampleInfo, Failure)
+    types = (contract.Dataset, contract.Settings, SampleInfo, PacketTable, Failure)
     names = [field.name for kind in types for field in dataclasses.fields(kind)] + INDEX_SCHEMA.names
     assert not [name for name in names if not re.search(rf"[`{{ ]{name}[`,}}:]", text)]

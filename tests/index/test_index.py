@@ -434,7 +434,7 @@ def test_verify_names_missing_and_new_tars(indexed: Path) -> None:
 
 def test_deep_decodes(webm: bytes, tmp_path: Path) -> None:
     with av.open(io.BytesIO(webm)) as container:
-        third = webm.index(bytes([packet for packet in container.demux(video=0) if packet.size][2]))
+        third = webm.index(bytes([packet for packet in container.demux(video=0) if packet.size][2])) + 1
     broken = webm[:third] + b"\xff" * 20 + webm[third + 20 :]  # for its container it is whole
     write_tar(tmp_path / "tars/a.tar", [{"__key__": "a", "webm": broken}, {"__key__": "b", "webm": webm}])
     assert command(index, tmp_path / "tars") == 0

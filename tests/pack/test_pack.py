@@ -126,7 +126,7 @@ def test_a_sample_says_what_the_contract_asks_for(videos, dataset):
         record = json.load(tar.extractfile(tar.next()))
     row, source = rows[record["key"]], (videos / record["source"]["path"]).read_bytes()
     classes = read_dataset(dataset).classes
-    names = ["key", "split", "label", "label_text", "template", "placeholders", "source", "video"]
+    names = ["key", "split", "label", "label_text", "template", "placeholders", "source", "video", "packets"]
     assert list(record) == names
     assert record["split"] == "train"
     assert (record["label_text"], record["template"]) == (row["label"], row["template"])
@@ -287,7 +287,7 @@ def crashing_probe(payload):
     """A decoding library that takes the whole process with it on some files."""
     if payload.startswith(b"crash"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return frames.probe(payload)
+    return frames.probe_packets(payload)
 
 
 def test_a_video_that_kills_the_process_is_a_line_and_packing_goes_on(some_videos, tmp_path):
@@ -340,7 +340,7 @@ def test_a_damaged_mark_or_one_without_its_tar_does_not_count(some_videos, tmp_p
 def fatal_probe(payload):
     if payload == b"fatal":
         raise MemoryError
-    return frames.probe(payload)
+    return frames.probe_packets(payload)
 
 
 def test_an_error_of_ours_is_no_fault_of_the_video_and_finishes_no_shard(some_videos, tmp_path):

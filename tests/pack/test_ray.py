@@ -97,7 +97,7 @@ def crashing_probe(payload):
     """A decoding library that takes the whole process with it on some files."""
     if payload.startswith(b"crash"):
         os.abort()
-    return frames.probe(payload)
+    return frames.probe_packets(payload)
 
 
 @pytest.mark.slow

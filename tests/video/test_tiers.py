@@ -13,7 +13,8 @@ from av.video.reformatter import ColorRange
 
 from shard_tools.format.sample import COLOURS, frame_span
 from shard_tools.video.ffmpeg import fill_frame
-from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.packets import read_packets
+from shard_tools.video.probe import BadVideoError, probe, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import Encoding, make_payload, to_jpeg_colour
 from tests.conftest import pack_here
@@ -27,7 +28,7 @@ def make_video(width, height, frames, pix_fmt="yuv420p", codec="ffv1", container
 
 
 def packed(data, tier, **settings):
-    return make_payload(data, "mkv", probe(data), Encoding(tier, **settings))
+    return make_payload(data, "mkv", *probe_packets(data), Encoding(tier, **settings))
 
 
 def planes_of(data, format_name=None):
@@ -165,7 +166,7 @@ def test_a_video_that_breaks_off_in_decoding_is_named():
     start = data.index(b"\x1f\x43\xb6\x75") + 40
     broken = data[:start] + b"\xff" * (len(data) - start)
     with pytest.raises(BadVideoError, match="frames can be decoded, the file should have 8"):
-        make_payload(broken, "webm", probe(data), Encoding("mjpeg"))
+        make_payload(broken, "webm", probe(data), read_packets(broken), Encoding("mjpeg"))
 
 
 @pytest.mark.parametrize("tier", ["mjpeg", "y4m"])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shard_tools.format.sample import Video
-from shard_tools.video.probe import BadVideoError, declared_size, probe
+from shard_tools.video.probe import BadVideoError, declared_size, probe, probe_packets
 from shard_tools.video.tiers import Encoding, make_payload
 
 
@@ -87,7 +87,7 @@ def test_a_title_need_not_be_utf8() -> None:
     assert b"caf\xe9" in payload
     assert probe(payload).num_frames == 10
     for tier in ("mjpeg", "y4m"):
-        assert make_payload(payload, "mkv", probe(payload), Encoding(tier)).video.num_frames == 10
+        assert make_payload(payload, "mkv", *probe_packets(payload), Encoding(tier)).video.num_frames == 10
 
 
 # --- no videos ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,158 @@
+"""What the first bytes of a packet say: whether it shows a frame, and whether decoding may begin with it.
+
+Containers say less, and not always the truth: hidden frames of VP8 and VP9 are packets as all others, and H.264 is
+marked as a key frame where decoding recovers only gradually.
+Sources: RFC 6386 9.1 (VP8), VP9 Bitstream Specification 6.2 and Annex B, ITU-T H.264 and H.265 7.3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+# A packet's bytes, and whether its container marks it as a key frame -> whether it shows a frame, and whether decoding
+# may begin with it (None: perhaps). None as a whole: only a decoder knows.
+Inspector = Callable[[memoryview, bool], "tuple[bool, bool | None] | None"]
+
+_WITH_CHROMA_FORMAT = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}  # H.264 profiles
+
+
+def get_inspector(codec: str, extradata: bytes) -> Inspector | None:
+    """The inspector for packets of a codec; None where only decoding tells which frames exist."""
+    if codec == "h264":
+        return None if _may_have_fields(extradata) else functools.partial(_h264, _length_bytes(extradata, 4))
+    if codec == "hevc":
+        return functools.partial(_hevc, _length_bytes(extradata, 21))
+    return {"vp8": _vp8, "vp9": _vp9, "av1": _av1, "mjpeg": _intra, "prores": _intra}.get(codec)
+
+
+def _intra(data: memoryview, key: bool) -> tuple[bool, bool]:
+    return True, True
+
+
+def _av1(data: memoryview, key: bool) -> tuple[bool, bool]:
+    return True, key  # a temporal unit shows one frame, whatever it hides
+
+
+def _vp8(data: memoryview, key: bool) -> tuple[bool, bool]:
+    return bool(data[0] & 0x10), not data[0] & 1
+
+
+def _vp9(data: memoryview, key: bool) -> tuple[bool, bool] | None:
+    shown, clean = 0, False
+    for start in _superframe(data):
+        header = data[start]
+        if header & 0xC0 != 0x80:
+            return None
+        if header & 0x30 == 0x30:  # profile 3 has one bit more
+            header <<= 1
+        existing, inter, visible = header & 8, header & 4, header & 2
+        shown += bool(existing or visible)
+        clean = clean or (not start and not existing and not inter)
+    return (shown == 1, clean) if shown <= 1 else None
+
+
+def _superframe(data: memoryview) -> list[int]:
+    """Where the frames of a VP9 packet begin."""
+    mark = data[-1]
+    if mark & 0xE0 == 0xC0:
+        count, width = (mark & 7) + 1, (mark >> 3 & 3) + 1
+        index = len(data) - 2 - count * width
+        if index > 0 and data[index] == mark:
+            starts = [0]
+            for number in range(count - 1):
+                at = index + 1 + number * width
+                starts.append(starts[-1] + int.from_bytes(data[at : at + width], "little"))
+            return starts if starts[-1] < index else [0]
+    return [0]
+
+
+# --- H.264 and HEVC -----------------------------------------------------------------------------------------------
+
+
+def _h264(length: int, data: memoryview, key: bool) -> tuple[bool, bool | None] | None:
+    for start in units(data, length):
+        kind = data[start] & 31
+        if kind in (1, 2, 5):  # a slice, partitioned, of an IDR picture
+            is_first = kind != 2 and data[start + 1] & 0x80
+            return (True, kind == 5 or (None if key else False)) if is_first else None
+    return None
+
+
+def _hevc(length: int, data: memoryview, key: bool) -> tuple[bool, bool | None] | None:
+    for start in units(data, length):
+        kind, layer = data[start] >> 1 & 63, (data[start] & 1) << 5 | data[start + 1] >> 3
+        if kind < 32 and not layer:  # a slice; 16 to 21 of a picture that refers to no other
+            is_broken = 16 <= kind <= 18  # a link, after which pictures are dropped
+            return (True, 16 <= kind <= 21) if data[start + 2] & 0x80 and not is_broken else None
+    return None
+
+
+def _length_bytes(extradata: bytes, at: int) -> int:
+    """Bytes of a unit's length, which extradata of the MP4 kind says at byte `at`; 0 for start codes."""
+    is_mp4 = len(extradata) > at and (extradata[0] == 1 or extradata[:3] > b"\0\0\1")
+    return (extradata[at] & 3) + 1 if is_mp4 else 0
+
+
+def units(data: memoryview, length: int) -> Iterator[int]:
+    """Where the units of a packet begin; `length` is the number of bytes of their lengths, 0 for start codes."""
+    at, end = 0, len(data) - 2  # a unit of a picture has three bytes at least
+    if length:
+        while (start := at + length) < end:
+            yield start
+            at = start + int.from_bytes(data[at:start], "big")
+    else:
+        content = bytes(data)
+        while (at := content.find(b"\0\0\1", at) + 3) > 2 and at < end:
+            yield at
+
+
+def _may_have_fields(extradata: bytes) -> bool:
+    """Whether a picture may be coded as two fields, each in a packet of its own, for all that extradata says."""
+    if extradata[:1] == b"\1":  # of the MP4 kind: its first parameter set has a length of two bytes at byte 6
+        starts: Iterator[int] = iter((8,))
+    else:
+        starts = units(memoryview(extradata), 0)
+    for start in starts:
+        if extradata[start : start + 1] and extradata[start] & 31 == 7:
+            try:
+                return _sps_has_fields(extradata[start + 1 : start + 200])
+            except ValueError:
+                return True
+    return True
+
+
+def _sps_has_fields(sps: bytes) -> bool:
+    """Whether frame_mbs_only_flag is 0. Raises ValueError where that would take longer to read."""
+    data = sps.replace(b"\0\0\3", b"\0\0")
+    bits = iter(f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}")
+
+    def take(count: int) -> int:
+        taken = "".join(bit for _, bit in zip(range(count), bits, strict=False))
+        if len(taken) < count:
+            raise ValueError("it ends early")
+        return int(taken or "0", 2)
+
+    def golomb() -> int:
+        zeros = 0
+        while not take(1):
+            zeros += 1
+        return (1 << zeros) - 1 + take(zeros)
+
+    profile, _, _ = take(8), take(16), golomb()
+    if profile in _WITH_CHROMA_FORMAT:
+        if golomb() == 3:  # chroma format
+            take(1)
+        golomb(), golomb(), take(1)
+        if take(1):
+            raise ValueError("scaling matrices")
+    golomb()
+    order = golomb()
+    if order == 0:
+        golomb()
+    elif order == 1:
+        take(1), golomb(), golomb()
+        for _ in range(golomb()):
+            golomb()
+    golomb(), take(1), golomb(), golomb()
+    return not take(1)

@@ -1,0 +1,294 @@
+"""The packets of a video: where each lies, which frame it shows, and where decoding may begin.
+
+`pack` demuxes a file once and writes this down in KEY.json, so that training never opens a container; a payload without
+such a table is demuxed in memory. Packets are fed to decoders with their own number for a time stamp, so each frame
+that comes out says which packet it came from. Where time stamps and the first bytes of the packets leave no doubt,
+frames are numbered by their times; otherwise the video is decoded once, and what comes out is what exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+import xxhash
+
+from shard_tools.video.bitstream import get_inspector
+from shard_tools.video.ffmpeg import Coding, colour_of, open_video, padded_packet, planes_of, video_stream
+
+# How far behind FFmpeg's position the bytes of a packet begin: Matroska's is that of the element around them.
+_HEADER = 64
+_PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
+
+SPLIT = "split by the container"  # reasons why there is no table
+UNNAMED = "frames without packets"
+SIDE_DATA = "packets with side data"
+
+
+class DecodeError(Exception):
+    """A payload does not give the frames that its index promises."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packets:
+    """The packets of one video stream, in decoding order.
+
+    Attributes:
+        coding: what a decoder must know beside the packets.
+        frame: (n,) number of the frame that each shows, in order of presentation; -1: none (hidden, cut away by an edit
+            list or without a reference, second field). None: frames are counted as they come out.
+        start: (n,) bool, whether decoding may begin there: every frame from this packet's on is exact.
+        size: (n,) bytes.
+        offset: (n,) where each begins in the payload; None if they do not lie there in one piece.
+        content: the payload, or the packets as they were demuxed.
+        colour: matrix and range as the container says; None for a table.
+        reason: why there can be no table; empty if there can.
+        sure: whether the frames, and all places where decoding may begin, are known.
+    """
+
+    coding: Coding
+    frame: np.ndarray | None
+    start: np.ndarray
+    size: np.ndarray
+    offset: np.ndarray | None
+    content: Any = None
+    colour: tuple[str, str] | None = None
+    reason: str = ""
+    sure: bool = True
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames that exist; None if only decoding all of it tells."""
+        return None if self.frame is None else int(self.frame.max(initial=-1)) + 1
+
+    def packet(self, number: int) -> av.Packet:
+        """A packet for a decoder, its number for a time stamp."""
+        if isinstance(self.content, list):
+            packet = self.content[number]
+        else:
+            assert self.offset is not None
+            at = self.offset[number]
+            packet = padded_packet(self.content[at : at + self.size[number]])
+        packet.pts = number
+        return packet
+
+    def decode(self, begin: int, end: int) -> Iterator[av.VideoFrame]:
+        """What a new decoder makes of the packets from `begin` to before `end`, in order of presentation.
+
+        Its time stamps are the numbers of the packets.
+
+        Raises:
+            av.FFmpegError: a packet that shows a frame is damaged.
+        """
+        decoder, found = self.coding.decoder(), False
+        for number in range(begin, end):
+            try:
+                frames = decoder.decode(self.packet(number))
+            except av.FFmpegError:
+                if found if self.frame is None else self.frame[number] >= 0:
+                    raise
+                continue  # it has no references: the video begins without a key frame
+            found = found or bool(frames)
+            yield from frames
+        yield from decoder.decode(None)
+
+    def stretches(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """The packets to decode for these ascending frames: begin and end of each stretch.
+
+        What lies between two stretches is skipped, because decoding may begin behind it.
+        """
+        assert self.frame is not None
+        shown = np.flatnonzero(self.frame >= 0)
+        places = np.empty(len(shown), np.int64)
+        places[self.frame[shown]] = shown
+        starts = np.flatnonzero(self.start)
+        found: list[tuple[int, int]] = []
+        for number, place in zip(numbers, places[list(numbers)].tolist(), strict=True):
+            last = int(np.searchsorted(starts, place, "right")) - 1
+            while last > 0 and self.frame[starts[last]] > number:  # a leading picture: it needs what came before
+                last -= 1
+            begin = int(starts[last])
+            if found and begin <= found[-1][1]:
+                found[-1] = found[-1][0], max(found[-1][1], place + 1)
+            else:
+                found.append((begin, place + 1))
+        return found
+
+    def frames(self, numbers: Sequence[int] | None) -> Iterator[av.VideoFrame]:
+        """The wanted frames, ascending and each once, or all of them; there may be fewer if the video ends early.
+
+        Raises:
+            DecodeError: a packet does not give its frame.
+            av.FFmpegError: a packet is damaged.
+        """
+        if self.frame is None:
+            chosen = None if numbers is None else frozenset(numbers)
+            for found, frame in enumerate(self.decode(0, len(self.start))):
+                if chosen is None or found in chosen:
+                    yield frame
+                if numbers is not None and found >= numbers[-1]:
+                    return
+            return
+        numbers = range(self.num_frames or 0) if numbers is None else numbers
+        wanted = iter(numbers)
+        number = next(wanted, None)
+        for begin, end in self.stretches(numbers):
+            for frame in self.decode(begin, end):
+                if number is not None and frame.pts is not None and self.frame[frame.pts] == number:
+                    yield frame
+                    number = next(wanted, None)
+        if number is not None:
+            raise DecodeError(f"its packet gives no frame {number}, there should be {self.num_frames}")
+
+
+# --- demuxing -----------------------------------------------------------------------------------------------------
+
+
+def read_packets(payload: bytes) -> Packets:
+    """The packets of the video in a whole file, demuxed in memory.
+
+    Raises:
+        DecodeError: no video stream.
+        av.FFmpegError: FFmpeg cannot read the payload.
+    """
+    with open_video(payload) as container:
+        stream = video_stream(container)
+        if stream is None or stream.codec_context is None:
+            raise DecodeError("no video stream that FFmpeg can decode")
+        return demux(container, stream, payload)
+
+
+def demux(container: av.container.InputContainer, stream: av.VideoStream, payload: bytes) -> Packets:
+    """The packets of a stream of a container that was just opened; frames are numbered if nothing is in doubt."""
+    demuxed = [packet for packet in container.demux(stream) if packet.size]
+    offset, reason = _offsets(payload, demuxed)
+    size = np.array([packet.size for packet in demuxed], np.int64)
+    shown, clean = _inspect(stream.codec_context, demuxed)
+    frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] else None
+    start = np.array(clean or [False] * len(demuxed), bool)
+    start[:1] = True
+    sure = frame is not None and None not in clean
+    coding, colour = Coding.of(stream.codec_context), colour_of(stream.codec_context)
+    return Packets(coding, frame, start, size, offset, demuxed, colour, reason, sure)
+
+
+def _offsets(payload: bytes, packets: list[av.Packet]) -> tuple[np.ndarray | None, str]:
+    """Where the bytes of each packet lie in the payload; or why packets cannot be taken from there."""
+    offsets: list[int] = []
+    behind = 0
+    for packet in packets:
+        if packet.has_sidedata("new_extradata") or packet.has_sidedata("palette"):
+            return None, SIDE_DATA
+        at, size = -1, packet.size
+        if (near := packet.pos) is not None:
+            at = payload.find(packet, near, near + size + _HEADER)
+        if at < 0:
+            at = payload.find(packet, behind, behind + size + _HEADER)
+        if at < 0:
+            return None, SPLIT
+        offsets.append(at)
+        behind = at + size
+    return np.array(offsets, np.int64), ""
+
+
+def _inspect(context: av.VideoCodecContext, packets: list[av.Packet]) -> tuple[list[bool], list[bool | None]]:
+    """Whether each packet shows a frame, and is a clean start (None: perhaps); empty if only a decoder knows."""
+    inspector = get_inspector(context.codec.canonical_name, context.extradata or b"")
+    if inspector is None or context.field_order not in _PROGRESSIVE:
+        return [], []
+    shown: list[bool] = []
+    clean: list[bool | None] = []
+    for packet in packets:
+        found = inspector(memoryview(packet), packet.is_keyframe)
+        if found is None:
+            return [], []
+        shown.append(found[0] and not packet.is_discard)
+        clean.append(found[1])
+    return shown, clean
+
+
+def _number_by_time(packets: list[av.Packet], shown: list[bool]) -> np.ndarray | None:
+    """The rank of each packet's time among those that are shown; None if time stamps leave a doubt."""
+    times = [packet.pts for packet in packets]
+    if None in times:
+        return None
+    moments, places = np.array(times, np.int64), np.flatnonzero(shown)
+    order = np.argsort(moments[places])
+    ordered = moments[places][order]
+    if (ordered[1:] == ordered[:-1]).any() or (ordered[:1] < moments[0]).any():
+        return None
+    frame = np.full(len(packets), -1, np.int64)
+    frame[places[order]] = np.arange(len(places))
+    return frame
+
+
+def count_frames(packets: Packets) -> int:
+    """Frames that exist.
+
+    Raises:
+        av.FFmpegError: they have to be decoded, and a packet is damaged.
+    """
+    return sum(1 for _ in packets.frames(None)) if packets.num_frames is None else packets.num_frames
+
+
+def resolve(packets: Packets) -> Packets:
+    """The same with frames and starts that were in doubt found by decoding all of it.
+
+    Raises:
+        av.FFmpegError: a packet behind the first frame is damaged.
+    """
+    if packets.sure:
+        return packets
+    names: list[int | None] = []
+    digests: dict[int | None, str] = {}
+    for found in dataclasses.replace(packets, frame=None).decode(0, len(packets.start)):
+        names.append(found.pts)
+        digests[found.pts] = _digest(found)
+    if None in digests or len(digests) < len(names):
+        return dataclasses.replace(packets, frame=None, reason=packets.reason or UNNAMED)
+    frame = np.full(len(packets.start), -1, np.int64)
+    frame[np.array(names, np.int64)] = np.arange(len(names))
+    start = np.array([packet.is_keyframe for packet in packets.content], bool)
+    return dataclasses.replace(packets, frame=frame, start=_exact_starts(packets, frame, start, digests), sure=True)
+
+
+def _exact_starts(packets: Packets, frame: np.ndarray, start: np.ndarray, digests: dict[int | None, str]) -> np.ndarray:
+    """Those of the starts from which every frame that needs them is what decoding from the beginning gives.
+
+    From the last to the first, so that it is known how far decoding from each has to be exact.
+    """
+    number, exact = np.arange(len(frame)), np.zeros_like(start)
+    following = len(frame)  # the next start that is exact
+    for begin in np.flatnonzero(start & (frame >= 0))[::-1].tolist():
+        own = (number >= begin) & (frame >= frame[begin])
+        if following < len(frame):
+            own &= (number < following) | (frame < frame[following])
+        if _gives(packets, begin, np.flatnonzero(own).tolist(), digests):
+            exact[begin], following = True, begin
+    exact[:1] = True
+    return exact
+
+
+def _gives(packets: Packets, begin: int, wanted: list[int], digests: dict[int | None, str]) -> bool:
+    """Whether decoding from `begin` gives the frames of these packets as they are."""
+    missing = set(wanted)
+    try:
+        for frame in packets.decode(begin, wanted[-1] + 1):
+            if frame.pts in missing:
+                if _digest(frame) != digests[frame.pts]:
+                    return False
+                missing.remove(frame.pts)
+    except av.FFmpegError:
+        return False
+    return not missing
+
+
+def _digest(frame: av.VideoFrame) -> str:
+    hasher = xxhash.xxh3_64()
+    for plane in planes_of(frame, frame.width, frame.height, "limited"):
+        hasher.update(plane.tobytes())
+    return hasher.hexdigest()

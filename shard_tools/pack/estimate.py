@@ -1,8 +1,8 @@
 """What `pack --dry-run` says about each storage tier: bytes, time to pack, and how many clips per second it can feed.
 
-A few of the videos are packed in memory and decoded again, in one thread; the others are assumed to be like them, byte
-for byte. The planner counts the shards. Nothing stays on the disk: writing is measured with a temporary file without a
-name.
+The plans have the bytes and shards. Time is measured on a few of the videos, which are packed in memory and decoded
+again in one thread; the others are assumed to be like them, byte for byte. Nothing stays on the disk: writing is
+measured with a temporary file without a name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import av
 import cv2
-import xxhash
 
 from shard_tools.common.cli import CommandError, available_cores, one_line
 from shard_tools.format.sample import SampleInfo
-from shard_tools.format.tar import BLOCK, RECORD, padding
+from shard_tools.format.tar import BLOCK, RECORD
 from shard_tools.pack.pack_shard import read_source
-from shard_tools.pack.plan import MIB, Plan
+from shard_tools.pack.plan import MIB, SAMPLE_BYTES, Plan
+from shard_tools.pack.sizes import MOST, choose
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
-from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding, Payload
+from shard_tools.video.tiers import SOURCE, TIERS, Encoding, Payload
 
 CLIP_FRAMES, STRIDE, SIZE = 16, 2, 224  # a training clip, as configs/base.toml has it
 _SAMPLES, _FEWEST = 24, 4
@@ -42,8 +42,6 @@ class Measured:
 
     clips: int = 0
     source_bytes: int = 0
-    payload_bytes: int = 0
-    other_bytes: int = 0  # KEY.json, headers, padding
     pack_seconds: float = 0.0  # to read, probe, encode and hash
     decode_seconds: float = 0.0
     resize_seconds: float = 0.0
@@ -75,14 +73,13 @@ class Estimate:
 
 
 def estimate(
-    root: Path, sources: Sequence[Source], source_bytes: dict[str, int], plans: dict[Encoding, Plan], out: Path,
-    workers: int,
-) -> Estimate:  # fmt: skip
+    root: Path, sources: Sequence[Source], total_bytes: int, plans: dict[Encoding, Plan], out: Path, workers: int
+) -> Estimate:
     """Measure some of the sources in every tier, and scale that to all.
 
     Args:
         root: the folder of the sources.
-        source_bytes: of every source, by key.
+        total_bytes: of all sources.
         plans: what packing would do in each tier.
         out: the output folder, which need not be there.
         workers: processes that would pack.
@@ -91,7 +88,7 @@ def estimate(
         CommandError: none of the sampled sources can be packed.
     """
     folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
-    chosen = choose(sources)
+    chosen = choose(sources)[:_SAMPLES]
     result = Estimate([], 0, folder, shutil.disk_usage(folder).free)
     try:
         result.write_speed = _measure_writing(folder, result.free)
@@ -110,39 +107,25 @@ def estimate(
             f"none of the {len(chosen)} sampled videos can be packed (first: {path}: {reason}), so nothing can be "
             "estimated; check that ROOT holds whole videos"
         )
-    total = sum(source_bytes.values())
     for encoding, one in measured.items():
         if one.clips:
-            shards = len(plans[encoding].tasks)
-            tier = _scale(encoding.tier, one, shards, len(sources), total, workers, result.write_speed)
-            result.tiers.append(tier)
+            work = one.pack_seconds / one.source_bytes * total_bytes
+            result.tiers.append(_scale(encoding.tier, one, plans[encoding], work, workers, result.write_speed))
     return result
 
 
-def choose(sources: Sequence[Source]) -> list[Source]:
-    """The sources to measure: a pure choice by the hash of their keys, from all splits in turn."""
-    mixed = sorted(sources, key=lambda s: xxhash.xxh3_64_intdigest(s.key.encode()))
-    by_split: dict[str, list[Source]] = {}
-    for source in mixed:
-        by_split.setdefault(source.split, []).append(source)
-    turns = max(len(group) for group in by_split.values())
-    dealt = (group[n] for n in range(min(turns, _SAMPLES)) for group in by_split.values() if n < len(group))
-    return [source for source, _ in zip(dealt, range(_SAMPLES), strict=False)]
-
-
-def _scale(
-    tier: str, one: Measured, shards: int, videos: int, total: int, workers: int, speed: float
-) -> TierEstimate:  # fmt: skip
-    payloads = total * one.payload_bytes / one.source_bytes
-    size = payloads + videos * one.other_bytes / one.clips + shards * (2 * BLOCK + RECORD / 2)  # the tar's end
-    work = total * one.pack_seconds / one.source_bytes
+def _scale(tier: str, one: Measured, plan: Plan, work: float, workers: int, write_speed: float) -> TierEstimate:
+    """The estimate of a tier in which packing takes `work` seconds of one core."""
+    shards = len(plan.tasks)
+    size = shards * (2 * BLOCK + RECORD // 2)  # the tars' ends
+    size += sum(task.bytes + len(task.sources) * SAMPLE_BYTES for task in plan.tasks)
     at_once = max(1, min(workers, available_cores(), shards))
     rounds = math.ceil(shards / at_once) / shards  # the share of the work that the busiest process does
     return TierEstimate(
         tier=tier,
         shards=shards,
-        bytes=round(size),
-        pack_seconds=max(work * rounds, size / speed),
+        bytes=size,
+        pack_seconds=max(work * rounds, size / write_speed),
         decoded=one.clips / max(one.decode_seconds, 1e-9),
         fed=one.clips / max(one.decode_seconds + one.resize_seconds, 1e-9),
     )
@@ -169,11 +152,8 @@ def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: d
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             failed.setdefault(source.path, one_line(reason))
             continue
-        head = len(info.to_json())
         one.clips += 1
         one.source_bytes += len(data)
-        one.payload_bytes += len(payload.data)
-        one.other_bytes += 2 * BLOCK + head + len(padding(head)) + len(padding(len(payload.data)))
         one.pack_seconds += packed - start
         one.decode_seconds += decode_seconds
         one.resize_seconds += resize_seconds
@@ -242,8 +222,7 @@ def estimate_lines(result: Estimate, videos: int, workers: int, cores: int, want
 
 
 def _assumptions(result: Estimate, workers: int) -> Iterator[str]:
-    growth = ", ".join(f"{tier} {growth}" for tier, growth in EXPECTED_GROWTH.items())
-    yield f"  shards: as planned, from fixed growths of the bytes ({growth}); bytes: from the measured growth"
+    yield f"  shards and bytes: as planned, for mjpeg and y4m from a few frames of at most {MOST} videos"
     yield f"  fits: {size_text(result.free)} are free in {result.folder}"
     if result.write_problem is None:
         speed = f"writing at {result.write_speed / 1e6:,.0f} MB/s, measured with a small file"

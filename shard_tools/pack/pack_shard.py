@@ -25,7 +25,7 @@ from shard_tools.video.probe import BadVideoError, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import SOURCE, Encoding, Payload, make_payload
 
-_NOT_THE_SOURCES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+NOT_THE_SOURCES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def pack_shard(job: PackJob, task: ShardTask, crashing: frozenset[str] = frozens
                     raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
                 data, payload = read_source(job.root, source, job.encoding, job.probe)
             except (OSError, BadVideoError, WorkerDiedError) as error:
-                if isinstance(error, OSError) and error.errno in _NOT_THE_SOURCES_FAULT:
+                if isinstance(error, OSError) and error.errno in NOT_THE_SOURCES_FAULT:
                     raise
                 failures.append(_failure(job, task, source, error))
             else:
@@ -78,18 +78,28 @@ def read_source(
         BadVideoError: it is no video that can be packed.
     """
     path = root / source.path
-    status = path.stat()  # before it is opened: opening a pipe would wait for its writer
-    if not stat.S_ISREG(status.st_mode):
-        raise BadVideoError("not a file (a folder, pipe or device)")
-    if status.st_size > MAX_MEMBER_BYTES:
-        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
-    data = path.read_bytes()
+    data = read_file(path)
     payload = make_payload(data, path.suffix[1:].lower(), *probe(data), encoding)
     if len(payload.data) > MAX_MEMBER_BYTES:
         raise BadVideoError(
             f"{len(payload.data)} bytes as {payload.ext}, a member of a tar holds {MAX_MEMBER_BYTES} at most"
         )
     return data, payload
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a video file.
+
+    Raises:
+        OSError: the file cannot be read.
+        BadVideoError: it is no file, or too large.
+    """
+    status = path.stat()  # before it is opened: opening a pipe would wait for its writer
+    if not stat.S_ISREG(status.st_mode):
+        raise BadVideoError("not a file (a folder, pipe or device)")
+    if status.st_size > MAX_MEMBER_BYTES:
+        raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
+    return path.read_bytes()
 
 
 def try_source(job: PackJob, source: Source) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, one_line
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, available_cores, one_line
 from shard_tools.common.processes import run_local
 from shard_tools.format import ledger
 from shard_tools.format.dataset import FAILURES_FILE, SPLITS, Settings, ShardInfo, make_dataset, read_dataset
@@ -24,10 +24,11 @@ from shard_tools.pack.pack_shard import PackJob
 from shard_tools.pack.plan import MIB, Plan, ShardTask, make_plan
 from shard_tools.pack.ray_executor import ray_cluster, run_ray
 from shard_tools.pack.schedule import write_shards
+from shard_tools.pack.sizes import predict_sizes
 from shard_tools.pack.staging import PackPlan, ShardResult, Staging, lock_exclusive, lock_shared
 from shard_tools.video.layouts import find_sources
 from shard_tools.video.sources import SourceSet, count_by_suffix
-from shard_tools.video.tiers import EXPECTED_GROWTH, SOURCE, TIERS, Encoding
+from shard_tools.video.tiers import SOURCE, TIERS, Encoding
 
 _SHOWN = 10  # names printed of a longer list; the files name them all
 
@@ -97,11 +98,11 @@ def _prepare(args: argparse.Namespace) -> Packing:
 def _plan(
     args: argparse.Namespace, name: str, found: SourceSet, source_bytes: dict[str, int], encoding: Encoding
 ) -> Plan:
-    growth = EXPECTED_GROWTH[encoding.tier]
-    sizes = {key: round(size * growth) for key, size in source_bytes.items()}
+    workers = args.workers or available_cores()
+    sizes = predict_sizes(args.root, found.sources, source_bytes, encoding, run_local, workers)
     return make_plan(
         name, found.sources, found.classes, sizes,
-        encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size,
+        encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size, exact=encoding.tier == "source",
     )  # fmt: skip
 
 
@@ -209,7 +210,8 @@ def _print_estimate(args: argparse.Namespace, packing: Packing) -> None:
             plans[encoding] = _plan(args, packing.staging.plan.name, packing.found, packing.source_bytes, encoding)
     plans = {encoding: plans[encoding] for encoding in sorted(plans, key=lambda e: TIERS.index(e.tier))}
     out, sources = packing.staging.out, packing.found.sources
-    result = estimate(packing.root, sources, packing.source_bytes, plans, out, args.workers)
+    total = sum(packing.source_bytes.values())
+    result = estimate(packing.root, sources, total, plans, out, args.workers)
     for line in estimate_lines(result, len(sources), args.workers, args.cores, args.want_clips_per_sec):
         print(line, flush=True)
 

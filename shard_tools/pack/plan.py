@@ -20,7 +20,7 @@ MIB = 1 << 20
 _AUTO_LARGEST = 256 * MIB
 _AUTO_SMALLEST = 16 * MIB
 _AUTO_SHARDS = 256
-_JSON_ESTIMATE = 2 * BLOCK  # KEY.json is 400-700 bytes for Something-Something-v2
+SAMPLE_BYTES = 5 * BLOCK  # that a sample takes beside its payload: two headers, KEY.json, padding
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
 
 def make_plan(
     name: str, sources: Sequence[Source], classes: Sequence[str], sizes: dict[str, int], *,
-    encoding: str, seed: int, shard_bytes: int | None,
+    encoding: str, seed: int, shard_bytes: int | None, exact: bool = True,
 ) -> Plan:  # fmt: skip
     """Distribute the sources over shards.
 
@@ -57,12 +57,13 @@ def make_plan(
         sizes: bytes each source will take, by key; 0 for a missing file.
         encoding: the storage tier and its settings.
         shard_bytes: target size of a shard, None for `auto_shard_bytes`.
+        exact: no shard becomes larger than that, unless a single source is; else it may, to come closer to it.
     """
     target = shard_bytes or auto_shard_bytes(sum(sizes.values()))
     tasks: list[ShardTask] = []
     for split in SPLITS:
         members = sorted((s for s in sources if s.split == split), key=lambda s: (_order(seed, s.key), s.key))
-        groups = _fill(members, sizes, target)
+        groups = _fill(members, sizes, target, exact)
         tasks += [
             ShardTask(shard_name(split, n), split, tuple(group), sum(sizes[source.key] for source in group))
             for n, group in enumerate(groups)
@@ -89,13 +90,13 @@ def _order(seed: int, key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode(), seed=seed)
 
 
-def _fill(members: Iterable[Source], sizes: dict[str, int], target: int) -> list[list[Source]]:
-    """Consecutive groups, each as large as fits into `target` bytes, at least one member each."""
+def _fill(members: Iterable[Source], sizes: dict[str, int], target: int, exact: bool) -> list[list[Source]]:
+    """Consecutive groups of at least one member, each as large as fits into `target` bytes, or as close to it."""
     groups: list[list[Source]] = []
     room = 0
     for source in members:
-        need = sizes[source.key] + _JSON_ESTIMATE + 3 * BLOCK
-        if not groups or need > room:
+        need = sizes[source.key] + SAMPLE_BYTES
+        if not groups or need > (room if exact else 2 * room):
             groups.append([])
             room = target
         groups[-1].append(source)

@@ -62,7 +62,7 @@ class PackPlan:
         """How `other` differs from this plan, in words."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         named = [k for k in mine if k != "hash" and mine[k] != theirs[k] and None not in (mine[k], theirs[k])]
-        unnamed = "other source files or labels"
+        unnamed = "other source files or labels, or sizes planned by another version"
         if None in (self.shard_bytes, other.shard_bytes):
             unnamed = f"another shard size or picture quality, or {unnamed}"
         return ", ".join(f"{k} {theirs[k]} instead of {mine[k]}" for k in named) or unnamed

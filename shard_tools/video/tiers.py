@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -36,7 +37,7 @@ from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 
 TIERS = ("source", "mjpeg", "y4m")
-# Bytes of a tier over bytes of the source, for clips like those of Something-Something-v2. Shards are planned with it.
+# Bytes of a tier over bytes of the source, for clips like those of Something-Something-v2.
 EXPECTED_GROWTH = {"source": 1, "mjpeg": 5.5, "y4m": 85}
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
@@ -100,13 +101,16 @@ class Payload:
         )
 
 
-def make_payload(data: bytes, ext: str, video: Video, packets: Packets, encoding: Encoding) -> Payload:
+def make_payload(
+    data: bytes, ext: str, video: Video, packets: Packets, encoding: Encoding, numbers: Sequence[int] | None = None
+) -> Payload:
     """The payload of a video file in a tier.
 
     Args:
         data: the file's bytes.
         ext: the file's extension, without dot.
         video, packets: the result of `probe_packets`.
+        numbers: of the frames to take, in a frame tier; None takes all.
 
     Raises:
         BadVideoError: the video cannot be decoded to its end.
@@ -115,12 +119,12 @@ def make_payload(data: bytes, ext: str, video: Video, packets: Packets, encoding
     if encoding.tier == "source":
         return Payload(ext, data, video, to_table(packets, data))
     try:
-        pictures = _decode_all(packets, video, encoding.short_side)
+        pictures = _decode(packets, video, encoding.short_side, numbers)
     except DecodeError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error}") from error
     except av.FFmpegError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
-    if len(pictures) != video.num_frames:
+    if len(pictures) != (video.num_frames if numbers is None else len(numbers)):
         raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
     height, width = pictures[0][0].shape
     video = dataclasses.replace(video, width=width, height=height)
@@ -130,11 +134,11 @@ def make_payload(data: bytes, ext: str, video: Video, packets: Packets, encoding
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def _decode_all(packets: Packets, video: Video, short_side: int | None) -> list[Planes]:
-    """Copies of Y, U, V of every frame at the size of the tier."""
+def _decode(packets: Packets, video: Video, short_side: int | None, numbers: Sequence[int] | None) -> list[Planes]:
+    """Copies of Y, U, V of the frames at the size of the tier."""
     width, height = _target_size(video.width, video.height, short_side)
     info = dataclasses.replace(VideoInfo.of(video), width=width, height=height)
-    return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(packets, info, None).pictures]
+    return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(packets, info, numbers).pictures]
 
 
 def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:

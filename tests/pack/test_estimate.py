@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import re
 import shutil
 from pathlib import Path
@@ -15,8 +14,9 @@ from conftest import contents, pack_here
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
 from shard_tools.pack import estimate
-from shard_tools.pack.estimate import Estimate, TierEstimate, choose, clip_frames, verdict
+from shard_tools.pack.estimate import Estimate, TierEstimate, clip_frames, verdict
 from shard_tools.pack.pack_shard import read_source
+from shard_tools.pack.sizes import choose
 from shard_tools.video.layouts import find_sources
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.tiers import TIERS
@@ -90,18 +90,6 @@ def test_few_videos_are_read_and_fewer_when_they_are_slow(videos, capsys, monkey
     assert pack_here(videos, "--dry-run") == 0
     assert len(read) == 4
     assert "from 4 of 40 videos" in capsys.readouterr().out
-
-
-def test_the_choice_is_by_hash_and_over_all_splits(videos):
-    sources = find_sources(videos, "auto", videos / "shards").sources
-    chosen = choose(sources)
-    shuffled = sources.copy()
-    random.Random(1).shuffle(shuffled)
-    assert choose(shuffled) == chosen
-    assert len({source.key for source in chosen}) == 24
-    assert {source.split for source in chosen[:4]} == {"train", "validation", "test"}
-    assert sum(source.split == "test" for source in chosen) == 4
-    assert len(choose(sources[:3])) == 3
 
 
 def test_a_clip_is_16_frames_at_stride_2_from_the_middle():

@@ -216,8 +216,12 @@ class SamplePipeline:
 
 def video_info(row: Row, record: Mapping[str, Any], foreign: bool) -> VideoInfo:
     """What a decoder needs to know of a sample; `record` is the content of its JSON, which is not used if `foreign`."""
-    colour = None if foreign else COLOURS.index((record["video"]["matrix"], record["video"]["range"]))
-    return VideoInfo(row.num_frames, row.width, row.height, colour)
+    size = row.num_frames, row.width, row.height
+    if foreign:
+        return VideoInfo(*size)
+    video = record["video"]
+    colour = COLOURS.index((video["matrix"], video["range"]))
+    return VideoInfo(*size, colour, video.get("rotation", 0), video.get("mirrored", False))
 
 
 def _checked(stage: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format.sample import COLOURS, FRAME_TIERS, PacketTable, SampleInfo, Video, frame_span
+from shard_tools.video.display import Display, turn
 from shard_tools.video.ffmpeg import Planes, frame_decoder, padded_packet, planes_of
 from shard_tools.video.packet_table import from_table
 from shard_tools.video.packets import DecodeError as DecodeError
@@ -28,19 +29,23 @@ _DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # of the conversion back f
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What decoding needs to know in advance: number of frames, size in pixels.
+    """What decoding needs to know in advance: number of frames, size in pixels of the upright picture.
 
-    `colour` is an index into COLOURS (format/sample.py); None takes it from the video file.
+    `colour` is an index into COLOURS, `rotation` and `mirrored` are those of `Video` (format/sample.py); if the colour
+    is None, all three are taken from the video file.
     """
 
     num_frames: int
     width: int
     height: int
     colour: int | None = None
+    rotation: int = 0
+    mirrored: bool = False
 
     @classmethod
     def of(cls, video: Video) -> VideoInfo:
-        return cls(video.num_frames, video.width, video.height, COLOURS.index((video.matrix, video.range)))
+        colour = COLOURS.index((video.matrix, video.range))
+        return cls(video.num_frames, video.width, video.height, colour, video.rotation, video.mirrored)
 
 
 class Decoded(NamedTuple):
@@ -112,18 +117,26 @@ def decode_video(payload: bytes | Packets, info: VideoInfo, numbers: Sequence[in
     exist = packets.num_frames
     if numbers is not None and exist is not None and numbers[-1] >= exist:
         raise _ends_early(exist, info)
-    if info.colour is not None:
-        colour = info.colour
-    else:
-        assert packets.colour is not None  # only tables have none, and beside them is KEY.json
-        colour = COLOURS.index(packets.colour)
-    return Decoded(colour, _pictures(packets, info, COLOURS[colour][1], numbers))
+    if info.colour is None:
+        if packets.display is None:
+            raise _ends_early(0, info)
+        info = _with_display(info, packets.display)
+    assert info.colour is not None
+    return Decoded(info.colour, _pictures(packets, info, COLOURS[info.colour][1], numbers))
+
+
+def _with_display(info: VideoInfo, shown: Display) -> VideoInfo:
+    colour = COLOURS.index((shown.matrix, shown.range))
+    if (info.width, info.height) == (shown.height, shown.width) != (shown.width, shown.height):
+        return dataclasses.replace(info, colour=colour)  # indexed by format version 1, with the size as it lies
+    return dataclasses.replace(info, colour=colour, rotation=shown.rotation, mirrored=shown.mirrored)
 
 
 def _pictures(packets: Packets, info: VideoInfo, colour_range: str, numbers: Sequence[int] | None) -> Iterator[Planes]:
+    width, height = (info.height, info.width) if info.rotation % 180 else (info.width, info.height)
     found = 0
     for frame in packets.frames(numbers):
-        yield planes_of(frame, info.width, info.height, colour_range)
+        yield turn(planes_of(frame, width, height, colour_range), info.rotation, info.mirrored)
         found += 1
     if numbers is not None and found < len(numbers):
         raise _ends_early(found, info)
@@ -136,12 +149,17 @@ def _ends_early(found: int, info: VideoInfo) -> DecodeError:
 def decode_with_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
     """Decode a video file with decord, whose RGB is converted back to YUV (bt601 limited).
 
+    Of the ways in which a file says that its frames are to be turned decord knows some: these files go to FFmpeg.
+
     Raises:
         DecodeError: the video has fewer frames than its index says.
         decord.DECORDError: decord cannot read the payload.
     """
     import decord  # an optional package, see get_decoder
 
+    shown = read_packets(payload).display if info.colour is None else info
+    if shown is not None and (shown.rotation or shown.mirrored):
+        return decode_video(payload, info, numbers)
     reader = decord.VideoReader(io.BytesIO(payload), ctx=decord.cpu(0), num_threads=1)
     wanted = list(range(info.num_frames) if numbers is None else numbers)
     if len(reader) <= wanted[-1]:

@@ -14,10 +14,13 @@ from av.stream import Disposition
 _OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"}
 # Of H.264: wait as long as its level allows for a frame that is presented first, in place of guessing.
 _DECODER_OPTIONS = {"h264": {"strict": "1"}}
-_BT709 = 1  # AVCOL_SPC_BT709
-_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+_BT601, _LIMITED_RANGE = 5, 1  # FFmpeg's numbers of the colour that RGB is converted to
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the size, rounded up; uint8
+
+
+class BadVideoError(Exception):
+    """A video that cannot be used; the message says why."""
 
 
 def open_video(payload: bytes) -> av.container.InputContainer:
@@ -32,19 +35,10 @@ def open_video(payload: bytes) -> av.container.InputContainer:
     return cast(av.container.InputContainer, container)
 
 
-def colour_of(context: av.VideoCodecContext) -> tuple[str, str]:
-    """Matrix and range of a video's colour, one of format.COLOURS.
-
-    Unspecified colour counts as bt601 limited, as in swscale and the tools built on it.
-    """
-    matrix = "bt709" if context.colorspace == _BT709 else "bt601"
-    return matrix, "full" if context.color_range == _FULL_RANGE else "limited"
-
-
-def video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The first stream that is a video: not a picture attached to it, as a cover is."""
+def video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """The streams that are videos: not pictures attached to one, as a cover is. The first is the video."""
     streams = container.streams.video
-    return next((stream for stream in streams if not stream.disposition & Disposition.attached_pic), None)
+    return [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
 
 
 @dataclass(frozen=True)
@@ -106,11 +100,14 @@ def padded_packet(data: bytes | memoryview) -> av.Packet:
 def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) -> Planes:
     """Y, U and V of a frame as 8-bit 4:2:0 of the given size: views, valid as long as it is.
 
-    Another pixel format or size is converted; `colour_range` ("limited"|"full") is the frame's and is kept.
+    Another pixel format or size is converted; `colour_range` ("limited"|"full") is the frame's and is kept. RGB becomes
+    bt601 limited.
     """
     if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
         format_name = "yuvj420p" if colour_range == "full" else "yuv420p"
-        frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA")
+        is_rgb = frame.format.is_rgb or frame.format.has_palette
+        colour = {"dst_colorspace": _BT601, "dst_color_range": _LIMITED_RANGE} if is_rgb else {}
+        frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA", **colour)
     y, u, v = frame.planes
     rows, columns = (height + 1) // 2, (width + 1) // 2
     return _samples(y, height, width), _samples(u, rows, columns), _samples(v, rows, columns)

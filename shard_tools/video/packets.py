@@ -18,7 +18,8 @@ import numpy as np
 import xxhash
 
 from shard_tools.video.bitstream import get_inspector
-from shard_tools.video.ffmpeg import Coding, colour_of, open_video, padded_packet, planes_of, video_stream
+from shard_tools.video.display import Display, first_display
+from shard_tools.video.ffmpeg import BadVideoError, Coding, open_video, padded_packet, planes_of, video_streams
 
 # How far behind FFmpeg's position the bytes of a packet begin: Matroska's is that of the element around them.
 _HEADER = 64
@@ -45,7 +46,7 @@ class Packets:
         size: (n,) bytes.
         offset: (n,) where each begins in the payload; None if they do not lie there in one piece.
         content: the payload, or the packets as they were demuxed.
-        colour: matrix and range as the container says; None for a table.
+        display: how the frames are shown; None for a table, and where no frame can be decoded.
         reason: why there can be no table; empty if there can.
         sure: whether the frames, and all places where decoding may begin, are known.
     """
@@ -56,7 +57,7 @@ class Packets:
     size: np.ndarray
     offset: np.ndarray | None
     content: Any = None
-    colour: tuple[str, str] | None = None
+    display: Display | None = None
     reason: str = ""
     sure: bool = True
 
@@ -152,14 +153,17 @@ def read_packets(payload: bytes) -> Packets:
     """The packets of the video in a whole file, demuxed in memory.
 
     Raises:
-        DecodeError: no video stream.
+        DecodeError: no video stream, or one that cannot be shown.
         av.FFmpegError: FFmpeg cannot read the payload.
     """
     with open_video(payload) as container:
-        stream = video_stream(container)
-        if stream is None or stream.codec_context is None:
+        streams = video_streams(container)
+        if not streams or streams[0].codec_context is None:
             raise DecodeError("no video stream that FFmpeg can decode")
-        return demux(container, stream, payload)
+        try:
+            return demux(container, streams[0], payload)
+        except BadVideoError as error:
+            raise DecodeError(str(error)) from None
 
 
 def demux(container: av.container.InputContainer, stream: av.VideoStream, payload: bytes) -> Packets:
@@ -172,8 +176,8 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     start = np.array(clean or [False] * len(demuxed), bool)
     start[:1] = True
     sure = frame is not None and None not in clean
-    coding, colour = Coding.of(stream.codec_context), colour_of(stream.codec_context)
-    return Packets(coding, frame, start, size, offset, demuxed, colour, reason, sure)
+    coding, display = Coding.of(stream.codec_context), first_display(stream.codec_context, demuxed)
+    return Packets(coding, frame, start, size, offset, demuxed, display, reason, sure)
 
 
 def _offsets(payload: bytes, packets: list[av.Packet]) -> tuple[np.ndarray | None, str]:

@@ -127,7 +127,7 @@ def make_payload(
     if len(pictures) != (video.num_frames if numbers is None else len(numbers)):
         raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
     height, width = pictures[0][0].shape
-    video = dataclasses.replace(video, width=width, height=height)
+    video = dataclasses.replace(video, width=width, height=height, rotation=0, mirrored=False)  # they lie upright now
     return _to_mjpeg(pictures, video, encoding.quality) if encoding.tier == "mjpeg" else _to_y4m(pictures, video)
 
 

@@ -133,7 +133,7 @@ def test_a_sample_says_what_the_contract_asks_for(videos, dataset):
     assert record["placeholders"] == row["placeholders"]
     assert classes[record["label"]] == row["template"].replace("[", "").replace("]", "")
     assert record["source"]["xxh3"] == xxhash.xxh3_64_hexdigest(source)
-    assert record["video"] == dataclasses.asdict(Video("vp9", 64, 64, 24, 12.0, "bt601", "limited"))
+    assert record["video"] == Video("vp9", 64, 64, 24, 12.0, "bt601", "limited").to_record()
 
 
 # --- the same again -------------------------------------------------------------------------------------------------

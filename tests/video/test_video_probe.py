@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shard_tools.format.sample import Video
-from shard_tools.video.probe import BadVideoError, declared_size, probe, probe_packets
+from shard_tools.video.completeness import declared_size
+from shard_tools.video.probe import BadVideoError, probe, probe_packets
 from shard_tools.video.tiers import Encoding, make_payload
 
 

@@ -1,0 +1,121 @@
+"""Whether a video file is whole: neither cut short, nor mostly bytes that belong to nothing.
+
+FFmpeg reads such files without an error, and gives the frames that are left.
+"""
+
+from __future__ import annotations
+
+import av
+
+from shard_tools.format.sample import Video
+from shard_tools.video.ffmpeg import BadVideoError, open_video
+
+_BOXES = frozenset(
+    (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
+)
+_LEAST = 0.75  # of the declared duration in frames, and of the bytes in packets; less of both is a failure
+_LEAST_ALONE = 0.5  # of the bytes, if no duration is declared
+_PACKET_OVERHEAD = 32  # bytes of a container for each packet, its place in tables included
+_FILE_OVERHEAD = 16 << 10  # bytes of headers, tags and padding
+
+
+def check_size(payload: bytes) -> None:
+    """Refuse a file that ends before its container says.
+
+    Raises:
+        BadVideoError: with both sizes.
+    """
+    declared = declared_size(payload)
+    if declared is not None and declared > len(payload):
+        raise BadVideoError(f"cut short: the container declares {declared} bytes, the file has {len(payload)}")
+
+
+def check_filled(payload: bytes, container: av.container.InputContainer, stream: av.VideoStream, video: Video) -> None:
+    """Refuse a file whose frames show much less than its duration, and whose packets fill much less than its size.
+
+    One alone is no sign: clips cut from longer videos keep the old duration, sound may last longer than pictures, and
+    containers hold padding, metadata and what an edit list cuts away.
+
+    Raises:
+        BadVideoError: with all figures.
+    """
+    shown, declared = video.num_frames / video.fps if video.fps else 0.0, _duration(container, stream)
+    if declared is not None and shown >= _LEAST * declared:
+        return
+    filled = _bytes_of_packets(payload)
+    if filled >= (_LEAST_ALONE if declared is None else _LEAST) * (len(payload) - _FILE_OVERHEAD):
+        return
+    lasting = "" if declared is None else f" ({shown:.2f} s) of the {declared:.2f} s that it declares"
+    raise BadVideoError(
+        f"damaged: {video.num_frames} frames{lasting}; packets fill {filled} of its {len(payload)} bytes, and the rest "
+        "is nothing that FFmpeg knows; copy the file again"
+    )
+
+
+def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
+    """Seconds that the container declares, the shorter of the stream's and its own; None if it does not."""
+    said = []
+    if stream.duration and stream.time_base:
+        said.append(float(stream.duration * stream.time_base))
+    if container.duration:
+        said.append(container.duration / av.time_base)
+    return min(said, default=None)
+
+
+def _bytes_of_packets(payload: bytes) -> int:
+    """Bytes of the packets of all streams and of attached files, with what a container needs for them."""
+    with open_video(payload) as container:
+        attached = [stream.codec_context for stream in container.streams if stream.type == "attachment"]
+        filled = sum(len(context.extradata or b"") for context in attached if context is not None)
+        return filled + sum(packet.size + _PACKET_OVERHEAD for packet in container.demux() if packet.size)
+
+
+def declared_size(payload: bytes) -> int | None:
+    """Bytes that a Matroska/WebM or MP4/MOV file declares to have; None if it does not.
+
+    FFmpeg reads a file that was cut short without an error, and container durations are often wrong (clips cut from
+    longer videos keep the old one). Only the lengths of the top-level elements are reliable.
+    Sources: RFC 8794 (EBML), ISO/IEC 14496-12 (boxes).
+    """
+    if payload[:4] == b"\x1a\x45\xdf\xa3":
+        return _ebml_size(payload)
+    if payload[4:8] in _BOXES:
+        return _boxes_size(payload)
+    return None
+
+
+def _ebml_size(payload: bytes) -> int | None:
+    """End of the second top-level element: EBML header, then the Segment with everything."""
+    position = 0
+    for _ in range(2):
+        position += _vint_length(payload, position)  # the element's id
+        length = _vint_length(payload, position)
+        if position + length > len(payload):
+            return position + length
+        value = int.from_bytes(payload[position : position + length], "big") & ((1 << 7 * length) - 1)
+        if value == (1 << 7 * length) - 1:  # all ones: unknown length, as in live streams
+            return None
+        position += length + value
+        if position >= len(payload):
+            break
+    return position
+
+
+def _vint_length(payload: bytes, position: int) -> int:
+    """Bytes of the variable-length integer at `position`: leading zeros of its first byte + 1."""
+    first = payload[position] if position < len(payload) else 0x80
+    return 9 - first.bit_length()
+
+
+def _boxes_size(payload: bytes) -> int | None:
+    position = 0
+    while payload[position + 4 : position + 8] in _BOXES:  # anything else that follows is harmless
+        size = int.from_bytes(payload[position : position + 4], "big")
+        if size == 1:  # 64-bit size follows the type
+            size = int.from_bytes(payload[position + 8 : position + 16], "big")
+        if size == 0:  # to the end of the file
+            return None
+        if size < 8:
+            return None  # not boxes after all: left to FFmpeg
+        position += size
+    return position

@@ -1,0 +1,103 @@
+"""How the frames of a video are shown: their colour, and how they are turned upright.
+
+Both come from the first decoded frame, because containers, codecs and single frames may say them: the display matrix of
+MP4 and Matroska and the display orientation of H.264 and HEVC all arrive there, as they do in ffmpeg and players.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+import av
+import cv2
+import numpy as np
+
+from shard_tools.video.ffmpeg import BadVideoError, Planes
+
+# FFmpeg's numbers (libavutil/pixfmt.h). Colour that nothing is said of counts as bt601 limited, as in swscale.
+_UNSPECIFIED, _FULL_RANGE = 2, 2
+_MATRICES = {1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
+_REFUSED = {
+    0: "gbr", 8: "ycgco", 10: "bt2020c", 11: "smpte2085", 12: "chroma-derived-nc", 13: "chroma-derived-c",
+    14: "ictcp", 15: "ipt-c2", 16: "ycgco-re", 17: "ycgco-ro",
+}  # fmt: skip
+_HDR = {16: "smpte2084", 18: "arib-std-b67"}
+_TURNS = {90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_COUNTERCLOCKWISE}
+
+
+class Display(NamedTuple):
+    """Size in pixels of the upright picture, and the fields of `Video` of the same names."""
+
+    width: int
+    height: int
+    matrix: str
+    range: str
+    transfer: str | None
+    rotation: int
+    mirrored: bool
+
+
+def first_display(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> Display | None:
+    """Of the first frame that can be decoded; None if there is none.
+
+    Args:
+        context: of the stream in its container, which alone knows what the container says; it is used up.
+
+    Raises:
+        BadVideoError: an angle or a matrix that cannot be applied.
+    """
+    context.thread_type, context.thread_count = "NONE", 1
+    said = context.colorspace, context.color_range, context.color_trc
+    for packet in packets:
+        with contextlib.suppress(av.FFmpegError):  # a video may begin with packets that lack their references
+            if frames := context.decode(packet) or context.decode(None):
+                return _display_of(frames[0], context, said)
+        context.flush_buffers()
+    return None
+
+
+def _display_of(frame: av.VideoFrame, context: av.VideoCodecContext, said: tuple[int, int, int]) -> Display:
+    """`said` are the container's numbers of matrix, range and transfer, used where the codec says nothing."""
+    matrix = context.colorspace if context.colorspace != _UNSPECIFIED else said[0]
+    is_full = (context.color_range or said[1]) == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    transfer = _HDR.get(context.color_trc) or _HDR.get(said[2])
+    if frame.format.is_rgb or frame.format.has_palette:  # planes_of converts it, in this way
+        matrix, is_full = _UNSPECIFIED, False
+    if matrix not in _MATRICES:
+        name = _REFUSED.get(matrix, f"number {matrix}")
+        raise BadVideoError(f"its colour matrix is {name}, which is not supported; re-encode it as bt709")
+    rotation, mirrored = _orientation(frame)
+    width, height = (frame.height, frame.width) if rotation % 180 else (frame.width, frame.height)
+    return Display(width, height, _MATRICES[matrix], "full" if is_full else "limited", transfer, rotation, mirrored)
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Degrees clockwise, and whether it is mirrored before, as the frame's display matrix says.
+
+    The matrix is ((a, b, u), (c, d, v), (x, y, w)) and takes a pixel (p, q) to (a p + c q, b p + d q). Like ffmpeg, it
+    is read to a degree, its scale does not count, and a matrix of zeros says nothing.
+    """
+    matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))  # a buffer
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    across, down = math.hypot(a, c), math.hypot(b, d)
+    if not across or not down:
+        return 0, False
+    mirrored = a * d < b * c
+    degrees = round(math.degrees(math.atan2(b / down, a / across))) + 180 * mirrored
+    if degrees % 90:
+        raise BadVideoError(
+            f"its frames are to be turned by {degrees % 360} degrees, which is no multiple of 90; re-encode it upright"
+        )
+    return degrees % 360, mirrored
+
+
+def turn(planes: Planes, rotation: int, mirrored: bool) -> Planes:
+    """Planes mirrored left to right and then turned clockwise; the same objects if there is nothing to do."""
+    if mirrored:
+        planes = cast(Planes, tuple(cv2.flip(plane, 1) for plane in planes))
+    return cast(Planes, tuple(cv2.rotate(plane, _TURNS[rotation]) for plane in planes)) if rotation else planes

@@ -71,7 +71,7 @@ def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names:
     tars = _find_tars(source)
     for folder in (source, out):
         _refuse_packed(folder)
-    with staging.lock_exclusive(out):
+    with staging.lock_output(out):
         old = _clean_up(out)
         _refuse_to_overwrite(source, out, tars, old)
         job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), ext)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 
 from shard_tools.common.cli import (
     Parser,
@@ -40,7 +39,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         exit_codes="0 packed; 1 some videos or shards are missing (named); 2 usage; 130 interrupted: run it again",
         page="packing",
         usage="%(prog)s ROOT [options]",
-        allow_abbrev=False,  # `packing` looks for --task among the words
     )
     add = parser.add_argument
     meanings = "what a folder in ROOT is: a split, class or ignore"
@@ -68,7 +66,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--want-clips-per-sec", type=positive_int, metavar="N", help=wanted)
     add("--cores", type=positive_int, metavar="N", help="with --dry-run: cores that training has")
     args = parser.parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
     if args.executor == "local" or args.dry_run:
         args.workers = args.workers or available_cores()
     if args.frames == "source" and args.short_side is not None:

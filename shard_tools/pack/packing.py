@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shlex
 import stat
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from shard_tools.pack.plan import MIB, Plan, ShardTask, make_plan
 from shard_tools.pack.ray_executor import ray_cluster, run_ray
 from shard_tools.pack.schedule import write_shards
 from shard_tools.pack.sizes import predict_sizes
-from shard_tools.pack.staging import PackPlan, ShardResult, Staging, lock_exclusive, lock_shared
+from shard_tools.pack.staging import PackPlan, ShardResult, Staging, lock_output
 from shard_tools.video.layouts import find_sources
 from shard_tools.video.sources import SourceSet, count_by_suffix
 from shard_tools.video.tiers import SOURCE, TIERS, Encoding
@@ -35,16 +34,14 @@ _SHOWN = 10  # names printed of a longer list; the files name them all
 
 @dataclass(frozen=True)
 class Packing:
-    """What a pack command is about: the sources, their plan, and the folder where the shards are prepared."""
+    """What a pack command is about: its options, the sources, their plan, and where the shards are prepared."""
 
-    root: Path
+    args: argparse.Namespace
     found: SourceSet
     source_bytes: dict[str, int]  # by key; 0 for what is no file
-    plan: Plan
     encoding: Encoding
+    plan: Plan
     staging: Staging
-    labels: tuple[str, ...]  # list files, relative to the root
-    split_folders: tuple[str, ...]  # NAME=SPLIT
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -59,22 +56,22 @@ def pack(args: argparse.Namespace) -> int:
         of_all = f"{len(tasks)} of {len(packing.plan.tasks)} shards"
         print(f"slice {args.task[0]}/{args.task[1]}: {of_all}, {videos:,} videos, {size / 1e9:.3f} GB")
     if args.dry_run:
-        _print_estimate(args, packing)
+        _print_estimate(packing)
         return OK
     if args.task:
-        return _pack_slice(args, packing, tasks)
-    with lock_exclusive(out):
+        return _pack_slice(packing, tasks)
+    with lock_output(out):
         if args.finish:
             replace = args.overwrite and staging.is_begun()
             if replace or not staging.is_packed():
-                staging.is_begun()  # refuses those of another plan
+                staging.is_begun()  # refuses one of another plan
                 results = staging.results(task.file for task in tasks)
                 if len(results) < len(tasks):
                     return _report_missing(packing, results)
                 _commit(packing, results)
         elif args.overwrite or not staging.is_packed():
             staging.open(args.overwrite)
-            _commit(packing, _write(args, packing, tasks))
+            _commit(packing, _write(packing, tasks))
         staging.clean_up()
         return _report(out)
 
@@ -82,26 +79,22 @@ def pack(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> Packing:
     """Find the sources and plan their shards."""
     out = args.out or args.root / "shards"
-    name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
+    args.name = (args.name or Path(os.path.realpath(args.root)).name).encode(errors="replace").decode()
     found = find_sources(args.root, args.layout, out, args.labels, args.split_folder)
     if args.limit:
         found = _limited(found, args.limit, args.seed)
     source_bytes = {source.key: _size(args.root / source.path) for source in found.sources}
     encoding = Encoding(args.frames, args.quality, args.short_side)
-    plan = _plan(args, name, found, source_bytes, encoding)
-    asked = PackPlan(plan.hash, name, args.seed, str(encoding), plan.shard_bytes, len(found.sources))
-    labels = tuple(os.path.relpath(path, args.root) for path in args.labels)
-    split_folders = tuple(map("=".join, args.split_folder))
-    return Packing(args.root, found, source_bytes, plan, encoding, Staging(out, asked), labels, split_folders)
+    plan = _plan(args, found, source_bytes, encoding)
+    asked = PackPlan(plan.hash, args.name, args.seed, str(encoding), plan.shard_bytes, len(found.sources))
+    return Packing(args, found, source_bytes, encoding, plan, Staging(out, asked))
 
 
-def _plan(
-    args: argparse.Namespace, name: str, found: SourceSet, source_bytes: dict[str, int], encoding: Encoding
-) -> Plan:
+def _plan(args: argparse.Namespace, found: SourceSet, source_bytes: dict[str, int], encoding: Encoding) -> Plan:
     workers = args.workers or available_cores()
     sizes = predict_sizes(args.root, found.sources, source_bytes, encoding, run_local, workers)
     return make_plan(
-        name, found.sources, found.classes, sizes,
+        args.name, found.sources, found.classes, sizes,
         encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size, exact=encoding.tier == "source",
     )  # fmt: skip
 
@@ -120,19 +113,19 @@ def _size(path: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _pack_slice(args: argparse.Namespace, packing: Packing, tasks: Sequence[ShardTask]) -> int:
+def _pack_slice(packing: Packing, tasks: Sequence[ShardTask]) -> int:
     """Write one slice of the shards, while other slices may do the same, and leave the commit to --finish."""
-    number, count = args.task
-    staging, total = packing.staging, len(packing.plan.tasks)
-    with lock_shared(staging.out):
+    args, staging, total = packing.args, packing.staging, len(packing.plan.tasks)
+    with lock_output(staging.out, shared=True):
         if not args.overwrite and staging.is_packed():
             return _report(staging.out)
         staging.open_slice([task.file for task in tasks], args.overwrite)
-        staging.record_slices(count)
-        results = _write(args, packing, tasks)
+        staging.record_slices(args.task[1])
+        results = _write(packing, tasks)
         done = len(staging.results(task.file for task in packing.plan.tasks))
-    print(f"slice {number}/{count}: {len(tasks)} shards done; of all slices, {done} of {total}")
-    print(f"{'commit them' if done == total else 'when all are done'}: {_finish_command(args.words)}")
+    print(f"slice {args.task[0]}/{args.task[1]}: {len(tasks)} shards done; of all slices, {done} of {total}")
+    lead = "commit them" if done == total else "when all are done"
+    print(f"{lead}: the same command with --finish instead of --task")
     failures = [failure for result in results.values() for failure in result.failures]
     return _report_failures(failures, FAILURES_FILE + " after --finish") if failures else OK
 
@@ -142,15 +135,14 @@ def slice_of(tasks: Sequence[ShardTask], number: int, count: int) -> Sequence[Sh
     return tasks[number % count :: count]
 
 
-def _write(args: argparse.Namespace, packing: Packing, tasks: Sequence[ShardTask]) -> dict[str, ShardResult]:
-    job = PackJob(packing.root, packing.staging, packing.encoding)
+def _write(packing: Packing, tasks: Sequence[ShardTask]) -> dict[str, ShardResult]:
+    args, staging = packing.args, packing.staging
     if args.executor == "local":
-        return write_shards(job, tasks, args.workers, run_local)
+        return write_shards(PackJob(args.root, staging, packing.encoding), tasks, args.workers, run_local)
     # Ray's workers run in another working directory
-    staging = dataclasses.replace(job.staging, out=job.staging.out.absolute())
-    job = dataclasses.replace(job, root=job.root.absolute(), staging=staging)
+    staging = dataclasses.replace(staging, out=staging.out.absolute())
     with ray_cluster(args.workers) as workers:
-        return write_shards(job, tasks, workers, run_ray)
+        return write_shards(PackJob(args.root.absolute(), staging, packing.encoding), tasks, workers, run_ray)
 
 
 def _commit(packing: Packing, results: dict[str, ShardResult]) -> None:
@@ -164,15 +156,19 @@ def _commit(packing: Packing, results: dict[str, ShardResult]) -> None:
     if not shards:
         packing.staging.delete()
         raise CommandError(
-            f"{packing.root}: none of its {len(failures)} videos can be packed (first: {failures[0].message})"
+            f"{packing.args.root}: none of its {len(failures)} videos can be packed (first: {failures[0].message})"
         )
-    encoding, asked = packing.encoding, packing.staging.plan
+    args, encoding, plan = packing.args, packing.encoding, packing.plan
     settings = Settings(
-        packing.found.layout, encoding.quality, encoding.short_side, packing.plan.shard_bytes, packing.labels,
-        packing.split_folders,
-    )  # fmt: skip
+        packing.found.layout,
+        encoding.quality,
+        encoding.short_side,
+        plan.shard_bytes,
+        tuple(os.path.relpath(path, args.root) for path in args.labels),
+        tuple(map("=".join, args.split_folder)),
+    )
     dataset = make_dataset(
-        asked.name, encoding.tier, asked.hash, asked.seed, shards, packing.found.classes, settings=settings
+        args.name, encoding.tier, plan.hash, args.seed, shards, packing.found.classes, settings=settings
     )
     packing.staging.commit(dataset, failures)
 
@@ -184,7 +180,7 @@ def _print_plan(packing: Packing, shown: int | None) -> None:
     found, plan = packing.found, packing.plan
     size = sum(task.bytes for task in plan.tasks) / 1e9
     print(
-        f"{packing.root}: layout {found.layout}, {len(found.sources):,} videos, {len(found.classes)} classes, "
+        f"{packing.args.root}: layout {found.layout}, {len(found.sources):,} videos, {len(found.classes)} classes, "
         f"{size:.3f} GB"
     )
     for split in SPLITS:
@@ -201,18 +197,17 @@ def _print_plan(packing: Packing, shown: int | None) -> None:
     print(f"to {packing.staging.out}: {len(plan.tasks)} shards of up to {limit}, plan {plan.hash[:12]}", flush=True)
 
 
-def _print_estimate(args: argparse.Namespace, packing: Packing) -> None:
+def _print_estimate(packing: Packing) -> None:
     """Every tier, measured on some of the videos."""
-    plans = {packing.encoding: packing.plan}
+    args, found = packing.args, packing.found
+    plans = {}
     for tier in TIERS:
         encoding = SOURCE if tier == "source" else Encoding(tier, args.quality, args.short_side)
-        if encoding not in plans:
-            plans[encoding] = _plan(args, packing.staging.plan.name, packing.found, packing.source_bytes, encoding)
-    plans = {encoding: plans[encoding] for encoding in sorted(plans, key=lambda e: TIERS.index(e.tier))}
-    out, sources = packing.staging.out, packing.found.sources
+        plans[encoding] = packing.plan if encoding == packing.encoding else _plan(
+            args, found, packing.source_bytes, encoding)  # fmt: skip
     total = sum(packing.source_bytes.values())
-    result = estimate(packing.root, sources, total, plans, out, args.workers)
-    for line in estimate_lines(result, len(sources), args.workers, args.cores, args.want_clips_per_sec):
+    result = estimate(args.root, found.sources, total, plans, packing.staging.out, args.workers)
+    for line in estimate_lines(result, len(found.sources), args.workers, args.cores, args.want_clips_per_sec):
         print(line, flush=True)
 
 
@@ -248,15 +243,3 @@ def _report_missing(packing: Packing, results: dict[str, ShardResult]) -> int:
         slices = sorted({number % count for number, _ in missing})
         print(f"repeat --task {', '.join(f'{number}/{count}' for number in slices)}", file=sys.stderr)
     return PROBLEMS
-
-
-def _finish_command(words: Sequence[str]) -> str:
-    """This command with --finish in place of --task."""
-    kept = []
-    left = iter(words)
-    for word in left:
-        if word == "--task":
-            next(left)
-        elif not word.startswith("--task="):
-            kept.append(word)
-    return shlex.join(["python", "-m", "shard_tools.pack", *kept, "--finish"])

@@ -6,9 +6,8 @@ import functools
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 from tqdm import tqdm
 
@@ -16,10 +15,10 @@ from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.pack.pack_shard import PackJob, pack_shard, try_source
 from shard_tools.pack.plan import ShardTask
+from shard_tools.pack.sizes import Executor
 from shard_tools.pack.staging import ShardResult
 
 LOG_INTERVAL_S = 10.0
-Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
 
 
 def write_shards(

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shard_tools.common.cli import CommandError
 from shard_tools.common.files import file_hash, lock, sync_folder, write_atomic
@@ -55,17 +56,14 @@ class PackPlan:
     name: str
     seed: int
     frames: str  # the tier, and its settings
-    shard_bytes: int | None  # None: not known
+    shard_bytes: int
     videos: int
 
     def difference(self, other: PackPlan) -> str:
         """How `other` differs from this plan, in words."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        named = [k for k in mine if k != "hash" and mine[k] != theirs[k] and None not in (mine[k], theirs[k])]
-        unnamed = "other source files or labels, or sizes planned by another version"
-        if None in (self.shard_bytes, other.shard_bytes):
-            unnamed = f"another shard size or picture quality, or {unnamed}"
-        return ", ".join(f"{k} {theirs[k]} instead of {mine[k]}" for k in named) or unnamed
+        named = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if k != "hash" and mine[k] != theirs[k]]
+        return ", ".join(named) or "other source files or labels, or planned by another version"
 
 
 @dataclass(frozen=True)
@@ -75,33 +73,13 @@ class ShardResult:
     info: ShardInfo | None
     failures: tuple[Failure, ...]
 
-    def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> ShardResult:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: not what `to_json` gives.
-        """
-        return adapter(ShardResult).validate_json(data, strict=True)
-
 
 @contextmanager
-def lock_exclusive(out: Path) -> Iterator[None]:
-    """Make the output folder and lock it for this process alone."""
+def lock_output(out: Path, *, shared: bool = False) -> Iterator[None]:
+    """Make the output folder and lock it: for this process alone, or `shared` with other slices."""
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out, f"{out}: another pack or repair is writing there; wait for it, or choose another --out"):
-        yield
-
-
-@contextmanager
-def lock_shared(out: Path) -> Iterator[None]:
-    """Make the output folder and lock it together with other slices, against `lock_exclusive`."""
-    out.mkdir(parents=True, exist_ok=True)
-    busy = f"{out}: a pack without --task, --finish or a repair is writing there; wait for it, or choose another --out"
-    with lock(out, busy, shared=True):
+    others = "a pack without --task, --finish or a repair" if shared else "another pack or repair"
+    with lock(out, f"{out}: {others} is writing there; wait for it, or choose another --out", shared=shared):
         yield
 
 
@@ -153,17 +131,16 @@ class Staging:
         return True
 
     def _plan_of(self, dataset: Dataset) -> PackPlan:
-        """What a data set was packed with, as far as it is known."""
-        settings = dataset.settings
-        if settings is not None:
-            frames = str(Encoding(dataset.frames, settings.quality, settings.short_side))
-        else:  # packed by version 0.1
-            frames = self.plan.frames if self.plan.frames.split()[0] == dataset.frames else dataset.frames
+        """What a data set was packed with; what version 0.1 did not record, as in this plan."""
         failures = self.out / FAILURES_FILE
         failed = len(ledger.read(failures)[0]) if failures.exists() else 0
-        samples = sum(info.samples for info in dataset.shards)
-        shard_bytes = settings.shard_bytes if settings else None
-        return PackPlan(dataset.plan_hash, dataset.name, dataset.seed, frames, shard_bytes, samples + failed)
+        known: dict[str, Any] = {"videos": sum(info.samples for info in dataset.shards) + failed}
+        if (settings := dataset.settings) is not None:
+            known["frames"] = str(Encoding(dataset.frames, settings.quality, settings.short_side))
+            known["shard_bytes"] = settings.shard_bytes
+        elif self.plan.frames.split()[0] != dataset.frames:
+            known["frames"] = dataset.frames
+        return dataclasses.replace(self.plan, hash=dataset.plan_hash, name=dataset.name, seed=dataset.seed, **known)
 
     def _begun(self) -> PackPlan | None:
         """The plan of an unfinished pack; None without one."""
@@ -181,18 +158,16 @@ class Staging:
             CommandError: without `overwrite`, an unfinished pack of another plan is there, or shards of unknown origin.
         """
         begun = self._begun()
-        if begun is not None and begun != self.plan and not overwrite:
-            raise CommandError(
-                f"{self.out}: holds an unfinished pack of another plan ({self.plan.difference(begun)}); repeat that "
-                "command to finish it, add --overwrite to delete it, or choose another --out"
-            )
-        if begun is None and not overwrite:
-            self._refuse_strays()
         if begun != self.plan:
+            if begun is not None and not overwrite:
+                raise CommandError(
+                    f"{self.out}: holds an unfinished pack of another plan ({self.plan.difference(begun)}); repeat "
+                    "that command to finish it, add --overwrite to delete it, or choose another --out"
+                )
+            self._refuse_strays(overwrite)
             self.delete()
             self._create()
-        for left in self._nameless():
-            shutil.rmtree(left)
+        self._delete_renamed()
         for name in (f"{STAGING}/.*.tmp", f".{DATASET_FILE}.*.tmp", f".{FAILURES_FILE}.*.tmp"):
             for half in self.out.glob(name):
                 half.unlink()
@@ -208,8 +183,7 @@ class Staging:
             CommandError: an unfinished pack of another plan is there, or without `overwrite` shards of unknown origin.
         """
         if not self.is_begun():
-            if not overwrite:
-                self._refuse_strays()
+            self._refuse_strays(overwrite)
             self._create()
             self.is_begun()
         stems = {Path(shard).stem for shard in shards}
@@ -217,8 +191,8 @@ class Staging:
             if half.name[1:].partition(".")[0] in stems:
                 half.unlink()
 
-    def _refuse_strays(self) -> None:
-        if not (self.out / DATASET_FILE).exists() and (strays := self._shard_files()):
+    def _refuse_strays(self, overwrite: bool) -> None:
+        if not overwrite and not (self.out / DATASET_FILE).exists() and (strays := self._shard_files()):
             raise CommandError(
                 f"{self.out}: holds {len(strays)} shard files, such as {strays[0].name}, and no {DATASET_FILE}; "
                 "add --overwrite to replace them, or choose another --out"
@@ -241,15 +215,15 @@ class Staging:
         """Remove an unfinished pack. It is renamed first, so that `.packing` always has its plan.json."""
         if self.folder.exists():
             self.folder.rename(self._unique_name())
-        for left in self._nameless():
+        self._delete_renamed()
+
+    def _delete_renamed(self) -> None:
+        for left in self.out.glob(f"{STAGING}.*.tmp"):
             shutil.rmtree(left)
 
     def _unique_name(self) -> Path:
         """A name for the folder before and after it is `.packing`; unique over machines."""
         return self.out / f"{STAGING}.{uuid.uuid4().hex}.tmp"
-
-    def _nameless(self) -> list[Path]:
-        return list(self.out.glob(f"{STAGING}.*.tmp"))
 
     def record_slices(self, count: int) -> None:
         """Record into how many slices this pack is cut, so that --finish can name those to repeat."""
@@ -264,12 +238,12 @@ class Staging:
 
     def mark_done(self, shard: str, result: ShardResult) -> None:
         """Record that a shard is done. Its files are on the disk by then."""
-        write_atomic(self._mark(shard), result.to_json())
+        write_atomic(self._mark(shard), adapter(ShardResult).dump_json(result))
 
     def done(self, shard: str) -> ShardResult | None:
         """What an earlier try recorded of a shard; None if it is not done, or its files are no longer there."""
         try:
-            result = ShardResult.from_json(self._mark(shard).read_bytes())
+            result = adapter(ShardResult).validate_json(self._mark(shard).read_bytes(), strict=True)
         except (FileNotFoundError, ValueError):
             return None
         there = result.info is None or (result.info.file == shard and self._is_there(result.info))

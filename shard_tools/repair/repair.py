@@ -90,7 +90,7 @@ def repair(folder: Path, source: Path | None, salvage: bool, dry_run: bool, work
             print(f"{folder}: a repair with --salvage was interrupted; repair without --dry-run first completes it")
         with tempfile.TemporaryDirectory() as scratch:
             return _repair_shards(RepairJob(folder, root, Path(scratch), dataset, salvage, True), workers)
-    with staging.lock_exclusive(folder):
+    with staging.lock_output(folder):
         found = _trusted_dataset(folder)
         dataset = salvaging.complete(folder, found)
         if dataset != found:

@@ -17,7 +17,7 @@ from pack_process import PackProcess
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
 from shard_tools.pack.packing import slice_of
-from shard_tools.pack.staging import STAGING, PackPlan, Staging, lock_exclusive, lock_shared
+from shard_tools.pack.staging import STAGING, PackPlan, Staging, lock_output
 
 SHARDS = ["--shard-size", "64KiB"]
 PLAN = PackPlan("h", "x", 0, "source", 65536, 3)
@@ -107,13 +107,13 @@ def test_a_slice_removes_what_was_left_half_written_of_its_own_shards_only(tmp_p
 
 def test_slices_and_a_plain_pack_keep_each_other_out(sources, tmp_path):
     out = tmp_path / "out"
-    with lock_shared(out):
+    with lock_output(out, shared=True):
         pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
         for options in ([], ["--finish"]):
             with pytest.raises(CommandError, match="another pack or repair is writing there"):
                 pack_here(sources, "--out", out, *SHARDS, *options)
     with (
-        lock_exclusive(out),
+        lock_output(out),
         pytest.raises(CommandError, match="a pack without --task, --finish or a repair is writing"),
     ):
         pack_here(sources, "--out", out, *SHARDS, "--task", "0/9")
@@ -133,7 +133,7 @@ def test_a_slice_says_what_is_done_and_how_to_finish(sources, plain, tmp_path, c
         so_far = sum(len(range(k, total, 4)) for k in range(number + 1))
         assert f"slice {number}/4: {share} shards done; of all slices, {so_far} of {total}\n" in text
         lead = "commit them" if number == 3 else "when all are done"
-        assert f"{lead}: python -m shard_tools.pack {sources} --out '{out}' --shard-size 64KiB --finish\n" in text
+        assert f"{lead}: the same command with --finish instead of --task\n" in text
         assert ("not packed: class0_empty: class0/empty.webm: " in errors) == bool(codes[-1])
     assert sorted(codes) == [0, 0, 0, 1]
     assert not (out / "dataset.json").exists()

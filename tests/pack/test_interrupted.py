@@ -276,7 +276,7 @@ def test_an_interrupt_is_one_line_exit_code_130_and_goes_on(
 
 
 def test_a_second_pack_on_the_same_folder_is_refused(videos, tmp_path, run_module):
-    with staging.lock_exclusive(tmp_path):
+    with staging.lock_output(tmp_path):
         done = run_module("shard_tools.pack", videos, "--out", tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}: another pack or repair is writing there; wait for it")

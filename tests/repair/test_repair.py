@@ -236,7 +236,7 @@ def test_usage_errors_are_one_line(
 
 
 def test_a_pack_that_is_writing_is_not_disturbed(copy: Copy) -> None:
-    with staging.lock_exclusive(copy.folder), pytest.raises(CommandError, match="is writing there"):
+    with staging.lock_output(copy.folder), pytest.raises(CommandError, match="is writing there"):
         repair_here(copy.folder)
 
 

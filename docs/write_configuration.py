@@ -35,7 +35,7 @@ This page is generated: `python docs/write_configuration.py`. Edit the keys in `
 PROBE = """
 # Configuration of a probe
 
-For `salt-wds probe --config FILE --run RUN`. What a clip is (frames, stride, size, precision, decoder) comes from the
+For `salt-wds probe --config FILE --run RUN`. What else a clip is (frames, size, precision, decoder) comes from the
 configuration of the run.
 """
 

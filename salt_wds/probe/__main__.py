@@ -10,6 +10,7 @@ from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.models.build import pick_device
 from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.probe import ENCODERS, open_encoders, probe
+from salt_wds.probe.protocol import NAME
 from salt_wds.probe.results import results_table
 from salt_wds.runs.folder import read_run
 from shard_tools.common.cli import OK, PROBLEMS, Parser, comma_separated, one_of, path, run
@@ -45,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     except LoaderStopped as stopped:
         log.error("stopped: %s", stopped)
         return PROBLEMS
-    print(json.dumps(result, indent=1) if args.json else results_table(result["encoders"], result["classes"]))
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return OK
+    print(results_table(result["encoders"], result["classes"]))
+    print(f"\nnot as published ({NAME}; see docs/probing.md):", *result["deviations"], sep="\n  ")
     return OK
 
 

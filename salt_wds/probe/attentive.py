@@ -1,8 +1,9 @@
 """Attentive probes: a learned query looks at all tokens of a frozen encoder, and a linear layer names the class.
 
-One block is the attentive classifier of V-JEPA (arXiv 2404.08471, facebookresearch/jepa,
-src/models/attentive_pooler.py): query + CrossAttention(query, LayerNorm(tokens)), then + MLP(LayerNorm(.)), then
-linear. Parameters have the published names.
+With one block it is the attentive classifier of V-JEPA (arXiv 2404.08471, facebookresearch/jepa): query +
+CrossAttention(query, LayerNorm(tokens)), then + MLP(LayerNorm(.)), then linear. With four it is that of V-JEPA 2 (arXiv
+2506.09985, facebookresearch/vjepa2): tokens pass three self-attention blocks first, and the cross-attention has no
+output projection. Both are in src/models/attentive_pooler.py there. Parameters have the published names.
 
 Shapes: P probes, B clips, N tokens, D width, H heads, E = D / H, C classes.
 """
@@ -15,7 +16,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from salt_wds.probe.config import HeadsConfig
 
 _INIT_STD = 0.02
 
@@ -27,12 +31,13 @@ class AttentiveClassifier(nn.Module):
         width: D, a multiple of `heads`.
         heads: H.
         classes: C.
+        blocks: 1, or 4: of these the last is the cross-attention.
     """
 
-    def __init__(self, width: int, heads: int, classes: int) -> None:
+    def __init__(self, width: int, heads: int, classes: int, blocks: int) -> None:
         super().__init__()
         assert width % heads == 0, (width, heads)
-        self.pooler = _Pooler(width, heads)
+        self.pooler = _Pooler(width, heads, blocks)
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -42,29 +47,36 @@ class AttentiveClassifier(nn.Module):
 class _Pooler(nn.Module):
     """Tokens (B, N, D) -> (B, D)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, blocks: int) -> None:
         super().__init__()
         self.query_tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=_INIT_STD))
-        self.cross_attention_block = _CrossAttentionBlock(width, heads)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=_INIT_STD)
+        self.cross_attention_block = _CrossAttentionBlock(width, heads, projected=blocks == 1)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(blocks - 1)
+        )
+        depths = {"cross_attention_block.xattn.proj": 1, "cross_attention_block.mlp.fc2": max(blocks - 1, 1)}
+        for depth in range(1, blocks):
+            depths |= {f"blocks.{depth - 1}.attn.proj": depth, f"blocks.{depth - 1}.mlp.fc2": depth}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):  # smaller the deeper it adds to the residual
+                std = _INIT_STD / math.sqrt(2 * depths[name]) if name in depths else _INIT_STD
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            for adds_to_residual in (self.cross_attention_block.xattn.proj, self.cross_attention_block.mlp.fc2):
-                adds_to_residual.weight /= math.sqrt(2)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+            for block in self.blocks:
+                tokens = block(tokens)
         return self.cross_attention_block(self.query_tokens[0], tokens)
 
 
 class _CrossAttentionBlock(nn.Module):
     """A query (1, D) and tokens (B, N, D) -> (B, D)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, projected: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.xattn = _CrossAttention(width, heads)
+        self.xattn = _CrossAttention(width, heads, projected=projected)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width)
 
@@ -82,12 +94,12 @@ class _CrossAttention(nn.Module):
     of all tokens (the norm's shift, the key's bias) has no effect.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, projected: bool) -> None:
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width) if projected else nn.Identity()
 
     def forward(self, query: Tensor, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
         width = tokens.shape[-1]
@@ -101,25 +113,27 @@ class _CrossAttention(nn.Module):
         return self.proj(values)
 
 
-def make_probes(count: int, width: int, heads: int, classes: int, seed: int) -> nn.ModuleList:
-    """`count` classifiers that start from the same weights, those of `seed`."""
+def make_probes(count: int, width: int, classes: int, config: HeadsConfig) -> nn.ModuleList:
+    """`count` classifiers that start from the same weights, those of `config.seed`."""
+    probes = []
     with torch.random.fork_rng(devices=[]):
-        probes = []
         for _ in range(count):
-            torch.default_generator.manual_seed(seed)
-            probes.append(AttentiveClassifier(width, heads, classes))
+            torch.default_generator.manual_seed(config.seed)
+            probes.append(AttentiveClassifier(width, config.heads, classes, config.blocks))
     return nn.ModuleList(probes)
 
 
 def probe_optimizer(probes: nn.ModuleList, grid: Sequence[tuple[float, float]]) -> torch.optim.AdamW:
     """AdamW with a learning rate and a weight decay for each probe; see `update`.
 
-    Weight decay applies to matrices and the query, not to norms and biases, as in V-JEPA.
+    With one block, norms and biases do not decay, as in V-JEPA; with four all parameters do, as in V-JEPA 2.
     """
     groups = []
     for probe, (lr, decay) in zip(probes, grid, strict=True):
+        assert isinstance(probe, AttentiveClassifier)
+        deep = len(probe.pooler.blocks) > 0
         for decays in (True, False):
-            parameters = [p for p in probe.parameters() if (p.ndim > 1) == decays]
+            parameters = [p for p in probe.parameters() if (deep or p.ndim > 1) == decays]
             groups.append({"params": parameters, "initial_lr": lr, "weight_decay": decay if decays else 0.0})
     return torch.optim.AdamW(groups)
 

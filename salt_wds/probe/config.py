@@ -1,12 +1,12 @@
 """The configuration of a probe: which clips, which probes, how neighbours vote. As strict as a run's configuration.
 
-What a clip is (frames, stride, size, precision, decoder) comes from the configuration of the run that is probed.
+What else a clip is (frames, size, precision, decoder) comes from the configuration of the run that is probed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,8 @@ class ProbeDataConfig(Section):
     """DataLoader worker processes."""
     prefetch_factor: PositiveInt = 2
     """Batches each worker prepares ahead."""
+    frame_stride: PositiveInt | None = None
+    """Source frames from one frame of a clip to the next. Unset: that of the run."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
     """Area of the random resized crop that probes learn from, as a share of the frame: minimum and maximum."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
@@ -82,8 +84,12 @@ class ProbeDataConfig(Section):
 
 
 class HeadsConfig(Section):
-    heads: PositiveInt = 12
-    """Heads of the attention that pools the tokens; divides the width of every encoder."""
+    blocks: Literal[1, 4] = 4
+    """Attention blocks of a probe. 4: the classifier of V-JEPA 2, three self-attention blocks and a cross-attention,
+    for numbers that compare with published ones; many of these cost more than the encoder. 1: the cross-attention
+    alone (V-JEPA), for quick looks."""
+    heads: PositiveInt = 16
+    """Attention heads of a probe; divides the width of every encoder."""
     epochs: PositiveInt = 20
     """Epochs of training."""
     warmup_epochs: NonNegativeFloat = 0.0

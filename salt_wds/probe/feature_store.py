@@ -66,13 +66,13 @@ class FeatureStore:
         size = f"{self._bytes(part) / 1e9:.2f} GB (fp16) for {self._views} views of {part.catalog.num_samples:,} clips"
         if self._limit is None:
             return f"features  kept in {self._folder}: {size}"
-        if self._keeps(part):
+        if self.keeps(part):
             return f"features  kept in a temporary folder ({self._folder}): {size}"
         return f"features  recomputed in every epoch: {size} is more than data.memory_gb = {self._limit / 1e9:g}"
 
     def once(self, part: Part) -> Iterator[Features]:
         """All clips of a part, in order where it has views."""
-        if self._keeps(part):
+        if self.keeps(part):
             for table in self._tables(part):
                 yield from table.in_order(self._config.data.batch_size)
         else:
@@ -80,7 +80,7 @@ class FeatureStore:
 
     def epochs(self, part: Part, epochs: int, seed: int) -> Iterator[Features]:
         """A part with random views, epoch after epoch, each in an order of its own, the same for every encoder."""
-        if self._keeps(part):
+        if self.keeps(part):
             for table in self._tables(part):
                 yield from table.shuffled(
                     self._config.data.batch_size, epochs, self._views, part.catalog.num_samples, seed
@@ -88,7 +88,8 @@ class FeatureStore:
         else:
             yield from self._extract(part, self._encoders, epochs)
 
-    def _keeps(self, part: Part) -> bool:
+    def keeps(self, part: Part) -> bool:
+        """Whether features of a part are kept, so that they are computed once."""
         return self._limit is None or (part.views is None and self._bytes(part) <= self._limit)
 
     def _bytes(self, part: Part) -> int:

@@ -17,13 +17,15 @@ from salt_wds.probe.attentive import make_probes, probe_optimizer, update
 from salt_wds.probe.config import HeadsConfig
 from salt_wds.probe.features import Features
 
+_AT_ONCE = 32  # clips in one pass through a probe: gradients of a batch add up
+
 
 def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int, classes: int) -> dict[str, Trained]:
     """Train all probes of `config.grid` on the features of each encoder, in one pass; by encoder."""
     trained: dict[str, Trained] = {}
     for batch in features:
         if batch.encoder not in trained:
-            probes = make_probes(len(config.grid), batch.tokens.shape[-1], config.heads, classes, config.seed)
+            probes = make_probes(len(config.grid), batch.tokens.shape[-1], classes, config)
             probes.to(batch.tokens.device)
             trained[batch.encoder] = Trained(probes, probe_optimizer(probes, config.grid))
         trained[batch.encoder].step(batch, learning_rate_factor(batch.epoch, config.warmup_epochs, epochs))
@@ -46,15 +48,16 @@ class Trained:
     losses: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def step(self, batch: Features, factor: float) -> None:
-        """One update of every probe. One after the other: only the activations of one are in memory."""
-        losses = []
-        for probe in self.probes:
-            loss = F.cross_entropy(probe(batch.tokens), batch.labels)
-            loss.backward()
-            losses.append(loss.detach())
+        """One update of every probe. Memory holds the activations of one probe for a few clips."""
+        losses = torch.zeros(len(self.probes), device=batch.tokens.device)
+        for number, probe in enumerate(self.probes):
+            for tokens, labels in zip(batch.tokens.split(_AT_ONCE), batch.labels.split(_AT_ONCE), strict=True):
+                loss = F.cross_entropy(probe(tokens), labels, reduction="sum") / len(batch.labels)
+                loss.backward()
+                losses[number] += loss.detach()
         update(self.optimizer, factor)
         total, steps = self.losses.get(int(batch.epoch), (0.0, 0))
-        self.losses[int(batch.epoch)] = (total + torch.stack(losses), steps + 1)
+        self.losses[int(batch.epoch)] = (total + losses, steps + 1)
 
     def loss_curves(self) -> list[list[float]]:
         """Mean loss by epoch, of each probe."""
@@ -111,7 +114,8 @@ class _Sums:
         self._labels[samples] = batch.labels.cpu()
         self._pooled.index_add_(0, samples, pooled(batch.tokens).cpu())
         for number, probe in enumerate(probes):
-            shares = probe(batch.tokens).float().softmax(dim=-1)  # (B, C)
+            logits = torch.cat([probe(tokens) for tokens in batch.tokens.split(_AT_ONCE)])
+            shares = logits.float().softmax(dim=-1)  # (B, C)
             self._probabilities[:, number].index_add_(0, samples, shares.cpu())
 
     def mean(self) -> Measured:

@@ -26,6 +26,7 @@ from salt_wds.probe.config import ProbeConfig
 from salt_wds.probe.feature_store import FeatureStore
 from salt_wds.probe.features import Part
 from salt_wds.probe.fit import Measured, Trained, measure, train_probes
+from salt_wds.probe.protocol import deviations
 from salt_wds.probe.results import head_results, neighbour_results, plot_confusion
 from salt_wds.probe.splits import ProbeData, open_probe_data
 from salt_wds.probe.supervised import supervised_of
@@ -68,6 +69,7 @@ def probe(
             lines = [*data.describe(), store.describe(Part("fit", data.fit)), _describe_encoders(encoders)]
             print("\n".join(lines), flush=True)
         results = _measure_all(config, store, data)
+        differing = deviations(config, clips, kept=store.keeps(Part("fit", data.fit)))
     folder = run_dir / "probes"
     folder.mkdir(exist_ok=True)
     for encoder, result in results.items():
@@ -88,6 +90,7 @@ def probe(
         "data": _describe_data(config, data),
         "classes": list(data.classes),
         "encoders": results,
+        "deviations": differing,
         "versions": {"salt_wds": __version__, "torch": torch.__version__},
         "device": device.type,
         "seconds": time.perf_counter() - started,
@@ -187,6 +190,8 @@ def _loader_config(run_config: Config, config: ProbeConfig) -> Config:
     """The run's configuration with the loader's settings of the probe."""
     data = config.data
     settings = {name: getattr(data, name) for name in _LOADER_SETTINGS}
+    if data.frame_stride is not None:
+        settings["frame_stride"] = data.frame_stride
     return run_config.model_copy(
         update={
             "data": run_config.data.model_copy(update={**settings, "weights": (), "temporal_jitter": False}),

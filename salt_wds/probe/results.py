@@ -46,6 +46,7 @@ def head_results(
     top1 = probes[chosen]["top1"]
     return {
         **{name: probes[chosen][name] for name in ("top1", "top5", "selection_top1", "lr", "weight_decay")},
+        "top1_best": max(probe["top1"] for probe in probes),
         "top1_stderr": math.sqrt(top1 * (1 - top1) / len(labels)),
         "clips": len(labels),
         "selection_clips": len(held_back.labels) if held_back is not None else 0,
@@ -65,14 +66,18 @@ def neighbour_results(
 
 
 def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]) -> str:
-    """A table of one row for each encoder, and one of the accuracy by class."""
+    """A table of one row for each encoder, and one of the accuracy by class.
+
+    "top-1" is of the chosen probe, "best" of the probe of the grid that is best on these very clips.
+    """
     lines = [
-        f"{'':<16}{'top-1':>8}{'+-':>7}{'top-5':>8}{'k-NN':>8}{'arrow':>8}   chosen: lr, weight decay, held-back top-1"
+        f"{'':<16}{'top-1':>8}{'+-':>8}{'top-5':>8}{'best':>8}{'k-NN':>8}{'arrow':>8}   "
+        "chosen: lr, weight decay, held-back top-1"
     ]
     for name, result in encoders.items():
-        numbers = [result["top1"], result["top1_stderr"], result["top5"]]
+        numbers = [result[key] for key in ("top1", "top1_stderr", "top5", "top1_best")]
         numbers += [result[part] and result[part]["top1"] for part in ("knn", "time_arrow")]
-        cells = "".join(f"{_percent(number):>{width}}" for number, width in zip(numbers, (8, 7, 8, 8, 8), strict=True))
+        cells = "".join(f"{_percent(number):>8}" for number in numbers)
         held_back = _percent(result["selection_top1"])
         lines.append(f"{name:<16}{cells}   {result['lr']:g}, {result['weight_decay']:g}, {held_back}")
     rows = list(zip(*(result["per_class"] for result in encoders.values()), strict=True))

@@ -48,7 +48,7 @@ def supervised_of(
     encoder = student_of(run_dir, device)
     network = encoder.network.train().requires_grad_(True)
     assert isinstance(network, Student)
-    head = make_probes(1, encoder.width, config.probe.heads, classes, config.probe.seed).to(device)
+    head = make_probes(1, encoder.width, classes, config.probe).to(device)
     learned = [*network.parameters(), *head.parameters()]
     rates = OptimConfig(lr=settings.lr, min_lr=0.0, weight_decay=settings.weight_decay)
     optimizer = build_optimizer(network, rates, fused=False)

@@ -17,7 +17,7 @@ from salt_wds.probe.knn import vote
 from salt_wds.probe.results import head_results, results_table
 
 CLASSES, TOKENS, WIDTH = 4, 6, 16
-HEADS = HeadsConfig(heads=2, epochs=8, lrs=(1e-2, 5e-3), weight_decays=(0.01, 0.1), warmup_epochs=1)
+HEADS = HeadsConfig(blocks=1, heads=2, epochs=8, lrs=(1e-2, 5e-3), weight_decays=(0.01, 0.1), warmup_epochs=1)
 
 
 def table(clips: int, seed: int, *, shuffled: bool = False, name: str = "encoder") -> Table:
@@ -134,7 +134,7 @@ def test_results_list_all_probes_and_report_the_one_chosen_by_held_back_clips():
     )
     result = head_results(trained, held_back, measured, HEADS, classes)
     assert (result["lr"], result["weight_decay"]) == HEADS.grid[1]
-    assert (result["top1"], result["top5"], result["selection_top1"]) == (0.5, 1.0, 1.0)
+    assert (result["top1"], result["top5"], result["top1_best"], result["selection_top1"]) == (0.5, 1.0, 1.0, 1.0)
     assert [probe["top1"] for probe in result["probes"]] == [1.0, 0.5, 0.5, 0.5]
     assert [probe["selection_top1"] for probe in result["probes"]] == [0.0, 1.0, 0.0, 0.0]
     assert result["top1_stderr"] == pytest.approx(math.sqrt(0.125))
@@ -143,12 +143,12 @@ def test_results_list_all_probes_and_report_the_one_chosen_by_held_back_clips():
     assert all(len(probe["losses"]) == 1 for probe in result["probes"])
     text = results_table({"student": {**result, "knn": None, "time_arrow": None}}, classes)
     assert text.splitlines()[4].split() == ["a", "2", "50.0"]
-    assert text.splitlines()[1].split()[:6] == ["student", "50.0", "35.4", "100.0", "-", "-"]
+    assert text.splitlines()[1].split()[:7] == ["student", "50.0", "35.4", "100.0", "100.0", "-", "-"]
 
 
 def test_of_many_classes_the_table_has_those_that_are_known_least():
     rows = [{"class": f"class {n}", "clips": n % 2, "top1": n / 100 if n % 2 else None} for n in range(100)]
-    numbers = dict.fromkeys(("top1", "top1_stderr", "top5", "selection_top1", "knn", "time_arrow"))
+    numbers = dict.fromkeys(("top1", "top1_best", "top1_stderr", "top5", "selection_top1", "knn", "time_arrow"))
     result = {**numbers, "lr": 1e-3, "weight_decay": 0.1, "per_class": rows}
     text = results_table({"student": result}, [row["class"] for row in rows])
     assert "the 30 of 100 classes on which the student is worst:" in text

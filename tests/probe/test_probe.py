@@ -122,8 +122,11 @@ def test_numbers_are_the_same_however_features_are_kept(call, run, tmp_path, cap
 
 
 def test_encoders_are_chosen_by_name_and_features_made_anew(call, run, capsys):
-    assert call("--encoders", "random,student", "--ema", settings=["knn.k=0", "data.memory_gb=0"]) == 0
-    assert "recomputed in every epoch" in capsys.readouterr().out
+    settings = ["knn.k=0", "data.memory_gb=0", "probe.blocks=4"]
+    assert call("--encoders", "random,student", "--ema", settings=settings) == 0
+    said = capsys.readouterr().out
+    assert "recomputed in every epoch" in said
+    assert "not as published (V-JEPA 2 on Something-Something-v2; see docs/probing.md):\n  data.num_frames = 4;" in said
     result = results(run)
     assert list(result["encoders"]) == ["random", "student_ema"]
     assert result["step"] == 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -185,18 +184,3 @@ def test_a_probes_configuration_is_as_strict_as_a_runs(repository, setting, mess
     with pytest.raises(CommandError) as refusal:
         read_config(ProbeConfig, path, [setting])
     assert str(refusal.value).startswith(f"{path}: {message}")
-
-
-def test_the_shipped_configurations_load(repository):
-    ssv2 = read_config(ProbeConfig, repository / "configs" / "probe_ssv2.toml")
-    assert len(ssv2.probe.grid) == 20
-    assert ssv2.data.eval_folders == ssv2.data.folders
-    assert (ssv2.data.segments, ssv2.data.crops) == (2, 3)
-
-
-def test_every_key_is_explained_where_it_is_declared(repository):
-    text = (repository / "salt_wds" / "probe" / "config.py").read_text()
-    fields = [name for section in ProbeConfig.model_fields.values() for name in section.annotation.model_fields]
-    assert len(fields) > 20
-    for name in fields:
-        assert re.search(rf'^    {name}: .*\n    """', text, re.MULTILINE), name

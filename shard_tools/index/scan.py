@@ -94,6 +94,8 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
                         apart[sample.key] = sample.offset
                     else:
                         rows[sample.key] = _row(job, scan, sample, crashing)
+                        others = [ext for ext in sample.exts if not is_video(ext) and ext not in _SIZE_LIMITS]
+                        scan.notes.update(f".{ext} members passed over" for ext in others)
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
                     scan.failures.append(_failure(job, scan, error, str(error), sample.key, sample.offset))
             scan.warning = stream.warning

@@ -133,7 +133,7 @@ def test_what_cannot_be_a_sample_is_skipped_by_name(
         {"__key__": "twice", "webm": webm, "WEBM": webm},
         {"__key__": "label", "webm": webm, "cls": b"\xff"},
         {"__key__": "long", "webm": webm, "cls": b"x" * 5000},
-        {"__key__": "nested", "webm": webm, "json": b"[" * 100_000},
+        {"__key__": "nested", "webm": webm, "json": b"[" * 100_000, "gif": b"x"},
     ]
     write_tar(folder / "a.tar", content)
     write_tar(folder / "empty.tar", [])
@@ -157,7 +157,7 @@ def test_what_cannot_be_a_sample_is_skipped_by_name(
          "unpack it first"),
     ]  # fmt: skip
     out, err = capsys.readouterr()
-    assert "2 samples whose .json holds no JSON object: used without it" in out
+    assert "2 samples whose .json holds no JSON object: used without it\n1 .gif members passed over\n" in out
     assert "not indexed: a.tar, key none: no video in it" in err
     assert err.splitlines()[-1] == f"11 samples or tars could not be indexed; all are named in {folder / FAILURES_FILE}"
     before = contents(folder)

@@ -158,6 +158,9 @@ class StudentConfig(Section):
     """Initialisation without pretrained weights. timm: timm's own, with an inflated patch embedding, for widths of
     about 768 and more. mae: Xavier-uniform throughout as in MAE and VideoMAE, which narrow models need to learn motion
     in a short run."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """learned: a table of places, which starts from that of `arch`, and one of times. sincos: VideoMAE's fixed table;
+    `export --transformers` can write such an encoder for transformers' VideoMAEModel."""
     width: PositiveInt | None = None
     """Token width. Unset: the width of `arch`."""
     depth: PositiveInt | None = None
@@ -174,6 +177,8 @@ class StudentConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         require(not self.pretrained or self.init == "timm", "init", "has no effect with pretrained = true; unset it")
+        fits = not self.pretrained or self.positions == "learned"
+        require(fits, "positions", 'pretrained = true brings positions of its own; use "learned"')
         return self
 
 

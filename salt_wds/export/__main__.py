@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from salt_wds.export.formats import PROGRAM_FILE, TIMM_FILE, ParityError
 from salt_wds.export.write import export_run
@@ -20,17 +21,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=path, metavar="RUN", help="folder of a run; its newest whole checkpoint is taken")
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--ema", action="store_true", help="export the moving average of the parameters (optim.ema)")
-    for option, file, what in (
-        ("--timm", TIMM_FILE, "weights for timm's image model"),
-        ("--torch-export", PROGRAM_FILE, "a torch.export program"),
-    ):
-        parser.add_argument(
-            option, action="append_const", dest="extras", const=file, default=[], help=f"also write {file}, {what}"
-        )
+    parser.add_argument(
+        "--transformers", action="store_true",
+        help='write the folder of transformers\' VideoMAEModel instead (needs student.positions = "sincos")',
+    )  # fmt: skip
+    extra: dict[str, Any] = {"action": "append_const", "dest": "extras", "default": []}
+    parser.add_argument("--timm", const=TIMM_FILE, help=f"also write {TIMM_FILE}, for timm's image model", **extra)
+    parser.add_argument(
+        "--torch-export", const=PROGRAM_FILE, help=f"also write {PROGRAM_FILE}, a torch.export program", **extra
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT as a whole")
     args = parser.parse_args(argv)
     try:
-        lines = export_run(args.run, args.out, ema=args.ema, extras=args.extras, overwrite=args.overwrite)
+        lines = export_run(
+            args.run, args.out, ema=args.ema, extras=args.extras, overwrite=args.overwrite,
+            transformers=args.transformers,
+        )  # fmt: skip
     except ParityError as error:
         print(f"{error}; nothing was written to {args.out}", file=sys.stderr)
         return PROBLEMS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import timm
 import torch
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from salt_wds.config import StudentConfig
 from salt_wds.models.exported import EncoderConfig, VideoEncoder
 from salt_wds.models.timm_vit import image_vit_arguments
 from salt_wds.runs.checkpoint import save_tensors
+from shard_tools.common.cli import CommandError
 
 TIMM_FILE, PROGRAM_FILE = "timm_vit.safetensors", "encoder.pt2"
 _TOLERANCE = 1e-3  # of a token, which a norm has brought to a scale of 1
@@ -44,11 +44,17 @@ def write_timm(encoder: VideoEncoder, path: Path) -> str:
     """Write `timm_state` and load it into timm's model; returns a description of the file.
 
     Raises:
+        CommandError: the encoder has fixed positions.
         ParityError: on a clip without motion, other tokens than those of the encoder with its temporal positions
             replaced by their mean.
     """
     config = encoder.config
-    arguments = _timm_arguments(config)
+    if config.positions == "sincos":
+        raise CommandError(
+            "--timm: in VideoMAE's fixed table places and times cannot be told apart, and an image has no time; use "
+            "--transformers"
+        )
+    arguments = image_vit_arguments(config.student, config.grid)
     save_tensors(timm_state(encoder), path)
     model = cast(VisionTransformer, timm.create_model(config.arch, **arguments)).eval()
     model.load_state_dict(load_file(path), strict=True)
@@ -81,11 +87,6 @@ def timm_state(encoder: VideoEncoder) -> dict[str, Tensor]:
     renamed = {"patch_embed.weight": "patch_embed.proj.weight", "patch_embed.bias": "patch_embed.proj.bias"}
     state = {renamed.get(name, name): tensor.contiguous() for name, tensor in state.items()}
     return {"pos_embed": spatial + temporal.mean(dim=0, keepdim=True), **state}
-
-
-def _timm_arguments(config: EncoderConfig) -> dict[str, Any]:
-    sizes = StudentConfig(arch=config.arch, width=config.width, depth=config.depth, heads=config.heads)
-    return image_vit_arguments(sizes, config.grid)
 
 
 def write_program(encoder: VideoEncoder, path: Path) -> str:

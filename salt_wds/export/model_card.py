@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from salt_wds.config import Config, load_config
 from salt_wds.data.catalog import joint_plan_hash
+from salt_wds.export.videomae import PREPROCESSOR_FILE
 from salt_wds.models.exported import CARD_FILE, CONFIG_FILE, EncoderConfig, versions
 from salt_wds.models.from_run import read_config
 from salt_wds.runs.metrics import read_metrics
@@ -67,6 +68,7 @@ def model_card(
         metrics=_last_metrics(run_dir / "metrics.jsonl", config.step),
         probes={path.stem: _probe(path) for path in sorted((run_dir / "probes").glob("*.json"))},
         files=files,
+        transformers=PREPROCESSOR_FILE in files,
         made_by=versions(config.created_by),
     )
 

@@ -16,13 +16,14 @@ from salt_wds import __version__
 from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from salt_wds.export.formats import FORMATS, check_parity, random_clip
 from salt_wds.export.model_card import licence_of, model_card
+from salt_wds.export.videomae import check_positions, write_transformers
 from salt_wds.models.exported import (
     CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     EncoderConfig,
     fingerprint,
-    is_export,
+    is_written_by_export,
     load_encoder,
 )
 from salt_wds.models.frozen import FrozenEncoder, student_of
@@ -32,22 +33,28 @@ from shard_tools.common.cli import CommandError
 from shard_tools.common.files import replace_folder
 
 
-def export_run(run_dir: Path, out: Path, *, ema: bool, extras: Sequence[str], overwrite: bool) -> list[str]:
+def export_run(
+    run_dir: Path, out: Path, *, ema: bool, extras: Sequence[str], overwrite: bool, transformers: bool = False
+) -> list[str]:
     """Export the newest checkpoint of a run; returns what was written, in lines for the user.
 
     Args:
         ema: export the moving average of the student's parameters.
         extras: files to write besides, of `formats.FORMATS`.
         overwrite: replace an earlier export in `out`.
+        transformers: write the folder of transformers' VideoMAEModel in place of our own.
 
     Raises:
-        CommandError: no run, no checkpoint, or `out` holds something that must not be replaced.
+        CommandError: no run, no checkpoint, `out` holds something that must not be replaced, or another tool cannot
+            hold the encoder.
         ParityError: a written file does not give the tokens of the run's encoder.
     """
     _check_target(out, overwrite)
     frozen = student_of(run_dir, torch.device("cpu"), ema=ema)
+    if transformers:
+        check_positions(frozen.config.student.positions)
     with replace_folder(out.resolve()) as folder:
-        lines = _write(folder, run_dir, out.resolve().name, frozen, extras)
+        lines = _write(folder, run_dir, out.resolve().name, frozen, extras, transformers)
         mode = (folder / CARD_FILE).stat().st_mode
         for path in folder.iterdir():
             path.chmod(mode)  # safetensors makes its files readable by their owner only
@@ -63,11 +70,13 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CommandError(f"{out}: not empty; name another OUT, or replace an earlier export with --overwrite")
-    if not is_export(out):
+    if not is_written_by_export(out):
         raise CommandError(f"{out}: --overwrite replaces earlier exports only, and this is not one; name another OUT")
 
 
-def _write(folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras: Sequence[str]) -> list[str]:
+def _write(
+    folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras: Sequence[str], transformers: bool
+) -> list[str]:
     assert isinstance(frozen.network, Student)
     assert frozen.plan_hash is not None
     config = _write_encoder(folder, frozen.network.encoder, frozen)
@@ -81,12 +90,14 @@ def _write(folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras
         CONFIG_FILE: "sizes, input of the encoder, size and hash of the weights",
         **{file: FORMATS[file](encoder, folder / file) for file in extras},
     }
+    if transformers:
+        files |= write_transformers(encoder, folder)
     card = model_card(config, run_dir, frozen.config, frozen.plan_hash, name, files)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return [
         f"{WEIGHTS_FILE}: {frozen.name} of {run_dir}, step {frozen.step:,}, {config.weights.bytes / 1e6:,.1f} MB; same "
         f"tokens of a random clip as the run's encoder, largest difference {difference:.3g}",
-        *(f"{file}: {files[file]}" for file in extras),
+        *(f"{file}: {text}" for file, text in files.items() if transformers or file in extras),
     ]
 
 
@@ -101,6 +112,7 @@ def _write_encoder(folder: Path, network: Encoder, frozen: FrozenEncoder) -> Enc
         width=network.width,
         depth=len(network.blocks),
         heads=network.heads,
+        positions=run.student.positions,
         grid=network.grid,
         num_frames=run.data.num_frames,
         frame_stride=run.data.frame_stride,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -29,6 +29,7 @@ from shard_tools.common.cli import CommandError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "salt-wds-encoder"
+TRANSFORMERS_KEY = "salt_wds"  # of our facts in the config.json of an encoder for transformers
 COLOUR = (
     "RGB in 0..1, minus mean, divided by std; YUV video is converted by its own matrix and range, or as bt601 limited "
     "where it names none"
@@ -54,6 +55,8 @@ class EncoderConfig(Section):
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
+    positions: Literal["learned", "sincos"] = "learned"
+    """Whether the file has tables of positions, or VideoMAE's fixed one is used; files of 0.1.0 have them."""
     tubelet: Literal[2] = 2
     patch: Literal[16] = 16
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -76,6 +79,13 @@ class EncoderConfig(Section):
     weights: WeightsFile
     created_by: dict[str, str]
     """Versions of salt_wds, torch and timm."""
+
+    @property
+    def student(self) -> StudentConfig:
+        """What decides the encoder's layers."""
+        return StudentConfig(
+            arch=self.arch, width=self.width, depth=self.depth, heads=self.heads, positions=self.positions
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -168,10 +178,9 @@ def load_encoder(folder: str | Path) -> VideoEncoder:
             f"{path}: not the weights that {CONFIG_FILE} describes ({found.bytes:,} bytes, sha256 {found.sha256[:12]}, "
             f"expected {config.weights.bytes:,}, {config.weights.sha256[:12]}); copy or export it again"
         )
-    student = StudentConfig(arch=config.arch, width=config.width, depth=config.depth, heads=config.heads)
     try:
         with torch.device("meta"):  # draws no weights that would only be replaced
-            network = build_encoder(student, config.grid)
+            network = build_encoder(config.student, config.grid)
         network.load_state_dict(load_file(path), assign=True)
     except (CommandError, RuntimeError, SafetensorError) as error:
         raise CommandError(
@@ -206,11 +215,21 @@ def read_config(folder: Path) -> EncoderConfig:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an exported encoder, of whatever version."""
+    return _read_table(folder).get("model_type") == MODEL_TYPE
+
+
+def is_written_by_export(folder: Path) -> bool:
+    """The same, or an encoder in the form that transformers loads."""
+    return is_export(folder) or TRANSFORMERS_KEY in _read_table(folder)
+
+
+def _read_table(folder: Path) -> dict[str, Any]:
+    """The JSON object in config.json; empty if there is none."""
     try:
         table = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(table, dict) and table.get("model_type") == MODEL_TYPE
+        return {}
+    return table if isinstance(table, dict) else {}
 
 
 def fingerprint(path: Path) -> WeightsFile:

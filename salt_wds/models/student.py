@@ -1,7 +1,8 @@
 """The student: timm's image ViT as a video encoder, and the predictor or head that regresses the teacher's tokens.
 
 Encoder: timm's VisionTransformer without class token. Its 2D patch embedding is inflated to two frames, its position
-table repeats over time and a temporal table is added, so it starts as the image model on every frame.
+table repeats over time and a temporal table is added, so it starts as the image model on every frame. With positions =
+"sincos" it has VideoMAE's fixed table instead, and then transformers' VideoMAEModel can take its weights.
 mode = "visible": the encoder sees visible tokens only and a narrow predictor regresses the masked ones from them
 (SALT, arXiv 2509.24317; V-JEPA, arXiv 2404.08471). mode = "dense": mask tokens are part of the encoder's input and a
 linear head regresses (as SimMIM, arXiv 2111.09886); simpler, and every block sees all N tokens.
@@ -24,12 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from salt_wds.config import StudentConfig
-from salt_wds.models.timm_vit import Grid, image_vit, inflate, load_image_weights, tubelets
+from salt_wds.models.positions import position_table, sinusoid_3d, temporal_table
+from salt_wds.models.timm_vit import INIT_STD, Grid, image_vit, inflate, load_image_weights, tubelets
 from shard_tools.common.cli import CommandError
 
 Checkpointing = Literal["off", "selective", "full"]
-
-_INIT_STD = 0.02  # as in timm's ViT
 
 
 def build_student(config: StudentConfig, *, grid: Grid, target_width: int) -> Student:
@@ -63,7 +63,7 @@ def build_encoder(config: StudentConfig, grid: Grid) -> Encoder:
     vit = image_vit(config, grid)
     if config.pretrained:
         load_image_weights(vit, config, grid)
-    return Encoder(vit, grid)
+    return Encoder(vit, grid, config.positions)
 
 
 class Student(nn.Module):
@@ -129,7 +129,9 @@ class Student(nn.Module):
 class Encoder(nn.Module):
     """A timm VisionTransformer over tubelets. Attributes: `width` (D), `num_tokens` (N), `grid`, `blocks`, `heads`."""
 
-    def __init__(self, vit: VisionTransformer, grid: Grid) -> None:
+    fixed_positions: Tensor | None
+
+    def __init__(self, vit: VisionTransformer, grid: Grid, positions: Literal["learned", "sincos"]) -> None:
         super().__init__()
         t, h, w = grid
         image_patches = cast(PatchEmbed, vit.patch_embed)
@@ -138,8 +140,11 @@ class Encoder(nn.Module):
         self.checkpointing: Checkpointing = "off"
         self.patch_embed = inflate(image_patches.proj)
         self.embed_norm = image_patches.norm
-        self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
-        self.temporal_positions = nn.Parameter(_temporal_table(t, self.width))  # (t, 1, D)
+        fixed = position_table(grid, grid, self.width) if positions == "sincos" else None
+        self.register_buffer("fixed_positions", fixed, persistent=False)  # (1, N, D)
+        if fixed is None:
+            self.spatial_positions = nn.Parameter(vit.pos_embed.detach().clone())  # (1, h * w, D)
+            self.temporal_positions = nn.Parameter(temporal_table(t, self.width))  # (t, 1, D)
         self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, cast(nn.Module, vit.norm)
         self.heads = cast(int, next(m.num_heads for m in self.blocks.modules() if hasattr(m, "num_heads")))
         _fix_key_biases(self.blocks)
@@ -156,11 +161,18 @@ class Encoder(nn.Module):
         bf16, and only the patches of `index` take part.
         """
         patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
-        positions = (self.temporal_positions + self.spatial_positions).reshape(1, self.num_tokens, self.width)
+        positions = self.positions
         if index is not None:
             patches, positions = _take(patches, index), _take(positions, index)
         embeddings = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
         return self.embed_norm(embeddings), positions
+
+    @property
+    def positions(self) -> Tensor:
+        """What is added to the patch embeddings of all tokens: (1, N, D)."""
+        if self.fixed_positions is not None:
+            return self.fixed_positions
+        return (self.temporal_positions + self.spatial_positions).reshape(1, self.num_tokens, self.width)
 
     def transform(self, tokens: Tensor) -> Tensor:
         """Blocks and final norm over any number of tokens."""
@@ -179,7 +191,7 @@ class Predictor(nn.Module):
         self.checkpointing: Checkpointing = "off"
         self.embed = _linear(width, inner)
         self.mask_token = _parameter(1, 1, inner)
-        self.register_buffer("positions", _sinusoid_3d(grid, inner), persistent=False)  # (1, N, P)
+        self.register_buffer("positions", sinusoid_3d(grid, inner), persistent=False)  # (1, N, P)
         self.blocks = nn.ModuleList(
             Block(inner, config.predictor_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.predictor_depth)
         )
@@ -276,37 +288,8 @@ def _init_as_mae(student: Student) -> None:
     nn.init.xavier_uniform_(student.encoder.patch_embed.weight.flatten(1))
 
 
-def _temporal_table(t: int, width: int) -> Tensor:
-    """(t, 1, D): sinusoids of the time at the scale of timm's positions; their mean over time is 0, so that an inflated
-    model starts from its own positions.
-    """
-    table = _sinusoid(t, width)
-    table = table - table.mean(dim=0)
-    return (table * (_INIT_STD / table.square().mean().sqrt().clamp_min(1e-12)))[:, None]
-
-
-def _sinusoid_3d(grid: Grid, width: int) -> Tensor:
-    """(1, N, P): sinusoids of time, row and column side by side, half of the channels for time (V-JEPA)."""
-    t, h, w = grid
-    side = width // 4
-    parts = (
-        _sinusoid(t, width - 2 * side)[:, None, None].expand(t, h, w, -1),
-        _sinusoid(h, side)[None, :, None].expand(t, h, w, -1),
-        _sinusoid(w, side)[None, None, :].expand(t, h, w, -1),
-    )
-    return torch.cat(parts, dim=-1).reshape(1, t * h * w, width)
-
-
-def _sinusoid(length: int, width: int) -> Tensor:
-    """(length, width): sines, then cosines, of wavelengths 2 pi to 20000 pi (arXiv 1706.03762)."""
-    half = (width + 1) // 2
-    rates = 10000 ** -(torch.arange(half, dtype=torch.float64) / max(half, 1))
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width].float()
-
-
 def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=_INIT_STD))
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=INIT_STD))
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -314,7 +297,7 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _init_linear(linear: nn.Linear) -> nn.Linear:
-    nn.init.trunc_normal_(linear.weight, std=_INIT_STD)
+    nn.init.trunc_normal_(linear.weight, std=INIT_STD)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
     return linear

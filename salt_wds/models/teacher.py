@@ -12,15 +12,14 @@ import logging
 from collections.abc import Iterable
 from typing import Self
 
-import numpy as np
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import VideoMAEModel
 
 from salt_wds.config import PATCH, TUBELET
+from salt_wds.models.positions import position_table
 from salt_wds.models.teacher_weights import build_videomae, load_videomae
-from salt_wds.models.timm_vit import Grid, tubelets
+from salt_wds.models.timm_vit import tubelets
 
 logger = logging.getLogger(__name__)
 
@@ -128,17 +127,3 @@ class _VideoMAE(nn.Module):
         patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
         tokens = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         return self.encoder(tokens + self.positions).last_hidden_state
-
-
-def position_table(native: Grid, grid: Grid, width: int) -> Tensor:
-    """VideoMAE's sinusoid over the N tokens of `native` in one row, interpolated to `grid` if that differs: (1, N, D).
-
-    Source: get_sinusoid_encoding_table of OpenGVLab/VideoMAEv2, after arXiv 1706.03762.
-    """
-    channel = np.arange(width)
-    angles = np.arange(np.prod(native))[:, None] / np.power(10000, 2 * (channel // 2) / width)
-    table = torch.from_numpy(np.where(channel % 2, np.cos(angles), np.sin(angles))).float()
-    if native == grid:
-        return table[None]
-    volume = table.T.reshape(1, width, *native)
-    return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False).flatten(2).transpose(1, 2)

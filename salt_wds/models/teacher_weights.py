@@ -185,15 +185,24 @@ def _rename(name: str, names: dict[str, str]) -> str:
     return name
 
 
+def copy_tensors(model: VideoMAEModel, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors, under the names of transformers 5, into a model of the installed version.
+
+    Raises:
+        RuntimeError: keys are missing, unknown or of another shape.
+    """
+    own = {_rename(name, _BEFORE_5): name for name in model.state_dict()}
+    model.load_state_dict({own.get(name, name): tensor for name, tensor in tensors.items()})
+
+
 def _load_strictly(model: VideoMAEModel, tensors: dict[str, Tensor], file: Path, config_file: Path | None) -> None:
     """Copy the tensors into the model.
 
     Raises:
         CommandError: keys are missing, unknown or of another shape, or a tensor is not finite.
     """
-    own = {_rename(name, _BEFORE_5): name for name in model.state_dict()}
     try:
-        model.load_state_dict({own.get(name, name): tensor for name, tensor in tensors.items()})
+        copy_tensors(model, tensors)
     except RuntimeError as error:
         sizes = f" of the sizes in {config_file}" if config_file else ""
         raise CommandError(

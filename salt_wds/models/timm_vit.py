@@ -19,6 +19,7 @@ from salt_wds.models.hub import fetch
 from shard_tools.common.cli import CommandError
 
 Grid = tuple[int, int, int]
+INIT_STD = 0.02  # of the weights of timm's ViT
 
 
 def image_vit_arguments(config: StudentConfig, grid: Grid) -> dict[str, Any]:

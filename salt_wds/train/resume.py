@@ -71,7 +71,9 @@ def check_same_data(state: dict[str, Any], loader: Loader) -> None:
 
 
 def _check_same_config(path: Path, saved: dict[str, Any], config: Config) -> None:
-    before, after = _flat(saved), _flat(config.model_dump(mode="json"))
+    after, chosen = (_flat(config.model_dump(mode="json", exclude_defaults=chosen)) for chosen in (False, True))
+    # Keys that came after the version that began the run had their defaults then.
+    before = {key: value for key, value in after.items() if key not in chosen} | _flat(saved)
     changed = {k: (before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)}
     words = {key: f"{key} from {old!r} to {new!r}" for key, (old, new) in changed.items()}
     rules = resume_rules()

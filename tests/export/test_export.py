@@ -79,6 +79,7 @@ def change_config(folder, **changes):
     [
         {"student__mode": "visible"},
         {"student__mode": "dense", "data__num_frames": 8, "data__size": 48},
+        {"student__positions": "sincos"},
         {"student__arch": "deit3_small_patch16_224"},  # layer scale
         {"student__arch": "vit_base_patch16_clip_224"},  # a norm before the blocks, no bias in the patch embedding
         {"student__arch": "vit_small_patch16_18x2_224"},  # blocks of another kind

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from salt_wds.config import MaskConfig, StudentConfig
 from salt_wds.data.masks import make_mask, num_masked
 from salt_wds.models import timm_vit
+from salt_wds.models.positions import position_table
 from salt_wds.models.student import Student, build_student
 from shard_tools.common.cli import CommandError
 
@@ -80,9 +81,18 @@ def test_all_tokens_visible_equals_timm_on_the_same_weights():
         torch.testing.assert_close(student.encode(video), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["visible", "dense"])
-def test_masked_tokens_are_not_seen(mode):
-    student = build(mode=mode).eval()
+def test_fixed_positions_are_videomaes_and_no_weights():
+    student = build(positions="sincos").eval()
+    assert torch.equal(student.encoder.positions, position_table(GRID, GRID, SIZES["width"]))
+    assert not [name for name in student.encoder.state_dict() if "positions" in name]
+    embeddings, positions = student.encoder.embed(*batch()[:2])
+    assert torch.equal(positions[1], student.encoder.positions[0, batch()[1][1]])
+    assert embeddings.shape == positions.shape
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "dense"}, {"positions": "sincos"}], ids=str)
+def test_masked_tokens_are_not_seen(changes):
+    student = build(**changes).eval()
     video, visible, masked = batch(clips=1)
     changed = video.clone()
     t, y, x = np.unravel_index(int(masked[0, 0]), GRID)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
 from salt_wds.models import teacher_weights
-from salt_wds.models.teacher import Teacher, load_teacher, position_table
+from salt_wds.models.positions import position_table
+from salt_wds.models.teacher import Teacher, load_teacher
 from shard_tools.common.cli import CommandError
 
 WIDTH, DEPTH, HEADS, HIDDEN = 128, 3, 2, 320

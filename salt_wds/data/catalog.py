@@ -18,7 +18,7 @@ import xxhash
 
 from salt_wds.data.memory import SharedArray
 from shard_tools.format.dataset import Dataset, DatasetError, index_name, read_dataset
-from shard_tools.format.index import read_index
+from shard_tools.format.index import INDEX_SCHEMA, read_index
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,8 @@ class Row:
     height: int
 
 
-_NUMBERS = np.dtype(  # as in Row, and after them the extension's number
-    [
-        ("label", "i4"),  # -1: none
-        ("json_offset", "i8"),
-        ("json_size", "i8"),
-        ("payload_offset", "i8"),
-        ("payload_size", "i8"),
-        ("xxh3_json", "u8"),
-        ("xxh3_payload", "u8"),
-        ("num_frames", "i4"),
-        ("width", "i4"),
-        ("height", "i4"),
-        ("ext", "i4"),
-    ]
-)
+# The columns of numbers, as in Row; a missing label is -1.
+_NUMBERS = [(field.name, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA if field.name not in ("key", "ext")]
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ class Catalog:
     first: tuple[int, ...]
     extensions: tuple[str, ...]
     classes: tuple[str, ...]
-    table: SharedArray  # (samples,) of records: _NUMBERS and the key
+    table: SharedArray  # (samples,) of records: _NUMBERS, the number of the extension, the key
 
     @property
     def num_samples(self) -> int:
@@ -211,10 +198,10 @@ def _to_shared(index: pa.Table, labels: np.ndarray) -> tuple[SharedArray, tuple[
     """The rows as records in shared memory, with extensions numbered."""
     keys = np.array([key.encode() for key in index["key"].to_pylist()])
     names, ext_numbers = np.unique(index["ext"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
-    table = SharedArray((len(keys),), [*_NUMBERS.descr, ("key", keys.dtype)])
+    table = SharedArray((len(keys),), [*_NUMBERS, ("ext", np.int32), ("key", keys.dtype)])
     rows = table.array
     rows["key"], rows["ext"], rows["label"] = keys, ext_numbers, labels
-    for name in _NUMBERS.names or ():
-        if name not in ("ext", "label"):
+    for name, _ in _NUMBERS:
+        if name != "label":
             rows[name] = index[name].to_numpy()
     return table, tuple(str(name) for name in names)

@@ -1,7 +1,7 @@
 """Clips, masks and tokens as pictures: what `train` writes of its first batch, and what `report` shows of a run.
 
 Drawn from batches as the loader gives them, so a picture shows what the networks see: the crop, the frames, the mask.
-Nothing here draws random numbers. Pillow writes the text; torchvision and matplotlib bring it along.
+Nothing here draws random numbers.
 
 Shapes: B clips, T frames, P bytes of a frame (YUV 4:2:0), S height and width, F frames shown, (t, h, w) the grid of
 N = t * h * w tokens, D width of a token.
@@ -25,6 +25,7 @@ from salt_wds.data.masks import Grid, num_masked
 from salt_wds.data.pixels import yuv_to_rgb
 from shard_tools.common.cli import describe_os_error, one_line
 from shard_tools.common.files import write_atomic
+from shard_tools.video.sheet import FAINT, Sheet
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def write_first_batch(run_dir: Path, config: Config, batch: Mapping[str, Any], c
     ]
     heading = f"The first batch: {count} of its clips. Faded: what the student does not see ({config.mask.ratio:.0%})"
     try:
-        write_atomic(path, encoded(_sheet(heading, titles, rows), "png"))
+        write_atomic(path, _sheet(heading, titles, rows))
         log.info("the first batch with its masks: %s", path)
     except OSError as error:
         log.warning("no picture of the first batch: %s", describe_os_error(error))
@@ -154,22 +155,16 @@ def label_name(label: int, classes: Sequence[str]) -> str:
     return one_line(classes[label]) if 0 <= label < len(classes) else "(no label)"
 
 
-def _sheet(heading: str, titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Rows of tiles below each other, each row under its title."""
-    import matplotlib  # for its fonts; here, because it takes a while to load
-    from PIL import Image, ImageDraw, ImageFont
-
+def _sheet(heading: str, titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """Rows of tiles below each other, each row under its title, as a PNG."""
     margin, line, gap = 12, 24, 3
     row_height, step = line + TILE + 6, TILE + gap
     width = max(len(rows[0]) * step - gap, 720) + 2 * margin
-    sheet = Image.new("RGB", (width, margin + line + len(rows) * row_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    bold, plain = (ImageFont.truetype(fonts / f"DejaVuSans{kind}.ttf", 13) for kind in ("-Bold", ""))
-    draw.text((margin, margin), heading, fill="black", font=bold)
+    sheet = Sheet(width, margin + line + len(rows) * row_height, margin)
+    sheet.write(margin, margin + 13, heading, 10, weight="bold")
     for number, (title, tiles) in enumerate(zip(titles, rows, strict=True)):
         top = margin + line + number * row_height
-        draw.text((margin, top + 4), title, fill="#404040", font=plain)
+        sheet.write(margin, top + 17, title, 10, color=FAINT)
         for place, picture in enumerate(tiles):
-            sheet.paste(Image.fromarray(picture), (margin + place * step, top + line))
-    return np.asarray(sheet)
+            sheet.paste(margin + place * step, top + line, picture)
+    return sheet.png()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,14 @@ from shard_tools.common.files import write_atomic
 from shard_tools.describe.samples import SampleError, evenly_spaced, read_frames, read_sample
 from shard_tools.format.dataset import Dataset
 from shard_tools.format.sample import Video
+from shard_tools.video.sheet import FAINT, Sheet
 
 # In pixels. A frame fits into its box; above it stands a line with key, split and label, below it the time.
 BOX_WIDTH, BOX_HEIGHT = 214, 120
 MARGIN, GAP, TITLE, ABOVE, BELOW = 16, 4, 44, 26, 26
 ROW = ABOVE + BOX_HEIGHT + BELOW
 _LEAST_WIDTH = 900  # leaves room for labels where there are few frames
-_INK, _FAINT, _ERROR, _ERROR_PAPER = "#1a1a1a", "#707070", "#a01010", (252, 232, 232)
-# Tried for each character in this order, as far as they are installed.
-_FONTS = (
-    *("DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari"),
-    *("WenQuanYi Zen Hei", "Droid Sans Fallback", "Unifont"),
-)
+_ERROR, _ERROR_PAPER = "#a01010", (252, 232, 232)
 
 
 @dataclass(frozen=True)
@@ -99,73 +93,36 @@ def fitted(width: int, height: int) -> tuple[int, int]:
 
 def draw_sheet(path: Path, title: str, clips: list[Clip], frames: int) -> tuple[int, int]:
     """Write the sheet of `clips` as a PNG; returns its width and height."""
-    sheet = _Sheet(*sheet_size(len(clips), frames))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # a character that no font has becomes an empty box
-        end = sheet.write(MARGIN, 28, title, 12, weight="bold")
-        subtitle = f"{len(clips)} clips, each with up to {frames} frames from its first to its last"
-        sheet.write(end + 14, 28, subtitle, color=_FAINT)
-        for number, clip in enumerate(clips):
-            sheet.draw_clip(clip, TITLE + number * ROW)
-        write_atomic(path, sheet.png())
+    sheet = Sheet(*sheet_size(len(clips), frames), MARGIN)
+    end = sheet.write(MARGIN, 28, title, 12, weight="bold")
+    sheet.write(
+        end + 14, 28, f"{len(clips)} clips, each with up to {frames} frames from its first to its last", color=FAINT
+    )
+    for number, clip in enumerate(clips):
+        _draw_clip(sheet, clip, TITLE + number * ROW)
+    write_atomic(path, sheet.png())
     return sheet.width, sheet.height
 
 
-class _Sheet:
-    """Text by matplotlib, for its fonts and their fallbacks; frames as pixels below it."""
-
-    def __init__(self, width: int, height: int) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because they take a second to load
-        from matplotlib.figure import Figure
-        from matplotlib.font_manager import fontManager
-
-        installed = {font.name for font in fontManager.ttflist}
-        self._family = [name for name in _FONTS if name in installed]
-        self.width, self.height = width, height
-        self._figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-        self._canvas = FigureCanvasAgg(self._figure)
-        self._pixels = np.full((height, width, 3), 255, np.uint8)
-
-    def write(self, x: float, baseline: float, text: str, size: float = 8.6, **style: Any) -> float:
-        """Write a line of text, cut off at the right margin; returns where it ends."""
-        room = self.width - MARGIN - x
-        if room < 40:
-            return x
-        style = {"color": _INK, "family": self._family, "parse_math": False, **style}
-        item = self._figure.text(x, self.height - baseline, one_line(text), size=size, transform=None, **style)
-        renderer = self._canvas.get_renderer()
-        while (box := item.get_window_extent(renderer)).width > room and len(item.get_text()) > 2:
-            length = min(int(len(item.get_text()) * room / box.width), len(item.get_text()) - 2)
-            item.set_text(item.get_text()[: max(length, 1)] + "…")
-        return box.x1
-
-    def draw_clip(self, clip: Clip, top: int) -> None:
-        """Draw a clip's line of text, and its frames or why there are none."""
-        above, frames_top = top + ABOVE - 8, top + ABOVE
-        end = self.write(MARGIN, above, f"{clip.key}  ·  {clip.split}", color=_FAINT)
-        end = self.write(end + 12, above, clip.label_text, 9.6, weight="bold")
-        self.write(end + 12, above, _video_text(clip.video), color=_FAINT)
-        if clip.error:
-            self._pixels[frames_top : frames_top + BOX_HEIGHT, MARGIN : self.width - MARGIN] = _ERROR_PAPER
-            text, room = one_line(f"{clip.shard}: {clip.error}"), (self.width - 4 * MARGIN) // 9
-            for number, line in enumerate(("This sample cannot be shown.", *textwrap.wrap(text, room, max_lines=4))):
-                self.write(2 * MARGIN, frames_top + 34 + 20 * number, line, 10, color=_ERROR)
-        x = MARGIN
-        for number, frame in zip(clip.numbers, clip.frames, strict=True):
-            columns, rows = fitted(frame.shape[1], frame.shape[0])
-            method = cv2.INTER_AREA if columns < frame.shape[1] else cv2.INTER_CUBIC
-            shown = cv2.resize(frame, (columns, rows), interpolation=method)
-            self._pixels[frames_top : frames_top + rows, x : x + columns] = shown
-            fps = clip.video.fps if clip.video else 0
-            time = f"{number / fps:.1f} s" if fps else f"frame {number}"
-            self.write(x, frames_top + rows + 13, time, 7, color=_FAINT)
-            x += columns + GAP
-
-    def png(self) -> bytes:
-        self._figure.figimage(self._pixels, origin="upper", zorder=-1)
-        sink = io.BytesIO()
-        self._canvas.print_png(sink, metadata={"Software": None})
-        return sink.getvalue()
+def _draw_clip(sheet: Sheet, clip: Clip, top: int) -> None:
+    """Draw a clip's line of text, and its frames or why there are none."""
+    above, frames_top = top + ABOVE - 8, top + ABOVE
+    end = sheet.write(MARGIN, above, f"{clip.key}  ·  {clip.split}", color=FAINT)
+    end = sheet.write(end + 12, above, clip.label_text, 9.6, weight="bold")
+    sheet.write(end + 12, above, _video_text(clip.video), color=FAINT)
+    if clip.error:
+        sheet.pixels[frames_top : frames_top + BOX_HEIGHT, MARGIN : sheet.width - MARGIN] = _ERROR_PAPER
+        text, room = one_line(f"{clip.shard}: {clip.error}"), (sheet.width - 4 * MARGIN) // 9
+        for number, line in enumerate(("This sample cannot be shown.", *textwrap.wrap(text, room, max_lines=4))):
+            sheet.write(2 * MARGIN, frames_top + 34 + 20 * number, line, 10, color=_ERROR)
+    x = MARGIN
+    for number, frame in zip(clip.numbers, clip.frames, strict=True):
+        columns, rows = fitted(frame.shape[1], frame.shape[0])
+        method = cv2.INTER_AREA if columns < frame.shape[1] else cv2.INTER_CUBIC
+        sheet.paste(x, frames_top, cv2.resize(frame, (columns, rows), interpolation=method))
+        fps = clip.video.fps if clip.video else 0
+        sheet.write(x, frames_top + rows + 13, f"{number / fps:.1f} s" if fps else f"frame {number}", 7, color=FAINT)
+        x += columns + GAP
 
 
 def _video_text(video: Video | None) -> str:

@@ -24,6 +24,7 @@ from shard_tools.format.tar import BLOCK, ShardDamage
 
 _CHUNK = 1 << 20
 _LONGEST_EXTENSION = 1 << 20  # bytes of a PAX header or a GNU long name
+_LONGEST_NAME = 1024  # bytes; the loader gives every key as much memory as the longest has
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # skipped by webdataset's tar_file_iterator
@@ -191,6 +192,8 @@ def _refusal(info: tarfile.TarInfo, block: bytes) -> str | None:
         return "its name leads out of the folder (..)"
     if not is_text(info.name):
         return "its name is not UTF-8 text, or has control characters"
+    if len(info.name.encode()) > _LONGEST_NAME:
+        return f"its name has more than {_LONGEST_NAME} bytes"
     return None
 
 

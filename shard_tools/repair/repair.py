@@ -34,7 +34,7 @@ from shard_tools.pack import staging
 from shard_tools.repair import salvage as salvaging
 from shard_tools.repair.rebuild import DamagedShard, sources_by_key
 from shard_tools.verify.hashes import check_hashes
-from shard_tools.verify.inspection import CheckJob, check_shards
+from shard_tools.verify.inspection import check_shards
 from shard_tools.verify.problems import PACK_AGAIN, Problem, check_dataset, restore_tar
 
 Task = tuple[str, ShardInfo]  # split, shard
@@ -150,7 +150,7 @@ def _find_damage(job: RepairJob, workers: int) -> dict[Task, list[Problem]]:
     """The damaged shards in the order of dataset.json, with their problems."""
     intact = check_hashes(job.folder, job.dataset, workers)
     damaged = [info for info in job.dataset.shards if info.file not in intact]
-    found = dict(check_shards(CheckJob(job.folder, job.dataset.foreign), damaged, workers))
+    found = dict(check_shards(job.folder, job.dataset.foreign, damaged, workers))
     splits = job.dataset.splits.items()
     return {(split, info): found[info] for split, content in splits for info in content.shards if info in found}
 

@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     shards = [info for info in dataset.shards if only is None or info.file in only]
     intact: set[str] = set()
     problems = list(check_dataset(args.dir, dataset))
-    if depth == "whole" and only is None and not any(problem.kind == "dataset_mismatch" for problem in problems):
+    if depth != "quick" and only is None and not any(problem.kind == "dataset_mismatch" for problem in problems):
         total = sum(info.bytes for info in shards)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
             intact = check_hashes(args.dir, dataset, args.workers, bar.update)
     count = 0
-    if problems or len(intact) < len(shards):
+    if problems or len(intact) < len(shards) or depth == "deep":
         from shard_tools.verify.inspection import find_problems  # Arrow and FFmpeg load longer than a few GB take
 
         for problem in find_problems(args.dir, dataset, args.workers, depth, only, intact):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import av
 import xxhash
 
+from shard_tools.format.dataset import index_name
+from shard_tools.format.index import read_index
 from shard_tools.format.sample import FRAME_TIERS, SampleInfo, parse_sample
 from shard_tools.verify.problems import Problem
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
@@ -16,13 +19,15 @@ from shard_tools.video.packets import Packets
 _LEAVE = "again, or leave it: training skips the video, and names it"
 
 
-def decode_sample(folder: Path, foreign: bool, task: tuple[str, dict[str, Any]]) -> Problem | None:
-    """Decode the sample `task` = (shard, index row); None if every frame is right. A broken video may kill the process.
+def decode_sample(folder: Path, foreign: bool, sample: tuple[str, int]) -> Problem | None:
+    """Decode a sample; None if every frame is right. A broken video may kill the process.
 
     Args:
         foreign: the tar is of another tool, so there is no KEY.json of ours.
+        sample: its shard, and the number of its row in the index.
     """
-    shard, row = task
+    shard, number = sample
+    row = _rows(folder / index_name(shard))[number]
     with (folder / shard).open("rb") as file:
         file.seek(row["json_offset"])
         head = file.read(row["json_size"])
@@ -31,21 +36,29 @@ def decode_sample(folder: Path, foreign: bool, task: tuple[str, dict[str, Any]])
     if foreign:
         detail = _decoding_error(payload, row["ext"], VideoInfo(row["num_frames"], row["width"], row["height"]))
     else:
-        sample = parse_sample(head)
-        detail = _hash_error(sample, row["ext"], payload) if row["ext"] in FRAME_TIERS else None
+        info = parse_sample(head)
+        detail = _hash_error(info, row["ext"], payload) if row["ext"] in FRAME_TIERS else None
         if detail is None:
             try:
-                frames = payload_frames(payload, row["ext"], sample, None)
-                detail = _decoding_error(frames, row["ext"], VideoInfo.of(sample.video))
+                frames = payload_frames(payload, row["ext"], info, None)
+                detail = _decoding_error(frames, row["ext"], VideoInfo.of(info.video))
             except DecodeError as error:  # of the table of packets
                 detail = str(error)
-    return None if detail is None else undecodable(foreign, shard, row, detail)
+    return None if detail is None else undecodable(folder, foreign, sample, detail)
 
 
-def undecodable(foreign: bool, shard: str, row: dict[str, Any], detail: str) -> Problem:
+def undecodable(folder: Path, foreign: bool, sample: tuple[str, int], detail: str) -> Problem:
     """The problem of a sample whose bytes are those that were packed, and cannot be decoded."""
+    shard, number = sample
+    row = _rows(folder / index_name(shard))[number]
     remedy = f"fetch the tar again and index {_LEAVE}" if foreign else f"fetch the video again and pack {_LEAVE}"
     return Problem(shard, row["key"], "undecodable", row["payload_offset"], detail, remedy)
+
+
+@functools.lru_cache(maxsize=2)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an index, kept for the other samples of the shard."""
+    return read_index(path).to_pylist()
 
 
 def _decoding_error(frames: bytes | Packets | list[memoryview], ext: str, info: VideoInfo) -> str | None:

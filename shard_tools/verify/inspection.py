@@ -1,52 +1,20 @@
-"""Find every problem of a data set: those of its folder and dataset.json, then those of each shard."""
+"""Find every problem of a data set: those of its folder and dataset.json, then those of each shard and sample."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from shard_tools.common.processes import WorkerDiedError, run_local
-from shard_tools.format.dataset import Dataset, ShardInfo, index_name
-from shard_tools.format.index import parse_index
+from shard_tools.format.dataset import Dataset, ShardInfo
 from shard_tools.verify.decoding import decode_sample, undecodable
 from shard_tools.verify.foreign_check import ForeignCheck
 from shard_tools.verify.problems import Problem, check_dataset, repair_command
-from shard_tools.verify.shard_check import PackedCheck, ShardCheck
-
-
-@dataclass(frozen=True)
-class CheckJob:
-    """What every shard's check needs to know.
-
-    `depth`: "whole" reads every byte, "quick" no payloads, "deep" decodes every sample as well.
-    """
-
-    folder: Path
-    foreign: bool
-    depth: str = "whole"
-
-
-def check_shard(job: CheckJob, info: ShardInfo) -> list[Problem]:
-    """The problems of one shard. At depth "deep" a broken video may kill the process."""
-    kind: type[ShardCheck] = ForeignCheck if job.foreign else PackedCheck
-    check = kind(job.folder, info)
-    check.run(quick=job.depth == "quick")
-    if job.depth != "deep" or check.problems:  # damage is to be repaired before samples are decoded
-        return check.problems
-    found = (decode_sample(job.folder, job.foreign, sample) for sample in samples_of(job.folder, info))
-    return [problem for problem in found if problem is not None]
-
-
-def samples_of(folder: Path, info: ShardInfo) -> list[tuple[str, dict[str, Any]]]:
-    """The samples of an intact shard, as tasks for `decode_sample`."""
-    index = (folder / index_name(info.file)).read_bytes()
-    return [(info.file, row) for row in parse_index(index).to_pylist()]
+from shard_tools.verify.shard_check import PackedCheck
 
 
 def find_problems(
@@ -56,44 +24,51 @@ def find_problems(
     """All problems of a data set: the folder and dataset.json first, then shard by shard as they are read.
 
     Args:
-        depth: see CheckJob.
+        depth: "whole" reads every byte, "quick" no payloads; "deep" also decodes the samples of undamaged shards.
         only: the shards to check; None for all.
-        intact: shards that match their hashes, and need no check.
+        intact: shards that match their hashes, which are not read again.
     """
     yield from (p for p in check_dataset(folder, dataset) if only is None or p.shard is None or p.shard in only)
-    shards = [
-        info
-        for info in dataset.shards
-        if info.file not in intact and (folder / info.file).is_file() and (only is None or info.file in only)
-    ]
-    for _, problems in check_shards(CheckJob(folder, dataset.foreign, depth), shards, workers):
+    shards = [i for i in dataset.shards if (only is None or i.file in only) and (folder / i.file).is_file()]
+    undamaged = [info for info in shards if info.file in intact]
+    unknown = [info for info in shards if info.file not in intact]
+    for info, problems in check_shards(folder, dataset.foreign, unknown, workers, quick=depth == "quick"):
         yield from problems
+        if not problems:
+            undamaged.append(info)
+    if depth == "deep":
+        yield from _decode_all(folder, dataset.foreign, undamaged, workers)
 
 
-def check_shards(job: CheckJob, shards: Sequence[ShardInfo], workers: int) -> Iterator[tuple[ShardInfo, list[Problem]]]:
+def check_shards(
+    folder: Path, foreign: bool, shards: Sequence[ShardInfo], workers: int, quick: bool = False
+) -> Iterator[tuple[ShardInfo, list[Problem]]]:
     """Check shards in worker processes, each reported as it is done; a shard that kills its process is, too."""
     total = sum(info.bytes for info in shards)
+    check = functools.partial(check_shard, folder, foreign, quick)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-        for info, outcome in run_local(functools.partial(check_shard, job), shards, workers):
+        for info, outcome in run_local(check, shards, workers):
             bar.update(info.bytes)
             if isinstance(outcome, WorkerDiedError):
-                problems = _crashing_samples(job, info) if job.depth == "deep" else []
-                remedy = repair_command(job.folder)
-                outcome = problems or [Problem(info.file, None, "unreadable", None, str(outcome), remedy)]
+                outcome = [Problem(info.file, None, "unreadable", None, str(outcome), repair_command(folder))]
             yield info, outcome
 
 
-def _crashing_samples(job: CheckJob, info: ShardInfo) -> list[Problem]:
-    """Problems of a shard whose deep check killed the process: each sample is decoded in a process of its own."""
-    [(_, problems)] = run_local(functools.partial(check_shard, CheckJob(job.folder, job.foreign)), [info], 1)
-    if isinstance(problems, WorkerDiedError):
-        return []
-    if problems:
-        return problems
-    decode = functools.partial(decode_sample, job.folder, job.foreign)
-    for (shard, row), found in run_local(decode, samples_of(job.folder, info), 1):
-        if isinstance(found, WorkerDiedError):
-            problems.append(undecodable(job.foreign, shard, row, "decoding it kills the process"))
-        elif found is not None:
-            problems.append(found)
-    return problems
+def check_shard(folder: Path, foreign: bool, quick: bool, info: ShardInfo) -> list[Problem]:
+    """The problems of one shard."""
+    check = (ForeignCheck if foreign else PackedCheck)(folder, info)
+    check.run(quick)
+    return check.problems
+
+
+def _decode_all(folder: Path, foreign: bool, shards: Sequence[ShardInfo], workers: int) -> Iterator[Problem]:
+    """Decode every sample of undamaged shards; one that kills its process is a problem like the others."""
+    samples = [(info.file, number) for info in shards for number in range(info.samples)]
+    decode = functools.partial(decode_sample, folder, foreign)
+    with tqdm(total=len(samples), unit="sample", desc="decode", disable=not sys.stderr.isatty()) as bar:
+        for sample, problem in run_local(decode, samples, workers):
+            bar.update()
+            if isinstance(problem, WorkerDiedError):
+                problem = undecodable(folder, foreign, sample, "decoding it kills the process")
+            if problem is not None:
+                yield problem

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -62,7 +62,9 @@ class ShardCheck(ABC):
             self._check_index()
             with self.path.open("rb", buffering=0) as file:
                 if quick:
-                    self._check_headers(file)
+                    total = file.seek(0, os.SEEK_END)
+                    self._check_size(total)
+                    self._check_by_index(file, total, (), reported=-1, contents=False)
                 else:
                     self._check_tar(file)
         except FileNotFoundError:
@@ -132,7 +134,7 @@ class ShardCheck(ABC):
         except ShardDamage as damage:
             key = next((member.key for member in self._indexed() if member.covers(damage.offset)), None)
             self.report(damage.kind, key, damage.offset, damage.detail)
-            self._check_behind(damage, file, size, seen)
+            self._check_by_index(file, size, seen, damage.offset, contents=True)  # what lies behind it
             return
         found = self.problems[before:]
         intact = hasher.hexdigest() == self.info.xxh3
@@ -144,37 +146,31 @@ class ShardCheck(ABC):
             remedy = self._remedy("index_mismatch")
             self.problems[before:] = [dataclasses.replace(p, kind="index_mismatch", remedy=remedy) for p in found]
 
-    def _check_behind(self, damage: ShardDamage, file: FileIO, total: int, seen: set[str]) -> None:
-        """Check the members behind a broken place, where the index says they lie."""
+    def _check_by_index(self, file: FileIO, total: int, seen: Collection[str], reported: int, contents: bool) -> None:
+        """Check the members where the index says they lie.
+
+        Args:
+            seen: names of members that have been checked.
+            reported: where damage has been reported already, -1 for nowhere.
+            contents: whether data is checked, beside headers.
+        """
         for member in self._indexed():
-            if member.name in seen or damage.offset == member.offset:  # checked, or just reported
-                continue
-            if not self._is_within(member, total):
+            if member.name in seen or member.offset == reported or not self._is_within(member, total):
                 continue
             file.seek(member.offset - BLOCK)
-            header, hasher, left = file.read(BLOCK), xxhash.xxh3_64(), member.size
+            header, hasher, left = file.read(BLOCK), xxhash.xxh3_64(), member.size if contents else 0
             while left and (data := file.read(min(_CHUNK, left))):
                 hasher.update(data)
                 left -= len(data)
-            if hasher.intdigest() != member.xxh3:
+            if contents and hasher.intdigest() != member.xxh3:
                 self._report_content(member)
-            elif damage.offset != member.offset - BLOCK and (detail := self._header_problem(header, member)):
+            elif reported != member.offset - BLOCK and (detail := self._header_problem(header, member)):
                 self._report_header(member, detail)
 
     def _check_size(self, size: int) -> None:
         if size != self.info.bytes:
             kind = "truncated" if size < self.info.bytes else "dataset_mismatch"
             self.report(kind, None, min(size, self.info.bytes), f"{size} bytes, dataset.json says {self.info.bytes}")
-
-    def _check_headers(self, file: FileIO) -> None:
-        """Check the tar's size, and the header of every member in the index; payloads stay unread."""
-        total = file.seek(0, os.SEEK_END)
-        self._check_size(total)
-        for member in self._indexed():
-            if self._is_within(member, total):
-                file.seek(member.offset - BLOCK)
-                if detail := self._header_problem(file.read(BLOCK), member):
-                    self._report_header(member, detail)
 
     def _is_within(self, member: IndexedMember, total: int) -> bool:
         """Whether a member lies within the file; reported if it does not."""

@@ -285,6 +285,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes, Path], bytes], str, str]] = {
     "pax-size": (lambda v, out: pax(size=str(len(v))) + header("bad.webm", 0) + v + padding(len(v)), "bad", "its size"),
     "pax-sparse": (lambda v, out: pax(GNU__sparse__major="1") + member("bad.webm", v), "bad", "GNU.sparse.major"),
     "gnu-long-name": (lambda v, out: gnu_long(b"L", "../" * 40 + "e.webm") + member("x", v), "../e", "leads out"),
+    "gnu-endless-name": (lambda v, out: gnu_long(b"L", "e" * 1100 + ".webm") + member("x", v), "eee", "more than 1024"),
     "gnu-long-link": (
         lambda v, out: gnu_long(b"K", "y" * 120) + header("bad.webm", 0, b"2", "y"),
         "bad", "a symbolic link",

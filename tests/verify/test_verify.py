@@ -19,13 +19,14 @@ from damage import FAULTS, Copy, Fault, find_problems
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
-from shard_tools.format.dataset import DATASET_FILE, ShardInfo, make_dataset, read_dataset
+from shard_tools.format.dataset import DATASET_FILE, ShardInfo, index_name, make_dataset, read_dataset
+from shard_tools.format.index import read_index
 from shard_tools.format.ledger import Failure
 from shard_tools.format.tar import BLOCK, padding, tar_header
 from shard_tools.verify import __main__ as verify
 from shard_tools.verify import inspection, shard_check
 from shard_tools.verify.decoding import decode_sample
-from shard_tools.verify.inspection import CheckJob, check_shard, samples_of
+from shard_tools.verify.inspection import check_shard
 from shard_tools.verify.problems import KINDS, Problem
 
 Capture = pytest.CaptureFixture[str]
@@ -342,11 +343,11 @@ def test_deep_decodes_frame_tiers(videos: Path, tmp_path: Path, tier: str) -> No
     pack_here(videos, "--out", out, "--frames", tier, "--limit", 3)
     assert not find_problems(out, "deep")
     [info] = read_dataset(out).splits["train"].shards
-    for _, row in samples_of(out, info):
+    for number, row in enumerate(read_index(out / index_name(info.file)).to_pylist()):
         with (out / info.file).open("r+b") as file:
             file.seek(row["payload_offset"] + row["payload_size"] - 100)
             file.write(b"damaged")
-        problem = decode_sample(out, False, (info.file, row))
+        problem = decode_sample(out, False, (info.file, number))
         assert problem is not None
         assert (problem.kind, problem.detail) == (
             "undecodable", f"frame 23 does not match its hash in {row['key']}.json")  # fmt: skip
@@ -355,18 +356,18 @@ def test_deep_decodes_frame_tiers(videos: Path, tmp_path: Path, tier: str) -> No
 # --- shards that kill their process, or go away -----------------------------------------------------------------------
 
 
-def decode_that_crashes(folder: Path, foreign: bool, task: tuple[str, dict]) -> Problem | None:
+def decode_that_crashes(folder: Path, foreign: bool, sample: tuple[str, int]) -> Problem | None:
     """Stands in for decode_sample, in a worker process."""
-    if task[1]["json_offset"] == BLOCK:  # the first sample of its shard
+    if sample[1] == 0:
         os.kill(os.getpid(), signal.SIGSEGV)
     return None
 
 
-def check_that_crashes(job: CheckJob, info: ShardInfo) -> list[Problem]:
+def check_that_crashes(folder: Path, foreign: bool, quick: bool, info: ShardInfo) -> list[Problem]:
     """Stands in for check_shard, in a worker process."""
-    if info.file == "train-000001.tar" and job.depth != "whole":
+    if info.file == "train-000001.tar":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return check_shard(job, info)
+    return check_shard(folder, foreign, quick, info)
 
 
 def test_a_shard_that_kills_its_process_is_named_and_the_others_are_checked(
@@ -383,7 +384,6 @@ def test_a_shard_that_kills_its_process_is_named_and_the_others_are_checked(
 def test_deep_names_the_sample_that_kills_its_decoder(
     copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(inspection, "check_shard", check_that_crashes)
     monkeypatch.setattr(inspection, "decode_sample", decode_that_crashes)
     ledger.append(tmp_path / "run.jsonl", [Failure("crash", "WorkerDied", "m", "quarantined", shard=copy.shard)])
     assert verify.main([str(copy.folder), "--deep", "--from-failures", str(tmp_path / "run.jsonl")]) == 1

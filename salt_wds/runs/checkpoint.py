@@ -52,8 +52,9 @@ def snapshot(
         extra: more tensors for the trainer's file, which `load` returns.
         ema: tensors for a file of their own, which `load_ema` returns.
     """
+    weights = model.state_dict()  # first: with FSDP2 it puts the parameters that the optimizer knows back in place
     trainer = _optimizer_tensors(model, optimizer) | dict(extra or {}) | _rng_tensors()
-    files = {_MODEL: model.state_dict(), _TRAINER: trainer} | ({_EMA: ema} if ema is not None else {})
+    files = {_MODEL: weights, _TRAINER: trainer} | ({_EMA: ema} if ema is not None else {})
     copies = {file: _copies(tensors, keep) for file, tensors in files.items()}
     return copies if keep else {}
 
@@ -301,11 +302,9 @@ def _rng_tensors() -> dict[str, Tensor]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state: "optimizer.NAME OF THE PARAMETER/PART"."""
-    return {
-        f"optimizer.{name}/{part}": tensor
-        for name, parameter in model.named_parameters()
-        for part, tensor in optimizer.state.get(parameter, {}).items()
-    }
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    states = optimizer.state.items()
+    return {f"optimizer.{names[p]}/{part}": tensor for p, parts in states for part, tensor in parts.items()}
 
 
 def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

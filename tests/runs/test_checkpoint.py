@@ -7,15 +7,19 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from salt_wds.runs import checkpoint
 from shard_tools.common.cli import CommandError
 
 
-def make(seed=0):
+def make(seed=0, sharded=False):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    if sharded:
+        fully_shard(model)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.ndim < 2]},
@@ -49,6 +53,24 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     step(other, other_optimizer)  # draws from the restored generator
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_sharded_model_has_the_checkpoint_of_a_whole_one_and_loads_it(tmp_path):
+    """Even after an evaluation, which leaves gathered parameters behind."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            model, optimizer = make(sharded=sharded)
+            step(model, optimizer)
+            model(torch.ones(1, 4))
+            save(tmp_path / str(sharded), 1, model, optimizer, {})
+        model, optimizer = make(seed=9, sharded=True)
+        checkpoint.load(tmp_path / "False/step-00000001", model, optimizer)
+        save(tmp_path / "loaded", 1, model, optimizer, {})
+    finally:
+        dist.destroy_process_group()
+    for name in ("model.safetensors", "trainer.safetensors"):
+        assert len({(tmp_path / run / "step-00000001" / name).read_bytes() for run in ("False", "True", "loaded")}) == 1
 
 
 DAMAGE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 
 from shard_tools.common.cli import (
     Parser,
@@ -49,9 +50,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split-folder", type=split_folder, action="append", default=[], metavar="NAME=SPLIT", help=meanings)
     add("--frames", choices=TIERS, default="source", help="storage tier (default source)")
     quality = f"of mjpeg: {BEST_QUALITY} (best) to {WORST_QUALITY}, or auto"
-    add("--quality", type=_quality, metavar="N", help=quality)
+    add("--quality", type=_or_auto(whole_number(BEST_QUALITY, WORST_QUALITY)), metavar="N", help=quality)
     add("--short-side", type=whole_number(_LEAST_SHORT_SIDE), metavar="N", help="of mjpeg and y4m: shrink frames to N")
-    add("--shard-size", type=_shard_size, metavar="SIZE", help="such as 256MiB, or auto (default)")
+    add("--shard-size", type=_or_auto(_shard_size), metavar="SIZE", help="such as 256MiB, or auto (default)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of the samples' order (default 0)")
     add("--limit", type=positive_int, metavar="N", help="pack only N videos, from all splits")
     add("--name", help="of the data set (default: the name of ROOT)")
@@ -77,19 +78,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _quality(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not re.fullmatch("[0-9]{1,3}", text) or not BEST_QUALITY <= int(text) <= WORST_QUALITY:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number from {BEST_QUALITY} to {WORST_QUALITY}, nor auto"
-        )
-    return int(text)
+def _or_auto(parse: Callable[[str], int]) -> Callable[[str], int | None]:
+    return lambda text: None if text == "auto" else parse(text)
 
 
-def _shard_size(text: str) -> int | None:
-    if text == "auto":
-        return None
+def _shard_size(text: str) -> int:
     size = size_in_bytes(text)
     if size < _LEAST_SHARD_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 64KiB such as 256MiB, nor auto")

@@ -1,29 +1,28 @@
 """What `pack --dry-run` says about each storage tier: bytes, time to pack, and how many clips per second it can feed.
 
 The plans have the bytes and shards. Time is measured on a few of the videos, which are packed in memory and decoded
-again in one thread; the others are assumed to be like them, byte for byte. Nothing stays on the disk: writing is
-measured with a temporary file without a name.
+again in one thread; the others are assumed to be like them, byte for byte. Nothing is written.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import av
 import cv2
+from tqdm import tqdm
 
 from shard_tools.common.cli import CommandError, available_cores, one_line
 from shard_tools.format.sample import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD
 from shard_tools.pack.pack_shard import read_source
-from shard_tools.pack.plan import MIB, SAMPLE_BYTES, Plan
+from shard_tools.pack.plan import SAMPLE_BYTES, Plan
 from shard_tools.pack.sizes import MOST, choose
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.probe import BadVideoError
@@ -33,7 +32,6 @@ from shard_tools.video.tiers import SOURCE, TIERS, Encoding, Payload
 CLIP_FRAMES, STRIDE, SIZE = 16, 2, 224  # a training clip, as configs/base.toml has it
 _SAMPLES, _FEWEST = 24, 4
 _SECONDS = 5.0  # for a tier: then no further video is tried
-_MOST_WRITTEN = 64 * MIB
 
 
 @dataclass
@@ -67,8 +65,6 @@ class Estimate:
     clips: int
     folder: Path  # in whose file system the output folder would be
     free: int  # bytes
-    write_speed: float = math.inf  # bytes a second
-    write_problem: str | None = None  # why it could not be measured
     failed: dict[str, str] = field(default_factory=dict)  # sampled videos left out: path -> why
 
 
@@ -90,10 +86,6 @@ def estimate(
     folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
     chosen = choose(sources)[:_SAMPLES]
     result = Estimate([], 0, folder, shutil.disk_usage(folder).free)
-    try:
-        result.write_speed = _measure_writing(folder, result.free)
-    except OSError as error:
-        result.write_problem = error.strerror or str(error)
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # as in the loader's workers
     try:
@@ -110,28 +102,24 @@ def estimate(
     for encoding, one in measured.items():
         if one.clips:
             work = one.pack_seconds / one.source_bytes * total_bytes
-            result.tiers.append(_scale(encoding.tier, one, plans[encoding], work, workers, result.write_speed))
+            result.tiers.append(_scale(encoding.tier, one, plans[encoding], work, workers))
     return result
 
 
-def _scale(tier: str, one: Measured, plan: Plan, work: float, workers: int, write_speed: float) -> TierEstimate:
+def _scale(tier: str, one: Measured, plan: Plan, work: float, workers: int) -> TierEstimate:
     """The estimate of a tier in which packing takes `work` seconds of one core."""
     shards = len(plan.tasks)
     size = shards * (2 * BLOCK + RECORD // 2)  # the tars' ends
     size += sum(task.bytes + len(task.sources) * SAMPLE_BYTES for task in plan.tasks)
     at_once = max(1, min(workers, available_cores(), shards))
-    rounds = math.ceil(shards / at_once) / shards  # the share of the work that the busiest process does
     return TierEstimate(
         tier=tier,
         shards=shards,
         bytes=size,
-        pack_seconds=max(work * rounds, size / write_speed),
+        pack_seconds=work * math.ceil(shards / at_once) / shards,  # that of the busiest process
         decoded=one.clips / max(one.decode_seconds, 1e-9),
         fed=one.clips / max(one.decode_seconds + one.resize_seconds, 1e-9),
     )
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------
 
 
 def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: dict[str, str]) -> Measured:
@@ -182,56 +170,31 @@ def clip_frames(num_frames: int) -> list[int]:
     return sorted({min(start + STRIDE * n, last) for n in range(CLIP_FRAMES)})
 
 
-def _measure_writing(folder: Path, free: int) -> float:
-    """Write speed of an unnamed file in this folder, in bytes per second, including the sync.
-
-    Raises:
-        OSError: the folder cannot be written to, the disk is full, or the like.
-    """
-    blocks = max(min(_MOST_WRITTEN, free // 2) // MIB, 1)
-    block = os.urandom(MIB)
-    started = time.perf_counter()
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(blocks):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return blocks * MIB / (time.perf_counter() - started)
-
-
 # --- what is printed ----------------------------------------------------------------------------------------------
 
 
 def estimate_lines(result: Estimate, videos: int, workers: int, cores: int, want: int | None) -> Iterator[str]:
     """The estimate as text: a table, what it rests on, and the verdict where one is wanted."""
     yield f"estimate for every tier, from {result.clips} of {videos:,} videos:"
-    heads = f"  {'tier':<7}{'shards':>8}{'bytes':>12}{'fits':>6}{'packing':>10}{'1 core decodes':>18}"
+    heads = f"  {'tier':<7}{'shards':>8}{'bytes':>12}{'fits':>6}{'packing':>16}{'1 core decodes':>18}"
     yield heads + f"{_cores(cores) + ' feed':>18}" + (f"{f'cores for {want:,}/s':>20}" if want else "")
     for tier in result.tiers:
         fits = "yes" if tier.bytes <= result.free else "no"
-        row = f"  {tier.tier:<7}{tier.shards:>8,}{size_text(tier.bytes):>12}{fits:>6}{_duration(tier.pack_seconds):>10}"
+        packing = str(timedelta(seconds=math.ceil(tier.pack_seconds)))
+        row = f"  {tier.tier:<7}{tier.shards:>8,}{_size(tier.bytes):>12}{fits:>6}{packing:>16}"
         row += f"{_rate(tier.decoded):>18}{_rate(tier.fed * cores):>18}"
         yield row + (f"{_needed(tier, want):>20,}" if want else "")
     for name in sorted(set(TIERS) - {tier.tier for tier in result.tiers}):
         yield f"  {name:<7} none of the sampled videos can be packed in it"
     for path, reason in result.failed.items():
         yield f"  left out: {one_line(path)}: {reason}"
-    yield from _assumptions(result, workers)
-    if want:
-        yield "verdict: " + verdict(result, cores, want)
-
-
-def _assumptions(result: Estimate, workers: int) -> Iterator[str]:
     yield f"  shards and bytes: as planned, for mjpeg and y4m from a few frames of at most {MOST} videos"
-    yield f"  fits: {size_text(result.free)} are free in {result.folder}"
-    if result.write_problem is None:
-        speed = f"writing at {result.write_speed / 1e6:,.0f} MB/s, measured with a small file"
-    else:
-        speed = f"writing is not included ({result.folder}: {one_line(result.write_problem)})"
-    here = _cores(available_cores())
-    yield f"  packing: {workers} workers on the {here} of this machine; {speed}; without reads from a cold drive"
+    yield f"  fits: {_size(result.free)} are free in {result.folder}"
+    yield f"  packing: {workers} workers on the {_cores(available_cores())} of this machine, without the drive's part"
     yield f"  decodes: {CLIP_FRAMES} frames at stride {STRIDE} from the middle of a video, CPU time of one thread"
     yield f"  feed: with the resize to {SIZE} x {SIZE} of training, on cores that do nothing else; without cold reads"
+    if want:
+        yield "verdict: " + verdict(result, cores, want)
 
 
 def verdict(result: Estimate, cores: int, want: int) -> str:
@@ -246,10 +209,10 @@ def verdict(result: Estimate, cores: int, want: int) -> str:
     feeds = f"{names} feed{'s' if len(enough) == 1 else ''} {goal} with {_cores(cores)}"
     smallest = min(fitting or enough, key=lambda tier: tier.bytes)
     if fitting:
-        size = size_text(smallest.bytes)
-        return f"{feeds}; the smallest that fits is {smallest.tier} ({size}): --frames {smallest.tier}"
+        named = f"{smallest.tier} ({_size(smallest.bytes)})"
+        return f"{feeds}; the smallest that fits is {named}: --frames {smallest.tier}"
     return (
-        f"{feeds}, but not even {smallest.tier} ({size_text(smallest.bytes)}) fits into the {size_text(result.free)} "
+        f"{feeds}, but not even {smallest.tier} ({_size(smallest.bytes)}) fits into the {_size(result.free)} "
         f"that are free in {result.folder}; choose another --out, or more --cores"
     )
 
@@ -262,20 +225,9 @@ def _cores(count: int) -> str:
     return f"{count:,} core{'s' if count > 1 else ''}"
 
 
-def size_text(count: float) -> str:
-    """Bytes in decimal units, as drives are sold: `19.4 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.3g} {unit}"
-    return f"{seconds:.2g} s"
+def _size(count: float) -> str:
+    """Bytes in decimal units, as drives are sold: `19.4GB`."""
+    return tqdm.format_sizeof(count, "B")
 
 
 def _rate(clips_per_second: float) -> str:

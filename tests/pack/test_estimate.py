@@ -22,12 +22,12 @@ from shard_tools.video.probe import BadVideoError
 from shard_tools.video.tiers import TIERS
 
 Capture = pytest.CaptureFixture[str]
-_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def table(printed):
     """Shards and bytes by tier, as printed."""
-    rows = re.findall(rf"^  ({'|'.join(TIERS)}) +([\d,]+) +([\d.]+) (\w+) +(?:yes|no) .*clips/s", printed, re.MULTILINE)
+    rows = re.findall(rf"^  ({'|'.join(TIERS)}) +([\d,]+) +([\d.]+)(\w+) +(?:yes|no) .*clips/s", printed, re.MULTILINE)
     return {tier: (int(shards.replace(",", "")), float(size) * _UNITS[unit]) for tier, shards, size, unit in rows}
 
 
@@ -42,7 +42,10 @@ def some_videos(videos, tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "options"),
-    [("videos", ["--shard-size", "128KiB"]), ("real_clips", ["--short-side", 112, "--quality", 5])],
+    [
+        ("videos", ["--shard-size", "128KiB"]),
+        pytest.param("real_clips", ["--short-side", 112, "--quality", 5], marks=pytest.mark.slow),
+    ],
 )
 def test_shards_are_those_of_packing_and_bytes_are_within_5_percent(folder, options, tmp_path, capsys, request):
     root = request.getfixturevalue(folder)
@@ -65,13 +68,6 @@ def test_nothing_is_left_on_the_disk(videos, tmp_path):
     assert contents(videos) == before
     assert sorted(os.listdir(videos)) == sorted({name.split("/")[0] for name in before})
     assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_that_cannot_be_written_to_leaves_writing_out(videos, capsys):
-    assert pack_here(videos, "--out", "/proc/nowhere", "--dry-run") == 0
-    printed = capsys.readouterr().out
-    assert "writing is not included (/proc: " in printed
-    assert len(table(printed)) == 3
 
 
 def test_few_videos_are_read_and_fewer_when_they_are_slow(videos, capsys, monkeypatch):
@@ -172,10 +168,10 @@ ALL, TWO = "source, mjpeg and y4m feed", "mjpeg and y4m feed"
 @pytest.mark.parametrize(
     ("free", "cores", "want", "expected"),
     [
-        (200e9, 8, 400, f"{ALL} 400 clips/s with 8 cores; the smallest that fits is source (19.4 GB)"),
-        (200e9, 8, 401, f"{TWO} 401 clips/s with 8 cores; the smallest that fits is mjpeg (160 GB)"),
-        (100e9, 8, 401, f"{TWO} 401 clips/s with 8 cores, but not even mjpeg (160 GB) fits into the 100 GB"),
-        (200e9, 1, 700, "y4m feeds 700 clips/s with 1 core, but not even y4m (1.5 TB) fits into the 200 GB that"),
+        (200e9, 8, 400, f"{ALL} 400 clips/s with 8 cores; the smallest that fits is source (19.4GB)"),
+        (200e9, 8, 401, f"{TWO} 401 clips/s with 8 cores; the smallest that fits is mjpeg (160GB)"),
+        (100e9, 8, 401, f"{TWO} 401 clips/s with 8 cores, but not even mjpeg (160GB) fits into the 100GB"),
+        (200e9, 1, 700, "y4m feeds 700 clips/s with 1 core, but not even y4m (1.50TB) fits into the 200GB that"),
         (200e9, 1, 701, "no tier feeds 701 clips/s with 1 core; y4m needs the fewest, 2"),
     ],
 )

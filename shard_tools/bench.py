@@ -15,13 +15,13 @@ import json
 import math
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,6 @@ from shard_tools.common.cli import (
 )
 from shard_tools.format.dataset import Dataset, index_name, read_dataset
 from shard_tools.format.index import read_index
-from shard_tools.video.tiers import EXPECTED_GROWTH
 
 _CHUNK = 1 << 20  # bytes of one read of a whole shard
 _WARM_BYTES = 2 << 30  # that are read again, by all readers together: they have to stay in the page cache
@@ -65,19 +64,14 @@ class Measurement:
     bytes: int
     samples: float
     seconds: float
+    bytes_per_second: float
+    samples_per_second: float
 
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes / self.seconds
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.seconds
-
-    def record(self) -> dict[str, Any]:
-        """As --json prints it."""
-        rates = {"bytes_per_second": self.bytes_per_second, "samples_per_second": self.samples_per_second}
-        return dataclasses.asdict(self) | rates
+    def __str__(self) -> str:
+        return (
+            f"{self.pattern:<10}{self.cache:<7}{self.readers:>7}{self.bytes / 1e9:>10.3f}{self.seconds:>8.3f}"
+            f"{self.bytes_per_second / 1e9:>9.3f}{self.samples_per_second:>12,.0f}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,42 +97,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=seed_number, default=0, help="decides the order of the samples (default 0)")
     args = parser.parse_args(argv)
     dataset = read_dataset(args.dir)
-    if dataset.frames not in EXPECTED_GROWTH:
-        raise CommandError(f"{args.dir}: tier {dataset.frames!r} is not known; one of {', '.join(EXPECTED_GROWTH)}")
     shards, samples = plan_reads(args.dir, dataset, args.seed)
-    size = sum(info.bytes for info in dataset.shards)
-    counts = tuple(dict.fromkeys(args.readers))
-    if not args.json:
-        print(
-            f"{args.dir}: {dataset.frames}, {len(samples.table):,} samples, {size / 1e9:.3f} GB; "
-            f"up to {args.seconds:g} s a measurement, {4 * len(counts)} of them"
-        )
-        print(f"{'what':<10}{'cache':<7}{'readers':>7}{'GB':>10}{'s':>8}{'GB/s':>9}{'samples/s':>12}")
+    size, counts = sum(info.bytes for info in dataset.shards), tuple(dict.fromkeys(args.readers))
+    out = sys.stderr if args.json else sys.stdout
+    print(
+        f"{args.dir}: {dataset.frames}, {len(samples.table):,} samples, {size / 1e9:.3f} GB; "
+        f"up to {args.seconds:g} s a measurement, {4 * len(counts)} of them\n"
+        f"{'what':<10}{'cache':<7}{'readers':>7}{'GB':>10}{'s':>8}{'GB/s':>9}{'samples/s':>12}",
+        file=out,
+    )
     measured = []
     for measurement in measure(shards, samples, counts, args.seconds):
         measured.append(measurement)
-        if not args.json:
-            print(_row(measurement), flush=True)
-    feeds = tier_rates(dataset.frames, samples, measured)
-    remarks = _remarks(dataset.frames, size, measured, args.seconds)
+        print(measurement, file=out, flush=True)
+    rate = max(m.samples_per_second for m in measured if (m.pattern, m.cache) == ("samples", "cold"))
+    remarks = _remarks(size, measured, args.seconds)
     if args.json:
-        records = [measurement.record() for measurement in measured]
         facts = {"dir": str(args.dir), "tier": dataset.frames, "samples": len(samples.table), "bytes": size}
-        print(json.dumps({**facts, "measurements": records, "feeds": feeds, "remarks": remarks}))
+        rows = [dataclasses.asdict(measurement) for measurement in measured]
+        print(json.dumps({**facts, "clips_per_second": rate, "measurements": rows, "remarks": remarks}))
         return OK
-    print("clips per second that the drive alone could feed, from cold single samples (without decoding):")
-    for tier, feed in feeds.items():
-        kind = "measured" if feed["measured"] else "estimated from bytes per clip"
-        print(f"  {tier:<8}{feed['clips_per_second']:>12,.0f} clips/s at {feed['bytes_a_clip'] / 1e6:.3f} MB  ({kind})")
+    print(f"the drive alone could feed {rate:,.0f} clips/s: cold single samples, without decoding")
     print(*(f"- {remark}" for remark in remarks), sep="\n")
     return OK
-
-
-def _row(m: Measurement) -> str:
-    return (
-        f"{m.pattern:<10}{m.cache:<7}{m.readers:>7}{m.bytes / 1e9:>10.3f}{m.seconds:>8.3f}"
-        f"{m.bytes_per_second / 1e9:>9.3f}{m.samples_per_second:>12,.0f}"
-    )
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -189,9 +170,7 @@ def _shares(reads: Reads, readers: int, pattern: str) -> list[Reads]:
     if pattern == "samples":
         tables = [reads.table[number::readers] for number in range(readers)]
     else:
-        lengths = reads.table[:, 2]
-        middles = np.cumsum(lengths) - lengths / 2
-        tables = np.split(reads.table, np.searchsorted(middles, lengths.sum() * np.arange(1, readers) / readers))
+        tables = np.array_split(reads.table, readers)  # pieces of shards have one size
     return [Reads(reads.files, table) for table in tables if len(table)]
 
 
@@ -236,7 +215,8 @@ def measure(shards: Reads, samples: Reads, readers: tuple[int, ...], seconds: fl
                 size = sum(one.bytes for one in done)
                 whole = sum(one.reads for one in done) if pattern == "samples" else size / bytes_a_sample
                 elapsed = max(one.end for one in done) - min(one.start for one in done)
-                yield Measurement(pattern, cache, len(shares), size, whole, elapsed)
+                rates = size / elapsed, whole / elapsed
+                yield Measurement(pattern, cache, len(shares), size, whole, elapsed, *rates)
                 shares = [
                     _last(Reads(share.files, share.table[: one.reads]), _WARM_BYTES // len(shares))
                     for share, one in zip(shares, done, strict=True)
@@ -290,29 +270,11 @@ def _read(reads: Reads, seconds: float, repeat: bool, stop: threading.Event) -> 
 # --- what it means ------------------------------------------------------------------------------------------------
 
 
-def tier_rates(tier: str, samples: Reads, measured: list[Measurement]) -> dict[str, dict[str, Any]]:
-    """Clips per second for each tier, from the fastest cold reading of samples.
-
-    For this data set's tier as measured; for the others as many as fit into the same bytes a second.
-    """
-    best = max((m for m in measured if (m.pattern, m.cache) == ("samples", "cold")), key=lambda m: m.bytes_per_second)
-    bytes_a_clip = float(samples.table[:, 2].mean())
-    feeds = {}
-    for other, growth in EXPECTED_GROWTH.items():
-        size = bytes_a_clip * growth / EXPECTED_GROWTH[tier]
-        rate = best.samples_per_second if other == tier else best.bytes_per_second / size
-        feeds[other] = {"bytes_a_clip": size, "clips_per_second": rate, "measured": other == tier}
-    return feeds
-
-
-def _remarks(tier: str, size: int, measured: list[Measurement], seconds: float) -> list[str]:
-    remarks = ["these are whole samples; of mjpeg and y4m, training reads only the wanted frames"]
-    larger = [name for name in EXPECTED_GROWTH if EXPECTED_GROWTH[name] > EXPECTED_GROWTH[tier]]
-    smaller = [name for name in EXPECTED_GROWTH if EXPECTED_GROWTH[name] < EXPECTED_GROWTH[tier]]
-    if larger:
-        remarks.append(f"{', '.join(larger)}: rather more than estimated, since larger reads give more bytes a second")
-    if smaller:
-        remarks.append(f"{', '.join(smaller)}: less than estimated, since smaller reads give fewer bytes a second")
+def _remarks(size: int, measured: list[Measurement], seconds: float) -> list[str]:
+    remarks = [
+        "these are whole samples; of mjpeg and y4m, training reads only the wanted frames",
+        "what other tiers would cost in bytes and decoding: python -m shard_tools.pack ROOT --dry-run",
+    ]
     cold, warm = ([m for m in measured if m.cache == cache] for cache in ("cold", "warm"))
     ratios = [one.bytes_per_second / again.bytes_per_second for one, again in zip(cold, warm, strict=True)]
     if math.prod(ratios) ** (1 / len(ratios)) > 0.8:

@@ -37,8 +37,6 @@ from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 
 TIERS = ("source", "mjpeg", "y4m")
-# Bytes of a tier over bytes of the source, for clips like those of Something-Something-v2.
-EXPECTED_GROWTH = {"source": 1, "mjpeg": 5.5, "y4m": 85}
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
 # The automatic quality is the coarsest that keeps every plane of every frame this close to the decoded one: decoding

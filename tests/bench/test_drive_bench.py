@@ -13,7 +13,6 @@ import pytest
 from shard_tools import bench
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
-from shard_tools.video.tiers import EXPECTED_GROWTH
 from tests.conftest import contents
 
 
@@ -49,12 +48,8 @@ def test_numbers_are_consistent(measured):
     warm = [m for m in measured["measurements"] if m["cache"] == "warm"]
     assert all(m["seconds"] >= 0.3 for m in warm)  # over and over, until the time is up
 
-    best = max(m["samples_per_second"] for m in measured["measurements"][::2] if m["pattern"] == "samples")  # cold
-    feeds = measured["feeds"]
-    assert [tier for tier in feeds if feeds[tier]["measured"]] == ["source"]
-    for tier, growth in EXPECTED_GROWTH.items():
-        assert feeds[tier]["bytes_a_clip"] == pytest.approx(feeds["source"]["bytes_a_clip"] * growth)
-        assert feeds[tier]["clips_per_second"] * growth == pytest.approx(best, rel=0.01)
+    cold = [m for m in measured["measurements"] if (m["pattern"], m["cache"]) == ("samples", "cold")]
+    assert measured["clips_per_second"] == max(m["samples_per_second"] for m in cold)
 
 
 def test_samples_are_read_whole_and_each_once(dataset):
@@ -76,8 +71,7 @@ def test_samples_are_read_whole_and_each_once(dataset):
             assert sorted(together.tolist()) == sorted(reads.table.tolist())
             if pattern == "shards":
                 assert (together == reads.table).all()
-                sizes = [share[:, 2].sum() for share in shares]
-                assert max(sizes) - min(sizes) <= 2 * reads.table[:, 2].max()
+                assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_time_is_bounded_and_the_last_reads_are_those_repeated(dataset):
@@ -122,7 +116,7 @@ def test_as_a_user_runs_it(run_module, dataset, tmp_path):
     assert (done.stderr, "40 samples" in lines[0]) == ("", True)
     rows = [["shards", "cold", "2"], ["shards", "warm", "2"], ["samples", "cold", "2"], ["samples", "warm", "2"]]
     assert [line.split()[:3] for line in lines[2:6]] == rows
-    assert any(line.startswith("  source") and "measured" in line for line in lines)
+    assert lines[6].startswith("the drive alone could feed ")
     done = run_module("shard_tools.bench", tmp_path / "nothing", check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "no such folder" in done.stderr

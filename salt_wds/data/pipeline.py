@@ -24,7 +24,7 @@ from salt_wds.data.spec import STAGES, PipelineSpec, Sample, identity, make_orde
 from salt_wds.data.views import evaluation_view, training_view
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
-from shard_tools.format.sample import COLOURS
+from shard_tools.format.sample import COLOURS, FRAME_TIERS
 from shard_tools.video.decode import VideoInfo, get_decoder
 
 Item = TypeVar("Item")
@@ -81,7 +81,7 @@ class SamplePipeline:
 
     def __init__(self, spec: PipelineSpec, worker: int) -> None:
         self.clock = StageClock()
-        self.reader = Reader(spec.catalog, spec.data.read_retries)
+        self.reader = Reader(spec.catalog, spec.data.read_retries, whole=spec.data.decoder == "decord")
         self.failures: list[Failure] = []
         self._spec, self._worker = spec, worker
         self._order = make_order(spec.catalog, spec.data, spec.seed, spec.views)
@@ -168,7 +168,7 @@ class SamplePipeline:
         """Decode, crop and resize into the sample's clip."""
         row, payload, clock = sample["row"], sample.pop("payload"), self.clock
         info = video_info(row, sample["json"], self._spec.catalog.part(sample["shard"]).foreign)
-        if not isinstance(payload, bytes):
+        if row.ext in FRAME_TIERS:
             payload = clock.timed("read", payload)
         decoded = self._decoders[row.ext](payload, info, sample["distinct_frames"])
         clock.switch("crop")

@@ -1,11 +1,12 @@
 """Bytes of samples out of shards: `pread` at indexed offsets, checked against the hashes taken when they were packed.
 
-Of the storage tier "source" the whole file is read; of "mjpeg" and "y4m" only the wanted frames, whose places and
-hashes are in KEY.json.
+Of the storage tier "source" the whole file is read if it is small, and otherwise the chunks with the packets that the
+wanted frames need; of "mjpeg" and "y4m" only the wanted frames. Their places and hashes are in KEY.json.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
@@ -14,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import xxhash
 
 from salt_wds.data.catalog import Catalog, Row
-from shard_tools.format.sample import FRAME_TIERS, Y4M_FRAME_MARK, frame_span, y4m_frame_bytes
+from shard_tools.format.sample import FRAME_TIERS, Y4M_FRAME_MARK, PacketTable, frame_span, y4m_frame_bytes
+from shard_tools.video.packet_table import CHUNK_BYTES, LEAST_CHUNKED, chunk_hashes, from_table
+from shard_tools.video.packets import Packets
 
 # Errors a drive or a file server may recover from; a missing file or a permission does not change.
 _TRANSIENT = frozenset(
@@ -25,6 +29,7 @@ _TRANSIENT = frozenset(
 )
 _FIRST_PAUSE_S = 0.05  # before the first retry; doubled each time
 _MAX_OPEN = 64  # shards
+_KEY_FRAME_DISTANCE = 512 << 10  # bytes that are read ahead before the first wanted frame of a long video
 
 Content = TypeVar("Content")
 
@@ -38,10 +43,11 @@ class Reader:
 
     Args:
         retries: of a read whose failure may be transient.
+        whole: give video files as they are, for a decoder that opens the container itself.
     """
 
-    def __init__(self, catalog: Catalog, retries: int) -> None:
-        self._catalog, self._retries = catalog, retries
+    def __init__(self, catalog: Catalog, retries: int, whole: bool = False) -> None:
+        self._catalog, self._retries, self._whole = catalog, retries, whole
         self._open: dict[int, int] = {}
         self._recovered: Exception | None = None
         self.bytes_read = 0
@@ -49,28 +55,42 @@ class Reader:
     def prefetch(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
         """Have the kernel read these frames of a sample ahead, so that the drive works while we decode."""
         try:
-            for start, end in _spans(row, numbers):
+            for start, end in _spans(row, numbers, self._whole):
                 os.posix_fadvise(self._file(shard), start, end - start, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # only a hint: reading this sample meets the same error and records it
 
-    def read(self, shard: int, row: Row, numbers: Sequence[int]) -> tuple[dict[str, Any], bytes | Iterator[bytes]]:
+    def read(
+        self, shard: int, row: Row, numbers: Sequence[int]
+    ) -> tuple[dict[str, Any], bytes | Packets | Iterator[bytes]]:
         """A sample's JSON (empty if it has none) and its payload, checked against their hashes.
 
-        The payload is the whole file; in the frame tiers an iterator over the bytes of each wanted frame, which reads
-        when asked, so that a frame is still in the processor's cache when it is decoded.
+        The payload is the whole file, or its packets if KEY.json has a table of them; in the frame tiers an iterator
+        over the bytes of each wanted frame, which reads when asked, so that a frame is still in the processor's cache
+        when it is decoded.
 
         Args:
-            numbers: the wanted frames, ascending, each once; only frame tiers use them.
+            numbers: the wanted frames, ascending, each once; other frames may be missing.
 
         Raises (in the frame tiers also while the payload is taken):
             OSError: the shard cannot be read, after all retries.
             HashMismatchError: the bytes are not those that were packed, after all retries.
+            ValueError: the table of packets is damaged.
         """
         record = self._with_retries(shard, functools.partial(self._read_json, shard, row))
         if row.ext in FRAME_TIERS:
             return record, self._frames(shard, row, record, numbers)
-        return record, self._with_retries(shard, functools.partial(self._read_payload, shard, row))
+        table = None if self._whole or self._catalog.part(shard).foreign else record.get("packets")
+        if not isinstance(table, dict):
+            return record, self._with_retries(shard, functools.partial(self._read_payload, shard, row))
+        packets = from_table(PacketTable(**table), row.payload_size, row.num_frames)
+        if hashes := chunk_hashes(table["chunk_xxh3"], row.payload_size):
+            chunks = _chunks(packets, [number for number in numbers if number < row.num_frames])
+            read_chunks = functools.partial(self._read_chunks, shard, row, chunks, hashes)
+            content = self._with_retries(shard, read_chunks)
+        else:
+            content = memoryview(self._with_retries(shard, functools.partial(self._read_payload, shard, row)))
+        return record, dataclasses.replace(packets, content=content)
 
     def take_recovered(self) -> Exception | None:
         """The error, if any, that a retry has overcome since the last call."""
@@ -105,6 +125,19 @@ class Reader:
         if xxhash.xxh3_64_intdigest(payload) != row.xxh3_payload:
             raise self._mismatch(shard, row, row.ext)
         return payload
+
+    def _read_chunks(self, shard: int, row: Row, spans: Sequence[tuple[int, int]], hashes: Sequence[int]) -> memoryview:
+        """A buffer for the whole payload, of which only these spans of chunks are filled: the rest takes no memory."""
+        content = np.empty(row.payload_size, np.uint8)
+        for first, end in spans:
+            start, stop = first * CHUNK_BYTES, min(end * CHUNK_BYTES, row.payload_size)
+            data = memoryview(self._pread(shard, row.payload_offset + start, stop - start))
+            for chunk in range(first, end):
+                at = chunk * CHUNK_BYTES - start
+                if xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES]) != hashes[chunk]:
+                    raise self._mismatch(shard, row, f"{row.ext} at byte {start + at}")
+            content[start:stop] = data
+        return content.data
 
     def _frames(self, shard: int, row: Row, record: dict[str, Any], numbers: Sequence[int]) -> Iterator[bytes]:
         for number in numbers:
@@ -143,19 +176,42 @@ class Reader:
             os.close(descriptor)
 
 
-def _spans(row: Row, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the shard that reading a sample needs; estimated for mjpeg, whose frame table is not read yet."""
+def _chunks(packets: Packets, numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and end of each run of chunks that decoding these frames needs."""
+    assert packets.offset is not None
+    runs: list[tuple[int, int]] = []
+    for begin, end in packets.stretches(numbers):
+        start = int(packets.offset[begin:end].min())
+        stop = int((packets.offset + packets.size)[begin:end].max())
+        first, after = start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)
+        if runs and first <= runs[-1][1]:
+            first = min(runs[-1][0], first)
+            after = max(runs.pop()[1], after)
+        runs.append((first, after))
+    return runs
+
+
+def _spans(row: Row, numbers: Sequence[int], whole: bool) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the shard that reading a sample needs.
+
+    They are estimated for mjpeg and for long video files, whose tables are not read yet.
+    """
     start = min(row.json_offset, row.payload_offset) if row.json_size else row.payload_offset
-    if row.ext not in FRAME_TIERS:
+    is_video = row.ext not in FRAME_TIERS
+    if is_video and (whole or row.payload_size < LEAST_CHUNKED or not row.json_size):
         yield start, row.payload_offset + row.payload_size
         return
     yield row.json_offset, row.json_offset + row.json_size
+    end = row.payload_offset + row.payload_size
     if row.ext == "y4m":
         step = len(Y4M_FRAME_MARK) + y4m_frame_bytes(row.width, row.height)
-        end = row.payload_offset + row.payload_size
         for number in numbers:
             yield end - (row.num_frames - number) * step, end - (row.num_frames - number - 1) * step
-    else:  # JPEGs of a clip have about the same size
+    else:  # the frames of a video have about the same size
         mean = row.payload_size / row.num_frames
         first, last = max(numbers[0] - 1, 0), min(numbers[-1] + 2, row.num_frames)
-        yield row.payload_offset + int(first * mean), row.payload_offset + int(last * mean)
+        before = _KEY_FRAME_DISTANCE if is_video else 0
+        yield (
+            max(row.payload_offset + int(first * mean) - before, row.payload_offset),
+            row.payload_offset + int(last * mean),
+        )

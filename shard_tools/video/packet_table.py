@@ -16,6 +16,8 @@ from shard_tools.video.packets import Packets
 CHUNK_BYTES = 64 << 10
 # From this size on a payload's chunks have hashes, so that training reads only those it needs.
 LEAST_CHUNKED = 1 << 20
+_KINDS = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}
+_CODING = [field.name for field in dataclasses.fields(Coding)]
 
 
 def to_table(packets: Packets, payload: bytes) -> PacketTable | str:
@@ -47,45 +49,51 @@ def from_table(table: PacketTable, payload_size: int, num_frames: int) -> Packet
     count = table.count
     _check(count > 0, "it has no packets")
     gaps, size = _numbers(table.gaps, count), _numbers(table.sizes, count)
-    offset = np.cumsum(gaps + np.concatenate(([0], size[:-1])))
+    ends = np.cumsum(gaps + size)
+    offset = ends - size
     _check(size.min() > 0 and offset.min() >= 0, "a size or an offset is negative")
-    _check((offset + size).max() <= payload_size, f"a packet ends behind the payload's {payload_size} bytes")
-    frame = _numbers(table.frames, count) if table.frames else np.arange(count)
-    shown = np.sort(frame[frame >= 0])
+    _check(ends.max() <= payload_size, f"a packet ends behind the payload's {payload_size} bytes")
+    frame = np.arange(count)
+    if table.frames:
+        frame = _numbers(table.frames, count)
+        _check(frame.min() >= -1, "a frame has a negative number")
+    shown = np.sort(frame)[-num_frames:]
     _check(
-        frame.min() >= -1 and np.array_equal(shown, np.arange(num_frames)), f"its frames are not those of {num_frames}"
+        np.count_nonzero(frame >= 0) == num_frames and shown[0] == 0 and (np.diff(shown) == 1).all(),
+        f"its frames are not those of a video of {num_frames}",
     )
-    bits = np.unpackbits(np.frombuffer(_bytes(table.starts), np.uint8)).astype(bool)
+    bits = np.unpackbits(np.frombuffer(_bytes(table.starts), np.uint8)).view(bool)
     _check(len(bits) == count + -count % 8 and bits[0] and not bits[count:].any(), "its starts are damaged")
-    chunk_hashes(table, payload_size)
-    names = [field.name for field in dataclasses.fields(Coding)]
-    coding = {name: getattr(table, name) for name in names} | {"extradata": _bytes(table.extradata)}
+    chunk_hashes(table.chunk_xxh3, payload_size)
+    coding = {name: getattr(table, name) for name in _CODING} | {"extradata": _bytes(table.extradata)}
     return Packets(Coding(**coding), frame, bits[:count], size, offset)
 
 
-def chunk_hashes(table: PacketTable, payload_size: int) -> list[int]:
-    """XXH3-64 of each chunk of the payload; empty if it is read whole.
+def chunk_hashes(text: str, payload_size: int) -> list[int]:
+    """XXH3-64 of each chunk of the payload, by `chunk_xxh3`; empty if it is read whole.
 
     Raises:
         ValueError: their number contradicts the payload's size.
     """
-    hashes = _bytes(table.chunk_xxh3)
-    _check(len(hashes) in (0, -(-payload_size // CHUNK_BYTES) * 8), "its hashes of chunks are damaged")
+    if not text:
+        return []
+    hashes = _bytes(text)
+    _check(len(hashes) == -(-payload_size // CHUNK_BYTES) * 8, "its hashes of chunks are damaged")
     return np.frombuffer(hashes, "<u8").tolist()
 
 
 def _column(values: np.ndarray) -> str:
     """Little-endian signed integers of the fewest bytes that hold them all, as base64."""
-    kinds = (np.dtype(kind) for kind in ("<i1", "<i2", "<i4", "<i8"))
-    fits = (kind for kind in kinds if np.iinfo(kind).min <= values.min() and values.max() <= np.iinfo(kind).max)
-    return _text(values.astype(next(fits)).tobytes())
+    least, most = values.min(), values.max()
+    kind = next(kind for kind in _KINDS.values() if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max)
+    return _text(values.astype(kind).tobytes())
 
 
 def _numbers(text: str, count: int) -> np.ndarray:
     data = _bytes(text)
     width, rest = divmod(len(data), count)
-    _check(not rest and width in (1, 2, 4, 8), f"a column has {len(data)} bytes for {count} packets")
-    return np.frombuffer(data, f"<i{width}").astype(np.int64)
+    _check(not rest and width in _KINDS, f"a column has {len(data)} bytes for {count} packets")
+    return np.frombuffer(data, _KINDS[width]).astype(np.int64)
 
 
 def _text(data: bytes) -> str:
@@ -94,8 +102,8 @@ def _text(data: bytes) -> str:
 
 def _bytes(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return binascii.a2b_base64(text, strict_mode=True)
+    except binascii.Error:
         raise ValueError("packet table: not base64") from None
 
 

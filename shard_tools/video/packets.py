@@ -25,6 +25,8 @@ from shard_tools.video.ffmpeg import BadVideoError, Coding, open_video, padded_p
 _HEADER = 64
 _PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
 
+_NEEDED = ("new_extradata", "palette")  # side data without which packets are decoded wrongly
+
 SPLIT = "split by the container"  # reasons why there is no table
 UNNAMED = "frames without packets"
 SIDE_DATA = "packets with side data"
@@ -103,16 +105,14 @@ class Packets:
         What lies between two stretches is skipped, because decoding may begin behind it.
         """
         assert self.frame is not None
-        shown = np.flatnonzero(self.frame >= 0)
-        places = np.empty(len(shown), np.int64)
-        places[self.frame[shown]] = shown
-        starts = np.flatnonzero(self.start)
+        wanted, starts = np.array(numbers), np.flatnonzero(self.start)
+        places = np.argsort(self.frame)[len(self.frame) - (self.num_frames or 0) :][wanted]
+        last = np.searchsorted(starts, places, "right") - 1
+        # A leading picture is presented before the start that it follows, and needs what came before that.
+        while (leading := (self.frame[starts[last]] > wanted) & (last > 0)).any():
+            last -= leading
         found: list[tuple[int, int]] = []
-        for number, place in zip(numbers, places[list(numbers)].tolist(), strict=True):
-            last = int(np.searchsorted(starts, place, "right")) - 1
-            while last > 0 and self.frame[starts[last]] > number:  # a leading picture: it needs what came before
-                last -= 1
-            begin = int(starts[last])
+        for begin, place in zip(starts[last].tolist(), places.tolist(), strict=True):
             if found and begin <= found[-1][1]:
                 found[-1] = found[-1][0], max(found[-1][1], place + 1)
             else:
@@ -185,18 +185,26 @@ def _offsets(payload: bytes, packets: list[av.Packet]) -> tuple[np.ndarray | Non
     offsets: list[int] = []
     behind = 0
     for packet in packets:
-        if packet.has_sidedata("new_extradata") or packet.has_sidedata("palette"):
+        if any(data.data_type in _NEEDED for data in packet.iter_sidedata()):
             return None, SIDE_DATA
-        at, size = -1, packet.size
-        if (near := packet.pos) is not None:
-            at = payload.find(packet, near, near + size + _HEADER)
+        content, near = bytes(packet), packet.pos
+        at = -1 if near is None else _find(payload, content, near)
         if at < 0:
-            at = payload.find(packet, behind, behind + size + _HEADER)
+            at = _find(payload, content, behind)
         if at < 0:
             return None, SPLIT
         offsets.append(at)
-        behind = at + size
+        behind = at + len(content)
     return np.array(offsets, np.int64), ""
+
+
+def _find(payload: bytes, content: bytes, start: int) -> int:
+    """Where the bytes of a packet begin, behind a header at `start`; -1 if they are not there in one piece."""
+    head = content[:8]  # searching for all of it takes longer
+    at = payload.find(head, start, start + _HEADER)
+    while at >= 0 and not payload.startswith(content, at):
+        at = payload.find(head, at + 1, start + _HEADER)
+    return at
 
 
 def _inspect(context: av.VideoCodecContext, packets: list[av.Packet]) -> tuple[list[bool], list[bool | None]]:

@@ -124,12 +124,11 @@ class Chart:
         """The values in columns of equal width, from step 0 to the last."""
         columns = min(_READOUTS, len({step for curve in self.curves for step, _ in curve.points}))
         texts = []
-        for column in range(1, columns + 1):
-            end = self._last_step * column / columns
-            found = [(c.name, p[-1]) for c in self.curves if (p := [p for p in c.points if p[0] <= end + 1e-9])]
-            step = max((step for _, (step, _) in found), default=0)
-            lines = [f"{name}: {format_number(y, '%' if self.unit == '%' else '')}" for name, (_, y) in found]
-            texts.append("\n".join([f"step {step:,.0f}", *lines]) if found else "")
+        for end in np.linspace(0, self._last_step, columns + 1)[1:]:
+            seen = [(curve.name, [point for point in curve.points if point[0] <= end + 1e-9]) for curve in self.curves]
+            last = [(name, *points[-1]) for name, points in seen if points]
+            lines = [f"{name}: {format_number(value, '%' if self.unit == '%' else '')}" for name, _, value in last]
+            texts.append("\n".join([f"step {max(step for _, step, _ in last):,.0f}", *lines]) if last else "")
         return texts
 
     @property

@@ -208,7 +208,7 @@ def nearest_clips(pooled_MD: Tensor, count: int) -> tuple[Tensor, Tensor]:  # no
 
 def label_agreement(nearest: Tensor, labels: Sequence[str]) -> tuple[float, float]:
     """Share of the nearest clips (M, count) with their query's label, and that share among all other clips."""
-    numbers = torch.tensor([list(dict.fromkeys(labels)).index(label) for label in labels])
+    numbers = torch.tensor([labels.index(label) for label in labels])
     same = numbers == numbers[:, None]
     chance = (same.sum() - len(labels)) / (len(labels) * (len(labels) - 1))
     return same.gather(1, nearest).double().mean().item(), chance.item()
@@ -236,9 +236,8 @@ def _bank(loader: Loader, encoders: Sequence[FrozenEncoder]) -> tuple[list[Shown
 
 def _queries(labels: Sequence[str]) -> list[int]:
     """A few clips, of different labels if possible."""
-    first = {label: number for number, label in reversed(list(enumerate(labels)))}
-    chosen = sorted(first.values())[:_QUERIES]
-    return chosen + [number for number in range(len(labels)) if number not in chosen][: _QUERIES - len(chosen)]
+    first = [labels.index(label) for label in dict.fromkeys(labels)]
+    return list(dict.fromkeys([*first, *range(len(labels))]))[:_QUERIES]
 
 
 def _bank_split(config: Config) -> str:

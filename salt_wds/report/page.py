@@ -111,16 +111,22 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         facts.append(("Epochs", format_number(round(finite_or(last["epoch"], 0.0), 2))))
     if record.training_s:
         facts.append(("Training time", format_duration(record.training_s)))
-    return facts + [(name, format_number(p[-1][1], unit)) for name, key, unit in _FINAL if (p := record.series(key))]
+    found = [(name, _last(record, key, unit)) for name, key, unit in _FINAL]
+    return facts + [fact for fact in found if fact[1] != "-"]
+
+
+def _last(record: RunRecord, key: str, unit: str) -> str:
+    points = record.series(key)
+    return format_number(points[-1][1], unit) if points else "-"
 
 
 def _comparison(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """The last value of each metric, and the settings that differ, by run."""
     numbers = [["Last step", *(f"{record.step:,}" for record in records)]]
     for name, key, unit in _FINAL:
-        series = [record.series(key) for record in records]
-        if any(series):
-            numbers.append([name, *(format_number(points[-1][1], unit) if points else "-" for points in series)])
+        values = [_last(record, key, unit) for record in records]
+        if set(values) != {"-"}:
+            numbers.append([name, *values])
     settings = []
     for key in sorted({key for record in records for key in record.settings} - {"train.run_dir"}):
         values = [_toml(record.settings[key]) if key in record.settings else "-" for record in records]

@@ -116,9 +116,9 @@ def check_in_browser(page, tmp_path, sections):
 
 def test_a_report_in_a_browser(page, tmp_path):
     text, readout = check_in_browser(page, tmp_path, ["Summary", "Curves", *PARTS])
-    shown = HOSTILE.replace("\u202e", "\ufffd")
-    for place in (f"Moving something {shown}", f"key-{shown}", f"{shown} no frame", f"{shown}.tar", f"train {shown}"):
-        assert place in text
+    for place in ("Moving something {}", "key-{}", "{} no frame", "{}.tar", "train {}"):
+        shown = [place.replace("{}", HOSTILE.replace("\u202e", sign)) for sign in ("\ufffd", "\\u202e")]
+        assert any(words in text for words in shown), place
     for words in ("Nearest neighbours", "tokens of the teacher", "student of step 20", "Loss", "R2 by position",
                   "Effective rank", "rank 0 worker 1", "not JSON", "50.0 %", "and 18 more", torch.__version__,
                   "no such picture (the confusion table of the student)"):  # fmt: skip
@@ -171,39 +171,24 @@ def test_runs_of_one_name_are_told_apart(run_dir, tmp_path):
     assert f"{run_dir.parent.name}/{run_dir.name}" in page
 
 
-def move_dataset(folder):
-    replace_in_config(folder, 'shards = "', 'shards = "/nowhere')
-
-
-def move_weights(folder):
-    replace_in_config(folder, 'weights = "random"', 'weights = "/nowhere/teacher.pth"')
-
-
-def remove_checkpoints(folder):
-    shutil.rmtree(folder / "checkpoints")
-
-
-def add_unknown_key(folder):
-    replace_in_config(folder, "[data]", "[data]\nnew_key = 1")
-
-
-def replace_in_config(folder, old, new):
-    text = (folder / "config.toml").read_text()
-    assert old in text
-    (folder / "config.toml").write_text(text.replace(old, new))
-
-
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("old", "new", "expected"),
     [
-        (move_dataset, ["No clips: /nowhere", "no such folder", "R2 by position"]),
-        (move_weights, ["No tokens of the teacher: ", "/nowhere/teacher.pth", "tokens of the student"]),
-        (remove_checkpoints, ["has no checkpoint yet", "tokens of the teacher"]),
-        (add_unknown_key, ["No pictures: ", "data.new_key: unknown key", "new_key = 1"]),
+        ('shards = "', 'shards = "/nowhere', ["No clips: /nowhere", "no such folder", "R2 by position"]),
+        ('weights = "random"', 'weights = "/nowhere/teacher.pth"',
+         ["No tokens of the teacher: ", "/nowhere/teacher.pth", "tokens of the student"]),
+        (None, None, ["has no checkpoint yet", "tokens of the teacher"]),
+        ("[data]", "[data]\nnew_key = 1", ["No pictures: ", "data.new_key: unknown key", "new_key = 1"]),
     ],
-)
-def test_what_is_missing_is_named_and_the_rest_is_shown(copy, change, expected):
-    change(copy)
+)  # fmt: skip
+def test_what_is_missing_is_named_and_the_rest_is_shown(copy, old, new, expected):
+    """The data set, the teacher's weights, all checkpoints, or a key that this version knows."""
+    toml = (copy / "config.toml").read_text()
+    if old is None:
+        shutil.rmtree(copy / "checkpoints")
+    else:
+        assert old in toml
+        (copy / "config.toml").write_text(toml.replace(old, new))
     assert report.main([str(copy), "--clips", "2", "--device", "cpu"]) == 1
     page = (copy / "report.html").read_text()
     for words in expected:

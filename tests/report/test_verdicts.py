@@ -51,28 +51,42 @@ def record(tmp_path, repository):
     return make
 
 
-# --- learning -----------------------------------------------------------------------------------------------------
+# --- metrics ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("numbers", "kind", "words"),
+    ("judge", "numbers", "kind", "words"),
     [
-        ({}, "good", "It learns"),
-        ({"r2_position": lambda n: 0.02 * (-1) ** n}, "doubt", "nothing yet of the single clip"),
-        ({"r2": -0.1}, "bad", "Not so far"),
-        ({"lines": 3}, "open", "Too early to tell"),  # steps 10, 20, 30: the warm-up ends at 20
-        ({"r2": lambda n: 0.03 + 0.2 * (-1) ** n}, "bad", "Not so far"),  # noise could explain this mean
-        ({"r2": 0.03, "r2_position": 0.03}, "good", "It learns"),
-        ({"r2_position": lambda n: max(0.1, 0.1 + 0.05 * (n - 36))}, "good", "It learns"),  # a steep trend is no noise
-        ({"r2": lambda n: 0.01 * n}, "good", "It is still rising."),
-        ({"r2": lambda n: 0.4 + 0.01 * (-1) ** n}, "good", "It has levelled off."),
-        ({"val_r2": lambda n: (0.3 if n < 30 else 0.2) if n % 10 == 9 else None}, "doubt",
+        (learning, {}, "good", "It learns"),
+        (learning, {"r2_position": lambda n: 0.02 * (-1) ** n}, "doubt", "nothing yet of the single clip"),
+        (learning, {"r2": -0.1}, "bad", "Not so far"),
+        (learning, {"lines": 3}, "open", "Too early to tell"),  # steps 10, 20, 30: the warm-up ends at 20
+        (learning, {"r2": lambda n: 0.03 + 0.2 * (-1) ** n}, "bad", "Not so far"),  # noise could explain this mean
+        (learning, {"r2": 0.03, "r2_position": 0.03}, "good", "It learns"),
+        # a steep trend is no noise
+        (learning, {"r2_position": lambda n: max(0.1, 0.1 + 0.05 * (n - 36))}, "good", "It learns"),
+        (learning, {"r2": lambda n: 0.01 * n}, "good", "It is still rising."),
+        (learning, {"r2": lambda n: 0.4 + 0.01 * (-1) ** n}, "good", "It has levelled off."),
+        (learning, {"val_r2": lambda n: (0.3 if n < 30 else 0.2) if n % 10 == 9 else None}, "doubt",
          "0.200, in training 0.400. It was best at step 100 (0.300) and has fallen since: it overfits."),
-        ({"val_r2": lambda n: 0.3 if n % 10 == 9 else None}, "good", "Held out, at step 400: 0.300, in training 0.400"),
+        (learning, {"val_r2": lambda n: 0.3 if n % 10 == 9 else None}, "good",
+         "Held out, at step 400: 0.300, in training 0.400"),
+        (collapse, {}, "good", "effective rank of 30.0"),
+        (collapse, {"lines": 3, "prediction_std": 0.01}, "open", "early for the predictions"),  # every head starts at 0
+        (collapse, {"lines": 3, "effective_rank": 1.0}, "bad", "The encoder has collapsed"),
+        (collapse, {"settings": ["loss.target_norm=none"], "target_std": 0.01, "prediction_std": 0.008}, "good", "80%"),
+        (collapse, {"effective_rank": 1.0}, "bad", "The encoder has collapsed"),
+        (collapse, {"effective_rank": 1.9}, "bad", "The encoder has collapsed"),
+        (collapse, {"prediction_std": 0.05}, "bad", "almost constant: their spread is 6% of the targets'"),
+        (collapse, {"target_std": 0.01}, "bad", "The targets are constant"),
+        (collapse, {"target_std": 0.0, "prediction_std": 0.0}, "bad", "The targets are constant"),
+        # constant under noise: full rank
+        (collapse, {"token_spread": 0.004}, "bad", "its tokens differ by 0.4% of their size"),
+        (collapse, {"token_spread": 0.9}, "good", "effective rank of 30.0"),
     ],
 )  # fmt: skip
-def test_learning_is_more_than_the_mean_of_each_position_and_more_than_noise(record, numbers, kind, words):
-    verdict = learning(record(**numbers))
+def test_metrics_are_judged(record, judge, numbers, kind, words):
+    verdict = judge(record(**numbers))
     assert verdict.kind == kind
     assert words in verdict.text
 
@@ -86,29 +100,7 @@ def test_learning_rates_that_have_moved_nothing_are_not_judged(record):
     assert learning(moved).kind == collapse(moved).kind == "bad"
 
 
-# --- collapse -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("numbers", "kind", "words"),
-    [
-        ({}, "good", "effective rank of 30.0"),
-        ({"lines": 3, "prediction_std": 0.01}, "open", "early for the predictions"),  # every head starts at 0
-        ({"lines": 3, "effective_rank": 1.0}, "bad", "The encoder has collapsed"),
-        ({"settings": ["loss.target_norm=none"], "target_std": 0.01, "prediction_std": 0.008}, "good", "80%"),
-        ({"effective_rank": 1.0}, "bad", "The encoder has collapsed"),
-        ({"effective_rank": 1.9}, "bad", "The encoder has collapsed"),
-        ({"prediction_std": 0.05}, "bad", "almost constant: their spread is 6% of the targets'"),
-        ({"target_std": 0.01}, "bad", "The targets are constant"),
-        ({"target_std": 0.0, "prediction_std": 0.0}, "bad", "The targets are constant"),
-        ({"token_spread": 0.004}, "bad", "its tokens differ by 0.4% of their size"),  # constant under noise: full rank
-        ({"token_spread": 0.9}, "good", "effective rank of 30.0"),
-    ],
-)
-def test_collapse_is_seen_in_the_metrics(record, numbers, kind, words):
-    verdict = collapse(record(**numbers))
-    assert verdict.kind == kind
-    assert words in verdict.text
+# --- tokens -------------------------------------------------------------------------------------------------------
 
 
 def tokens(clips=12, places=64, width=32, seed=0):
@@ -146,9 +138,8 @@ def test_spread_of_tokens_is_that_of_how_they_were_made():
 def test_an_encoder_that_sees_nothing_is_called_blind_or_constant(repository):
     """Real networks: patches that never reach the tokens; a final norm that gives its bias only; and a healthy one."""
     config = load_config(repository / "configs/tiny.toml", [])
-    clips = torch.randint(
-        0, 256, (6, 8, 64 * 64 * 3 // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(0, 256, (6, 8, 64 * 64 * 3 // 2), dtype=torch.uint8, generator=generator)
     colour = torch.zeros(6, dtype=torch.int64)
 
     def verdict(change):
@@ -168,9 +159,8 @@ def test_an_encoder_that_sees_nothing_is_called_blind_or_constant(repository):
 def test_waiting_for_data_comes_with_the_remedy(record):
     start = {"event": "start", "time": 0, "step": 0, "cores": 16, "extensions": ["webm"], "folders": "/data/shards"}
     assert input_bound(record()).kind == "good"
-    assert (
-        input_bound(record(lines=3, data_wait_share=lambda n: 0.9 if n == 0 else 0.0)).kind == "good"
-    )  # workers start
+    first = record(lines=3, data_wait_share=lambda n: 0.9 if n == 0 else 0.0)  # while workers start
+    assert input_bound(first).kind == "good"
     waits = input_bound(record(history=[start], data_wait_share=0.4))
     assert waits.kind == "doubt"
     assert "40% of the time" in waits.text
@@ -191,11 +181,7 @@ STOPPED = Failure("decode", "E", "m", None, shard="a.tar", key="k")
         ([], "good", "No sample failed."),
         ([READ_AGAIN, LOST_WORKER], "good", "No sample failed. 2 records cost no sample"),
         ([*LOST, READ_AGAIN], "doubt", "32 times a sample failed, 0.50% of the 6,432 that were tried"),
-        (
-            [STOPPED, STOPPED, LOST_WORKER],
-            "doubt",
-            "2 samples failed in a batch that stopped the run; nothing replaced",
-        ),
+        ([STOPPED, STOPPED, LOST_WORKER], "doubt", "2 samples failed in a batch that stopped the run; nothing replac"),
     ],
 )
 def test_failures_are_counted_by_what_they_cost(record, records, kind, words):

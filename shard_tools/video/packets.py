@@ -173,6 +173,8 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     size = np.array([packet.size for packet in demuxed], np.int64)
     shown, clean = _inspect(stream.codec_context, demuxed)
     frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] else None
+    if frame is not None and stream.codec_context.has_b_frames and (np.diff(frame[frame >= 0]) > 0).all():
+        frame = None  # AVI has no times of presentation: those of decoding stand for them
     start = np.array(clean or [False] * len(demuxed), bool)
     start[:1] = True
     sure = frame is not None and None not in clean

@@ -33,6 +33,7 @@ VIDEOS = {
     "interlaced.mp4": f"{X264} -g 12 -flags +ildct+ilme -x264-params tff=1",
     "h264.ts": f"{X264} -g 12",
     "h264.avi": f"{X264} -g 12 -bf 0",
+    "reordered.avi": f"{X264} -g 12 -bf 3",
     "h264.flv": f"{X264} -g 12",
     "h264.3gp": f"{X264} -g 12",
     "open_hevc.mp4": f"{X265}:keyint=12:min-keyint=12:bframes=4:open-gop=1",
@@ -127,7 +128,7 @@ def written_down(packets: Packets, payload: bytes) -> Packets:
 
 
 FAST = {"closed.mp4", "open.mkv", "refresh.mp4", "vp8.webm", "vp9.webm", "mpeg2.ts", "mpeg4.avi"}
-FAST |= {"open_hevc_cut.mkv", "no_key.webm", "closed_cut.mp4"}
+FAST |= {"open_hevc_cut.mkv", "no_key.webm", "closed_cut.mp4", "reordered.avi"}
 NAMES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in (*VIDEOS, *CUT)]
 
 

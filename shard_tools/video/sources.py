@@ -107,10 +107,11 @@ def find_videos(root: Path, exclude: Path, found: SourceSet, known: Collection[P
     """
     paths = []
     others = {path.resolve() for path in known}
+    names = {path.name for path in others}
     for path in _walk(root, exclude):
         name = path.relative_to(root).as_posix()
         if not is_video(name):
-            if not others or path.resolve() not in others:
+            if path.name not in names or path.resolve() not in others:
                 found.pass_over(name)
         elif _is_text(name):
             paths.append(name)

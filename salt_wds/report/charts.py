@@ -19,7 +19,7 @@ from salt_wds.report.record import RunRecord
 
 Points = Sequence[tuple[float, float]]
 
-MARGINS = {"left": 13.0, "right": 2.0}  # of the axes, in percent of the picture's width
+MARGINS = {"left": 13.0, "right": 5.0}  # of the axes, in percent of the picture's width
 _COLOURS = ("#0063b1", "#c2470a", "#00806a", "#9a3f86", "#7a6300", "#2b8fc7", "#5b4bb7", "#555555")
 _MAX_POINTS = 200  # of a curve; longer ones are drawn as means over stretches, in a band from minimum to maximum
 _READOUTS = 40  # columns in which the pointer shows values

@@ -4,6 +4,7 @@ import shutil
 from itertools import islice
 
 import pytest
+from damage import flip
 
 from salt_wds.config import load_config
 from salt_wds.data.loader import Loader
@@ -54,12 +55,7 @@ def damaged(dataset, tmp_path):
 
     def damage(shard, row):
         index = read_index(folder / index_name(shards[shard])).to_pylist()[row]
-        with (folder / shards[shard]).open("r+b") as file:
-            place = index["payload_offset"] + index["payload_size"] // 2
-            file.seek(place)
-            byte = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([byte ^ 0xFF]))
+        flip(folder / shards[shard], index["payload_offset"] + index["payload_size"] // 2, 0xFF)
         return shards[shard], index["key"], index["payload_offset"]
 
     return folder, damage

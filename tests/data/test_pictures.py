@@ -147,11 +147,3 @@ def test_a_full_disk_costs_the_picture_and_not_the_run(config_of, tmp_path, monk
     (tmp_path / "history.jsonl").mkdir()  # cannot be written
     record_end(tmp_path, 0)
     assert "history.jsonl: Is a directory" in caplog.text
-
-
-def test_any_label_can_be_drawn(config_of, tmp_path):
-    config = config_of()
-    batch = next(iter(Loader(config, tmp_path / "x.jsonl")))
-    batch["label"][:] = torch.arange(4)
-    pictures.write_first_batch(tmp_path, config, batch, ["a\nb", "日本語 🦀", "x" * 5000, ""])
-    assert cv2.imread(str(tmp_path / "first_batch.png")).shape[1] == 744

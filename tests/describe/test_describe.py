@@ -207,9 +207,6 @@ def test_labels_of_any_text_and_length(tmp_path):
     [
         (["--sheet", "sheet.jpg"], "ends in .png"),
         (["--sheet", "missing/folder/sheet.png"], "no such folder"),
-        (["--clips", "0"], "--clips"),
-        (["--frames", "33"], "--frames"),
-        (["--seed", "-1"], "--seed"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_read(dataset, args, says, capsys):

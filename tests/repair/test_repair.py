@@ -214,8 +214,6 @@ def test_a_source_that_kills_its_reader_leaves_the_shard(copy: Copy, videos: Pat
         (["missing"], "no such folder"),
         (["."], "it has no dataset.json"),
         (["shards", "--source", "missing"], "--source"),
-        (["shards", "--workers", "0"], "--workers"),
-        (["shards", "--x"], "--x"),
         (["damaged"], "restore the file"),
         (["edited"], "restore the file"),
     ],

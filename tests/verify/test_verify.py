@@ -105,8 +105,6 @@ def test_what_is_not_a_data_set_is_one_clear_error(tmp_path: Path, content: str 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--workers", "0"], "--workers"),
-        (["--x"], "--x"),
         (["--quick", "--deep"], "not allowed with"),
         (["--from-failures", "missing"], "missing: no such run or ledger file"),
         (["--from-failures", "tests"], "neither a run nor a ledger"),

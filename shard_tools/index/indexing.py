@@ -54,7 +54,6 @@ _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".ta
 _SHOWN = 10  # names printed of a longer list; failures.jsonl has them all
 _SPLIT_PREFIX = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
-_PACKED = "holds a data set of shard_tools.pack, which needs no index; train from it as it is"
 
 
 def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names: list[str] | None, workers: int) -> int:
@@ -69,10 +68,10 @@ def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names:
         workers: tars read at once.
     """
     tars = _find_tars(source)
-    for folder in (source, out):
-        _refuse_packed(folder)
+    _indexed_before(source)
+    old = _indexed_before(out)
     with staging.lock_output(out):
-        old = _clean_up(out)
+        _clean_up(out)
         _refuse_to_overwrite(source, out, tars, old)
         job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), ext)
         scans = scan_tars(job, tars, workers)
@@ -114,28 +113,29 @@ def _find_tars(folder: Path) -> list[str]:
     raise CommandError(f"{folder}: no .tar in it; name the folder that holds the tars")
 
 
-def _refuse_packed(folder: Path) -> None:
+def _indexed_before(folder: Path) -> Dataset | None:
+    """The data set that an earlier run made of the folder; raises CommandError if it holds a packed one."""
     if (folder / staging.STAGING).exists():
         raise CommandError(f"{folder}: holds an unfinished pack; repeat that command to finish it")
-    if (folder / DATASET_FILE).exists() and not _read(folder).foreign:
-        raise CommandError(f"{folder}: {_PACKED}")
-
-
-def _read(folder: Path) -> Dataset:
+    if not (folder / DATASET_FILE).exists():
+        return None
     try:
-        return read_dataset(folder)
+        dataset = read_dataset(folder)
     except DatasetError as error:
         raise CommandError(f"{error} (or move {DATASET_FILE} away, and index again)") from None
+    if not dataset.foreign:
+        what = "holds a data set of shard_tools.pack, which needs no index; train from it as it is"
+        raise CommandError(f"{folder}: {what}")
+    return dataset
 
 
-def _clean_up(out: Path) -> Dataset | None:
-    """Remove what a killed run left behind; returns the data set of an earlier run."""
+def _clean_up(out: Path) -> None:
+    """Remove what a killed run left behind."""
     for name in ("*.parquet", DATASET_FILE, FAILURES_FILE):
         for temporary in out.glob(f".{name}.*.tmp"):
             temporary.unlink()
     if not os.access(out, os.W_OK):
         raise CommandError(f"{out}: cannot be written to; name another folder with --out OUT")
-    return _read(out) if (out / DATASET_FILE).exists() else None
 
 
 def _refuse_to_overwrite(source: Path, out: Path, tars: Sequence[str], old: Dataset | None) -> None:

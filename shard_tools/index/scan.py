@@ -95,7 +95,7 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
                     else:
                         rows[sample.key] = _row(job, scan, sample, crashing)
                         others = [ext for ext in sample.exts if not is_video(ext) and ext not in _SIZE_LIMITS]
-                        scan.notes.update(f".{ext} members passed over" for ext in others)
+                        scan.notes.update(f".{ext.rpartition('.')[2]} members passed over" for ext in others)
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
                     scan.failures.append(_failure(job, scan, error, str(error), sample.key, sample.offset))
             scan.warning = stream.warning

@@ -10,6 +10,7 @@ To add a layout, name it in LAYOUTS, write a function like `_find_folders`, and 
 from __future__ import annotations
 
 import argparse
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,26 +139,30 @@ def _meanings(root: Path, folders: Mapping[str, set[str]], said: Mapping[str, st
     others = [name for name in open_ if name not in named]
     if named and others:
         raise CommandError(
-            f"{root}: {_some(named)} named like splits, {_some(others)} not; say which is meant: --split-folder "
-            f"{others[0]}=ignore (or =train, =class), or --split-folder {next(iter(named))}=class"
+            f"{root}: {_some(named)} named like splits, {_some(others)} not; say which is meant: "
+            f"{_option(others[0], IGNORE)} (or =train, =class), or {_option(next(iter(named)), CLASS)}"
         )
     for split in named.values():
         same = [name for name in named if named[name] == split]
         if len(same) > 1:
             raise CommandError(
                 f"{root}: {_some(same)} named like the split {split}; leave one out or say that they belong "
-                f"together: --split-folder {same[1]}=ignore, or --split-folder {same[1]}={split}"
+                f"together: {_option(same[1], IGNORE)}, or {_option(same[1], split)}"
             )
     for name in others:
         below = sorted(folder for folder in folders[name] if folder.lower() in SPLIT_WORDS)
         if below:
             raise CommandError(
                 f"{root}: in {name}, {_some(below)} named like splits; name {root / name} as ROOT, or say that {name} "
-                f"is a class: --split-folder {name}=class"
+                f"is a class: {_option(name, CLASS)}"
             )
     longer = [f"{name}: {split}" for name, split in named.items() if name.lower() not in SPLIT_WORDS]
     found.note("folder taken for a split", *longer)
     return {name: said.get(name) or named.get(name, CLASS) for name in folders}
+
+
+def _option(name: str, meaning: str) -> str:
+    return f"--split-folder {shlex.quote(f'{name}={meaning}')}"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -153,22 +153,6 @@ def test_packing_what_is_packed_changes_nothing_and_says_the_same(videos, datase
     assert contents(out) == contents(dataset)
 
 
-def test_the_output_folder_is_never_input(videos, tmp_path):
-    root = tmp_path / "root"
-    for number, path in enumerate(sorted((videos / FOLDER).iterdir())[:6]):
-        (root / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, root / f"class {number % 2}" / f"a video.{number}.webm")
-    assert pack_here(root) == 0
-    before = contents(root / "shards")
-    (root / "shards/stray.webm").write_bytes(b"not a source")
-    assert pack_here(root) == 0
-    assert pack_here(root, "--overwrite") == 0
-    (root / "shards/stray.webm").unlink()
-    assert contents(root / "shards") == before
-    assert read_dataset(root / "shards").classes == ("class 0", "class 1")
-    assert len(payloads(root / "shards")) == 6
-
-
 def test_a_dry_run_writes_nothing_and_names_everything_passed_over(some_videos, capsys):
     for number in range(12):
         (some_videos / FOLDER / f"unknown-{number:02}.webm").touch()

@@ -79,7 +79,8 @@ AMBIGUOUS = {
                          "replacement=ignore .*or --split-folder train=class"),
     "a class called test": (["a/1.mp4", "b/1.mp4", "c/1.mp4", "d/1.mp4", "test/1.mp4"],
                             "test is named like splits, a, b, c and 1 more are not; .* --split-folder test=class"),
-    "a longer name with classes": (["videos_train/a/1.mp4", "other/a/1.mp4"], "videos_train is named like splits"),
+    "a longer name with classes": (["videos_train/a/1.mp4", "other one/a/1.mp4"], "videos_train is named like splits.*"
+                                   "--split-folder 'other one=ignore'"),
     "one split twice": (["train/a/1.mp4", "train_256/a/1.mp4"], "train and train_256 are named like the split train;"
                         ".* --split-folder train_256=ignore, or --split-folder train_256=train"),
     "a folder around the splits": (["k400/train/a/1.mp4", "k400/val/a/1.mp4"],

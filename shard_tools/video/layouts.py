@@ -67,13 +67,17 @@ def find_sources(
     for name in said:
         if not (root / name).is_dir() or "/" in name:
             raise CommandError(f"--split-folder {name}: no such folder in {root}; name one that stands there")
+    if labels and layout in ("ssv2", "folders"):
+        raise CommandError(f"--layout {layout}: with --labels, the lists say what there is; leave one of both out")
     label_files = ssv2.label_files(root)
     if layout == "ssv2" and not label_files and not labels:
         raise CommandError(f"{root}: no train.json, labels/train.json or {ssv2.PREFIX}train.json; try --layout folders")
     if labels:
-        found = find_listed(root, exclude, labels, [name for name in said if said[name] == IGNORE])
+        found = find_listed(root, exclude, labels, _ignored(said))
     elif label_files and layout != "folders":
         found = ssv2.find_ssv2(root, label_files)
+        if said:
+            raise CommandError("--split-folder: in layout ssv2, label files say the splits; try --layout folders")
     else:
         found = _find_folders(root, exclude, said)
     if not found.sources:
@@ -87,6 +91,16 @@ def find_sources(
         paths = [source.path for source in found.sources if source.key == key]
         raise CommandError(f"{root}: {' and '.join(paths)} would both get the key {key}; rename one of them")
     return found
+
+
+def _ignored(said: Mapping[str, str]) -> list[str]:
+    """The folders that are left out, where list files say all else."""
+    for name, meaning in said.items():
+        if meaning != IGNORE:
+            raise CommandError(
+                f"--split-folder {name}={meaning}: with --labels, the lists say that; only ignore is left"
+            )
+    return list(said)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def _read_table(path: Path, header: Sequence[str], lines: Iterable[tuple[str, li
             cells[name] for name in _PATH_COLUMNS if name in cells)  # fmt: skip
         rows.append((video, label, SPLIT_WORDS.get(split), place))
     labels = {label for _, label, _, _ in rows} - {"", "-1"}
-    numbers = not kinetics and bool(labels) and all(re.fullmatch(r"\d{1,9}(\.0)?", label) for label in labels)
+    numbers = not kinetics and all(re.fullmatch(r"\d{1,9}(\.0)?", label) for label in labels)
     return ListFile(
         path,
         "Kinetics" if kinetics else "table",

@@ -131,6 +131,7 @@ TABLES = {
     "quotes": ('"path","label","split"\n"a/1.mp4","run, fast","train"\n\nb/2.webm,walk,dev\n', ["run, fast", "walk"]),
     "numbers": ("path,label,split\na/1.mp4,0,train\nb/2.webm,3,val\n", ["0", "1", "2", "3"]),
     "numbers and none": ("path,label,split\na/1.mp4,1.0,train\nb/2.webm,-1,val\n", ["0", "1"]),
+    "numbers not known": ("path,label,split\na/1.mp4,-1,train\nb/2.webm,,val\n", []),
     "names and none": ("path,label,split,n\na/1.mp4,x,train,1\nb/2.webm,,val,2\n", ["x"]),
 }
 
@@ -140,7 +141,7 @@ TABLES = {
 def test_tables(root: Path, case: str, parquet: bool) -> None:
     text, classes = TABLES[case]
     write(root, "a/1.mp4", "b/2.webm", list__csv="\ufeff" + text)
-    if parquet:
+    if parquet and classes:
         names = classes if case.startswith("names") else [*classes[:1], *classes[-1:]]
         labels = [int(name) for name in names] if classes[0] == "0" else names
         table = {"path": ["a/1.mp4", "b/2"], "label": [*labels, None][:2], "split": ["train", "val"], "more": [{}, {}]}
@@ -243,3 +244,11 @@ def test_lists_that_do_not_go_together_are_refused(root: Path) -> None:
     }.items():
         with pytest.raises(CommandError, match=says):
             listed(root, *files)
+
+
+def test_options_that_a_list_makes_void_are_refused(root: Path) -> None:
+    write(root, "a/1.mp4", l__csv="path,label\n1,x\n")
+    with pytest.raises(CommandError, match="--split-folder a=train: with --labels"):
+        listed(root, "l.csv", said=("a=train",))
+    with pytest.raises(CommandError, match="--layout folders: with --labels"):
+        find_sources(root, "folders", root / "shards", [root.parent / "l.csv"])

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from salt_wds import __version__
 from salt_wds.data.failure_policy import LoaderStopped
-from salt_wds.embed.embed import Outcome, embed_catalog, find_catalogs
-from salt_wds.embed.embedding_file import write_embeddings
+from salt_wds.embed.embed import Outcome, embed_catalog, find_catalogs, write_embeddings
 from salt_wds.models.build import pick_device
 from salt_wds.models.exported import load_encoder
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, positive_int, run
@@ -90,8 +89,8 @@ def _report(out: Path, written: int, outcome: Outcome) -> int:
     else:
         record.unlink(missing_ok=True)  # of an earlier command
     reasons = {f.key: f"{f.stage}: {f.message}" for f in reversed(outcome.failures) if f.action}
-    for key in outcome.lost:
-        print(f"no embedding: {key}: {one_line(reasons.get(key, 'see the record'))}", file=sys.stderr)
+    for key in sorted(outcome.lost):
+        print(one_line(f"no embedding: {key}: {reasons.get(key, 'see the record')}"), file=sys.stderr)
     without = f", {len(outcome.lost):,} videos without one, see {record}" if outcome.lost else ""
     print(f"{out}: {written:,} embeddings{without}")
     return PROBLEMS if outcome.lost else OK

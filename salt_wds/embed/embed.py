@@ -5,15 +5,20 @@ Decoding, views and protection from bad samples are those of the loader; a video
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
@@ -25,26 +30,14 @@ from salt_wds.data.views import Views
 from salt_wds.embed.video_files import catalog_of_folder
 from salt_wds.models.exported import VideoEncoder
 from shard_tools.common.cli import CommandError
+from shard_tools.common.files import replace_file
 from shard_tools.format import ledger
 from shard_tools.format.dataset import DATASET_FILE, read_dataset
 from shard_tools.format.ledger import Failure
 from shard_tools.video.layouts import find_sources
 
 _NEVER = 10**9  # failures stop a training; here each one only costs a row
-
-
-class Options(Protocol):
-    """What the command line has to say."""
-
-    segments: int
-    crops: int
-    batch_size: int
-    workers: int
-    bf16: bool
-    split: str | None
-    layout: str
-    labels: list[Path]
-    split_folder: list[tuple[str, str]]
+_ROWS = 1024  # of a row group of the parquet file
 
 
 @dataclass
@@ -55,7 +48,7 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
 
 
-def find_catalogs(videos: Path, out: Path, options: Options, outcome: Outcome) -> Iterator[Catalog]:
+def find_catalogs(videos: Path, out: Path, options: argparse.Namespace, outcome: Outcome) -> Iterator[Catalog]:
     """What to embed: the splits of a data set, or the files of a folder.
 
     Raises:
@@ -77,9 +70,9 @@ def find_catalogs(videos: Path, out: Path, options: Options, outcome: Outcome) -
 
 
 def embed_catalog(
-    encoder: VideoEncoder, catalog: Catalog, options: Options, outcome: Outcome
+    encoder: VideoEncoder, catalog: Catalog, options: argparse.Namespace, outcome: Outcome
 ) -> Iterator[dict[str, Any]]:
-    """A row for each video of a catalog, in its order; see `embedding_file`.
+    """A row for each video of a catalog, in its order; see `write_embeddings`.
 
     Raises:
         LoaderStopped: workers were lost too often.
@@ -125,7 +118,7 @@ def _vectors(encoder: VideoEncoder, loader: Loader, bf16: bool) -> Generator[np.
                 yield None if failed else vector
 
 
-def _loader_config(encoder: VideoEncoder, options: Options) -> Config:
+def _loader_config(encoder: VideoEncoder, options: argparse.Namespace) -> Config:
     """What a loader needs to know; masks are made and not used."""
     clip = encoder.config
     data = DataConfig(
@@ -139,3 +132,29 @@ def _loader_config(encoder: VideoEncoder, options: Options) -> Config:
         max_failure_rate=1.0,
     )
     return Config(data=data, mask=MaskConfig(kind="random", ratio=0.5), train=TrainConfig(steps=1, run_dir="-"))
+
+
+def write_embeddings(path: Path, width: int, about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows with the columns below to `path`, which appears when all are written; returns their number.
+
+    Args:
+        width: D, of the embeddings, (D,) fp32.
+        about: the encoder and the views, kept as JSON under `salt_wds` in the file's metadata.
+    """
+    schema = pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("split", pa.string()),
+            pa.field("label", pa.int32()),
+            pa.field("class", pa.string()),
+            pa.field("num_frames", pa.int32(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), width), nullable=False),
+        ],
+        metadata={"salt_wds": json.dumps(about)},
+    )
+    written, rows = 0, iter(rows)
+    with replace_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        while group := list(islice(rows, _ROWS)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            written += len(group)
+    return written

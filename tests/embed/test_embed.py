@@ -28,9 +28,9 @@ from salt_wds.data.loader import Loader
 from salt_wds.data.pixels import yuv_to_rgb
 from salt_wds.data.views import Views, evaluation_view
 from salt_wds.embed import __main__ as command
-from salt_wds.embed import embed, embedding_file, video_files
+from salt_wds.embed import embed, video_files
 from salt_wds.export import __main__ as export
-from shard_tools.common.cli import CommandError
+from shard_tools.common.cli import CommandError, one_line
 from shard_tools.format import ledger
 from shard_tools.video.decode import VideoInfo, get_decoder
 from shard_tools.video.ffmpeg import open_video
@@ -103,21 +103,17 @@ def by_hand(encoder_folder, payload, ext, views=ONE_VIEW, number=0):
 # --- what is in the file ------------------------------------------------------------------------------------------
 
 
-def test_every_video_has_the_embedding_computed_by_hand(embedded, encoder_folder):
-    table = rows(embedded)
-    assert list(table) == sorted(VIDEOS)
+def test_every_video_has_a_row_with_the_embedding_computed_by_hand(embedded, encoder_folder):
+    table, found = pq.read_table(embedded), rows(embedded)
+    assert table.column_names == ["key", "split", "label", "class", "num_frames", "embedding"]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    assert list(found) == sorted(VIDEOS)
     for name, payload in VIDEOS.items():
         expected = by_hand(encoder_folder, payload, name.rpartition(".")[2])
-        np.testing.assert_allclose(table[name]["embedding"], expected, atol=2e-5, rtol=1e-4)
-    assert [row["num_frames"] for row in table.values()] == [20, 20, 20, 3, 1, 9]
-    vectors = np.array([row["embedding"] for row in table.values()])
+        np.testing.assert_allclose(found[name]["embedding"], expected, atol=2e-5, rtol=1e-4)
+    vectors = np.array([row["embedding"] for row in found.values()])
     assert np.abs(vectors[:, None] - vectors).max(axis=2)[~np.eye(len(vectors), dtype=bool)].min() > 1e-3
-
-
-def test_columns_and_what_is_said_of_them(embedded, encoder_folder):
-    table = pq.read_table(embedded)
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
-    assert table.column_names == ["key", "split", "label", "class", "num_frames", "embedding"]
+    assert table["num_frames"].to_pylist() == [20, 20, 20, 3, 1, 9]
     assert table["class"].to_pylist() == ["a", "a", "b", "b", "b", None]
     assert table["label"].to_pylist() == [0, 0, 1, 1, 1, None]
     assert table["split"].to_pylist() == [None] * 6
@@ -140,12 +136,11 @@ def test_rgb_of_ffmpeg_and_preprocess_make_nearly_the_same_clip(encoder_folder):
 
 
 def test_views_are_averaged(encoder_folder, whole, tmp_path):
-    out = tmp_path / "views.parquet"
-    assert run_embed(encoder_folder, whole, out, "--segments", 2, "--crops", 3) == 0
-    views = Views(2, 3)
+    assert run_embed(encoder_folder, whole, tmp_path / "views.parquet", "--segments", 2, "--crops", 3) == 0
+    found, views = rows(tmp_path / "views.parquet"), Views(2, 3)
     for name in ("a/odd.mp4", "outside.webm", "b/still.webm"):
         each = [by_hand(encoder_folder, VIDEOS[name], name[-4:].strip("."), views, number) for number in range(6)]
-        np.testing.assert_allclose(rows(out)[name]["embedding"], np.mean(each, axis=0), atol=2e-5, rtol=1e-4)
+        np.testing.assert_allclose(found[name]["embedding"], np.mean(each, axis=0), atol=2e-5, rtol=1e-4)
 
 
 def test_the_file_does_not_depend_on_workers(embedded, encoder_folder, whole, tmp_path):
@@ -171,10 +166,11 @@ def test_a_packed_data_set_gives_what_its_files_give(encoder_folder, videos, dat
 
 @pytest.fixture
 def damaged(whole, tmp_path):
-    """The whole videos, and four that are not."""
+    """The whole videos, and five that are not."""
     root = shutil.copytree(whole, tmp_path / "damaged")
     plain = VIDEOS["a/plain.webm"]
     (root / "a/cut.webm").write_bytes(plain[: len(plain) // 2])
+    (root / "a/\x1b[2Jtwo\nlines.webm").write_bytes(plain[: len(plain) // 2])
     (root / "a/empty.mp4").write_bytes(b"")
     (root / "b/words.avi").write_text("not a video " * 100)
     wrecked = bytearray(VIDEOS["a/odd.mp4"])
@@ -184,7 +180,7 @@ def damaged(whole, tmp_path):
     return root
 
 
-BAD = {"a/cut.webm", "a/empty.mp4", "b/words.avi", "b/wrecked.mp4"}
+BAD = {"a/cut.webm", "a/\x1b[2Jtwo\nlines.webm", "a/empty.mp4", "b/words.avi", "b/wrecked.mp4"}
 
 
 def test_videos_that_fail_are_named_and_cost_no_other(damaged, embedded, encoder_folder, tmp_path, capsys):
@@ -194,10 +190,12 @@ def test_videos_that_fail_are_named_and_cost_no_other(damaged, embedded, encoder
     for name, row in rows(out).items():
         np.testing.assert_allclose(row["embedding"], rows(embedded)[name]["embedding"], atol=2e-5, rtol=1e-4)
     printed = capsys.readouterr()
-    assert {line.split(": ")[1] for line in printed.err.splitlines() if line.startswith("no embedding: ")} == BAD
+    assert {line.split(": ")[1] for line in printed.err.splitlines() if line.startswith("no embedding: ")} == {
+        one_line(name) for name in BAD
+    }
     assert "a/empty.mp4: decode: the file is empty (0 bytes)" in printed.err
     assert "a/cut.webm: decode: cut short" in printed.err
-    assert f"6 embeddings, 4 videos without one, see {tmp_path / 'some.failures.jsonl'}" in printed.out
+    assert f"6 embeddings, 5 videos without one, see {tmp_path / 'some.failures.jsonl'}" in printed.out
     records, unreadable = ledger.read(tmp_path / "some.failures.jsonl")
     assert ({record.key for record in records}, unreadable) == (BAD, 0)
     assert all(record.action == "skipped" and record.stage == "decode" and record.traceback for record in records)
@@ -214,23 +212,16 @@ def test_nothing_but_failures_is_no_reason_to_stop(damaged, encoder_folder, tmp_
         shutil.copy(damaged / "b/wrecked.mp4", damaged / f"b/wrecked{number}.mp4")
     assert run_embed(encoder_folder, damaged, tmp_path / "none.parquet") == 1
     assert pq.read_table(tmp_path / "none.parquet").num_rows == 0
-    assert "0 embeddings, 70 videos without one" in capsys.readouterr().out
+    assert "0 embeddings, 71 videos without one" in capsys.readouterr().out
 
 
 def die_at_odd(folder, source):
     if source.path == "a/odd.mp4":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return _probe_file(folder, source)
+    return probe_file(folder, source)
 
 
-_probe_file = video_files._probe_file
-
-
-def test_a_file_that_kills_its_probe_is_named(whole, encoder_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(video_files, "_probe_file", die_at_odd)
-    assert run_embed(encoder_folder, whole, tmp_path / "e.parquet") == 1
-    assert rows(tmp_path / "e.parquet").keys() == VIDEOS.keys() - {"a/odd.mp4"}
-    assert "no embedding: a/odd.mp4: crash: the worker process died" in capsys.readouterr().err
+probe_file = video_files._probe_file
 
 
 def abort_at(key, sample):
@@ -239,14 +230,18 @@ def abort_at(key, sample):
     return sample
 
 
-def test_a_video_whose_decoding_kills_the_worker_is_named(whole, encoder_folder, tmp_path, monkeypatch, capsys):
+def test_a_video_that_kills_its_probe_or_its_decoder_is_named(whole, encoder_folder, tmp_path, monkeypatch, capsys):
+    killers = {"a/odd.mp4": "skipped", "b/short.avi": "quarantined"}
+    monkeypatch.setattr(video_files, "_probe_file", die_at_odd)
     stages = [functools.partial(abort_at, "b/short.avi")]
     monkeypatch.setattr(embed, "Loader", functools.partial(Loader, stages=stages))
     assert run_embed(encoder_folder, whole, tmp_path / "e.parquet") == 1
-    assert rows(tmp_path / "e.parquet").keys() == VIDEOS.keys() - {"b/short.avi"}
-    assert "no embedding: b/short.avi: crash: " in capsys.readouterr().err
+    assert rows(tmp_path / "e.parquet").keys() == VIDEOS.keys() - killers.keys()
+    error = capsys.readouterr().err
+    assert "no embedding: a/odd.mp4: crash: the worker process died" in error
+    assert "no embedding: b/short.avi: crash: " in error
     records, _ = ledger.read(tmp_path / "e.failures.jsonl")
-    assert {(record.key, record.action) for record in records} == {("b/short.avi", "quarantined")}
+    assert {record.key: record.action for record in records} == killers
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -324,10 +319,10 @@ def test_a_loader_that_gives_up_is_told_and_nothing_is_written(encoder_folder, w
 
 
 def test_many_rows_are_written_in_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_file, "_ROWS", 3)
+    monkeypatch.setattr(embed, "_ROWS", 3)
     row = {"split": None, "label": None, "class": None, "num_frames": 5}
     rows = ({**row, "key": str(n), "embedding": np.array([n, 0.5], np.float32)} for n in range(7))
-    assert embedding_file.write_embeddings(tmp_path / "e.parquet", 2, {}, rows) == 7
+    assert embed.write_embeddings(tmp_path / "e.parquet", 2, {}, rows) == 7
     table = pq.read_table(tmp_path / "e.parquet")
     assert table["embedding"].to_pylist() == [[number, 0.5] for number in range(7)]
     assert pq.ParquetFile(tmp_path / "e.parquet").num_row_groups == 3

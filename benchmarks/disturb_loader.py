@@ -2,7 +2,7 @@
 
     python benchmarks/disturb_loader.py SHARDS --disturbances 100 --out benchmarks/results/disturb_loader.json
 
-One disturbance in twelve kills the fork server, and half of these its successor while it starts. The sequence is
+One disturbance in four kills the fork server, and half of these its successor while it starts. The sequence is
 compared with that of an undisturbed run. Exit code 1 if it differs, a loss is missing in the ledger, or a process,
 descriptor or piece of shared memory is left behind.
 """
@@ -124,7 +124,7 @@ def send_signals(in_flight: list, count: int, rng: random.Random, stop: threadin
 
     while len(sent) < count and not stop.is_set():
         time.sleep(rng.uniform(0.0, 2.0))
-        if rng.randrange(12):
+        if rng.randrange(4):
             number = rng.choice(SIGNALS)
             send(int(in_flight[0]["pid"][rng.randrange(2)]), number, number.name)
             continue

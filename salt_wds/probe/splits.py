@@ -6,6 +6,7 @@ The parts follow from the indices of the data sets, before any video is read.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,15 +84,13 @@ def refuse_leaks(train: Catalog, evaluation: Catalog) -> None:
     Raises:
         CommandError: naming up to three of them.
     """
-    keys: set[tuple[str, str]] = set()
-    folders: dict[int, set[str]] = {}  # by hash of the payload
+    keys = {(sample.dataset, sample.key) for sample in _samples(train) if not sample.foreign}
+    folders: defaultdict[int, set[str]] = defaultdict(set)  # by hash of the payload
     for sample in _samples(train):
-        if not sample.foreign:
-            keys.add((sample.dataset, sample.key))
-        folders.setdefault(sample.payload, set()).add(sample.folder)
+        folders[sample.payload].add(sample.folder)
     both = []
     for sample in _samples(evaluation):
-        others = folders.get(sample.payload, set()) - (set() if sample.foreign else {sample.folder})
+        others = folders[sample.payload] - (set() if sample.foreign else {sample.folder})
         if others or (sample.dataset, sample.key) in keys:
             both.append(sample.key)
     if both:

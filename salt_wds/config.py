@@ -11,7 +11,7 @@ import difflib
 import json
 import os.path
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -355,6 +355,11 @@ class Config(Section):
         """N, the tokens of a clip: 1568 for 16 frames of 224."""
         t, h, w = self.grid
         return t * h * w
+
+    def changed(self, **sections: Mapping[str, Any]) -> Self:
+        """The same configuration with other values in these sections."""
+        sections = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return self.model_copy(update=sections)
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; reading it back gives an equal object."""

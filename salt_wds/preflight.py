@@ -88,7 +88,7 @@ def _run_checks(config: Config, ledger_path: Path, batches: int) -> int:
 
 def check_single_batch(config: Config, ledger_path: Path) -> str:
     """Make one batch in this process, and check shapes, ranges, masks, and that not every clip is blank."""
-    config = with_loader(config, num_workers=0)
+    config = config.changed(data={"num_workers": 0})
     batch = next(iter(Loader(config, ledger_path)))
     _check_batch(batch, config)
     clips = batch["clips"]
@@ -141,7 +141,7 @@ def dev_shm_used() -> int:
 def check_models(config: Config, ledger_path: Path) -> str:
     """Run teacher and student forward and backward on one batch; the loss and every gradient must be finite."""
     device = pick_device(config.train.device)
-    batch = next(iter(Loader(with_loader(config, num_workers=0), ledger_path)))
+    batch = next(iter(Loader(config.changed(data={"num_workers": 0}), ledger_path)))
     torch.manual_seed(config.train.seed)
     models = build_models(config, device)
     tuned = tuned_step(config, models, device, config.data.batch_size)
@@ -182,11 +182,6 @@ def _check_batch(batch: Batch, config: Config) -> None:
 # --- set-up -------------------------------------------------------------------------------------------------------
 
 
-def with_loader(config: Config, **changes: int) -> Config:
-    """The configuration with other loader settings."""
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
-
-
 def with_generated_data(config: Config, folder: Path, clips: int = 96) -> Config:
     """The configuration with generated clips as its data set, made and packed below `folder`."""
     root = folder / "generated"
@@ -197,7 +192,7 @@ def with_generated_data(config: Config, folder: Path, clips: int = 96) -> Config
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
         if done.returncode:
             raise CommandError(f"python -m {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return config.model_copy(update={"data": config.data.model_copy(update={"shards": str(root / "shards")})})
+    return config.changed(data={"shards": str(root / "shards")})
 
 
 if __name__ == "__main__":

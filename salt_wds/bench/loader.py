@@ -103,8 +103,7 @@ def simulate(config: Config, also: list[Path], counts: tuple[int, ...], seconds:
     workers = max(len(os.sched_getaffinity(0)) - 1, 1)
     measured = []
     for shards in (config.data.shards, *map(str, also)):
-        data = config.data.model_copy(update={"shards": shards, "num_workers": workers})
-        result = measure_loader(config.model_copy(update={"data": data}), seconds)
+        result = measure_loader(config.changed(data={"shards": shards, "num_workers": workers}), seconds)
         kept = {name: result[name] for name in ("tier", "taking_ms", "bytes_a_clip", "batch_bytes")}
         measured.append({**kept, "worker_ms": sum(result["ms"][stage] for stage in _BUSY)})
     prefetch = config.data.prefetch_factor

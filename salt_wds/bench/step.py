@@ -46,11 +46,11 @@ def bench_step(config: Config, grid: Grid, steps: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     lines: dict[str, list[str]] = {}
     for mode in grid.modes:
-        of_mode = _with(config, student={"mode": mode})
+        of_mode = config.changed(student={"mode": mode})
         torch.manual_seed(config.train.seed)
         models = build_models(of_mode, device)
         for checkpointing, compiled in itertools.product(grid.checkpointing, grid.compile_modes):
-            wanted = _with(of_mode, train={"checkpointing": checkpointing, "compile": compiled})
+            wanted = of_mode.changed(train={"checkpointing": checkpointing, "compile": compiled})
             tuned = tuned_step(wanted, models, device, config.data.batch_size)
             lines.setdefault(mode, tuned.lines)
             for teacher in grid.teacher:
@@ -150,12 +150,6 @@ def _free(models: Models, device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _with(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with other values in these sections."""
-    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=changed)
 
 
 def step_table(result: dict[str, Any]) -> str:

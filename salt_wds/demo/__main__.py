@@ -9,12 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-from salt_wds.demo.motion import CONFIGS, FULL, SHORT, markdown, run_motion
-from salt_wds.runs.metrics import read_metrics
+from salt_wds.demo.motion import CONFIGS, FULL, SHORT, command, markdown, run_motion
 from shard_tools.common.cli import OK, CommandError, Parser, path, run
 
 _MARK = ".demo"  # only folders with this file in them are ever removed
@@ -38,34 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     result = run_motion(out, plan)
     student = out / f"student-{plan.seeds[0]}"
-    plot_loss(read_metrics(student / "metrics.jsonl"), student / "loss.png")
+    command("salt_wds.report", student)
     print(
         f"\n{markdown(result)}\n\n{time.perf_counter() - started:.0f} s in all. Where to look:\n"
         f"  {out / 'motion.json'}   every number behind the table\n"
-        f"  {student / 'loss.png'}   loss and R2 of the student\n"
-        f"  tensorboard --logdir {out}\n"
-        f"  python -m salt_wds.report {student}"
+        f"  {student / 'report.html'}   the student's training: loss, R2, verdicts, probes\n"
+        f"  tensorboard --logdir {out}"
     )
     if not args.full:
         print("This is a short run of one seed; python -m salt_wds.demo --full is the benchmark.")
     print("With your own videos: python -m shard_tools.pack /path/to/videos, then configs/base.toml")
     return OK
-
-
-def plot_loss(lines: list[dict[str, Any]], file: Path) -> None:
-    """Write a picture of masked loss and R2 over steps."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # a backend must be chosen first
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    steps = [line["step"] for line in lines]
-    left.plot(steps, [line["loss"] for line in lines])
-    left.set(title="masked loss", xlabel="step", ylim=(0, None))
-    right.plot(steps, [line["r2"] for line in lines])
-    right.axhline(0, linewidth=0.8, color="grey")
-    right.set(title="R2 (0 = predicting the mean)", xlabel="step")
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
 
 
 def _clear(out: Path) -> None:

@@ -188,15 +188,11 @@ def open_encoders(
 
 def _loader_config(run_config: Config, config: ProbeConfig) -> Config:
     """The run's configuration with the loader's settings of the probe."""
-    data = config.data
-    settings = {name: getattr(data, name) for name in _LOADER_SETTINGS}
-    if data.frame_stride is not None:
-        settings["frame_stride"] = data.frame_stride
-    return run_config.model_copy(
-        update={
-            "data": run_config.data.model_copy(update={**settings, "weights": (), "temporal_jitter": False}),
-            "train": run_config.train.model_copy(update={"seed": config.probe.seed}),
-        }
+    settings = {name: getattr(config.data, name) for name in _LOADER_SETTINGS}
+    if config.data.frame_stride is not None:
+        settings["frame_stride"] = config.data.frame_stride
+    return run_config.changed(
+        data={**settings, "weights": (), "temporal_jitter": False}, train={"seed": config.probe.seed}
     )
 
 

@@ -12,7 +12,8 @@ from salt_wds.config import load_config
 from shard_tools.common.cli import CommandError
 
 SMALL = (
-    "student.depth=1", "student.predictor_depth=1", "teacher.random_depth=1", "data.batch_size=2",
+    "student.depth=1", "student.width=32", "student.heads=1", "student.predictor_depth=1", "student.predictor_width=16",
+    "student.predictor_heads=1", "teacher.random_depth=1", "teacher.random_width=32", "data.batch_size=2",
     "data.shards=nowhere", "train.device=cpu",
 )  # fmt: skip
 

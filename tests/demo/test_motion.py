@@ -70,6 +70,7 @@ def in_this_process(monkeypatch):
         assert importlib.import_module(f"{module}.__main__").main(words) == 0
 
     monkeypatch.setattr(motion, "command", command)
+    monkeypatch.setattr(demo, "command", command)
     monkeypatch.setattr(packing, "run_local", serially)
     return typed
 
@@ -80,7 +81,7 @@ def test_all_of_it_once(in_this_process, monkeypatch, tmp_path, capsys):
     out = tmp_path / "demo"
     assert demo.main(["--out", str(out)]) == 0
     typed = [words[0].partition(".")[2] for words in in_this_process]
-    assert typed == ["synth", "pack", "verify"] * 2 + ["train", "train", "probe"]
+    assert typed == ["synth", "pack", "verify"] * 2 + ["train", "train", "probe", "report"]
     result = json.loads((out / "motion.json").read_text())
     assert result["plan"]["seeds"] == [3]
     assert list(result["encoders"]) == ["random", "teacher", "student", "supervised"]
@@ -92,7 +93,7 @@ def test_all_of_it_once(in_this_process, monkeypatch, tmp_path, capsys):
     student = load_config(out / "student-3" / "config.toml")
     assert (student.teacher.weights, student.train.seed) == (str(out / "teacher-3"), 3)
     assert (out / "motion.md").read_text().strip() in capsys.readouterr().out
-    assert (out / "student-3" / "loss.png").stat().st_size > 5000
+    assert (out / "student-3" / "report.html").stat().st_size > 5000
 
 
 def test_a_folder_that_no_demo_made_is_left_alone(tmp_path):

@@ -138,7 +138,7 @@ def test_features_of_anything_else_are_refused_with_the_difference(store, config
     list(store().once(part))
     other_weights = {"one": replace(random_of(config, CPU, 9), name="one")}
     other_step = {"one": replace(encoders["one"], step=7)}
-    stride = config.model_copy(update={"data": config.data.model_copy(update={"frame_stride": 1})})
+    stride = config.changed(data={"frame_stride": 1})
     fewer = catalog.only(np.arange(30) > 3)
     for changed, asked, what in (
         ({"encoders": other_weights}, part, "weights"),

@@ -16,8 +16,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import REPOSITORY, RunModule, contents, pack_here, serially, wait_until
+from conftest import REPOSITORY, RunModule, contents, pack_here, wait_until
 from damage import FAULTS, Copy, Fault, find_problems
+from indexed import command as run_here
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
@@ -28,16 +29,9 @@ from shard_tools.format.tar import BLOCK
 from shard_tools.pack import packing, staging
 from shard_tools.repair import __main__ as command
 from shard_tools.repair import repair, salvage
-from shard_tools.verify import inspection
 
 FOLDER = "20bn-something-something-v2"
 Capture = pytest.CaptureFixture[str]
-
-
-def repair_here(*args: object) -> int:
-    """Run the repair command in this process, which is faster; its exit code."""
-    with mock.patch.object(repair, "run_local", serially), mock.patch.object(inspection, "run_local", serially):
-        return command.main([str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -60,7 +54,7 @@ def source(root: Path, key: str) -> Path:
 
 def test_a_whole_data_set_is_left_as_it_is(copy: Copy, capsys: Capture) -> None:
     before = contents(copy.folder)
-    assert repair_here(copy.folder) == 0
+    assert run_here(command, copy.folder) == 0
     says = capsys.readouterr().out
     assert says == f"{copy.folder}: 10 shards: every byte is as it was packed, nothing to repair\n"
     assert contents(copy.folder) == before
@@ -74,13 +68,13 @@ def test_random_faults_are_repaired_byte_for_byte(dataset: Path, videos: Path, t
         fault = Fault(copy, rng, name)
         if fault.name == "edited_dataset":
             with pytest.raises(CommandError, match="restore the file, or pack again"):
-                repair_here(copy.folder, "--source", videos)
+                run_here(command, copy.folder, "--source", videos)
         elif fault.name == "stray_shard":
-            assert repair_here(copy.folder, "--source", videos) == 1
+            assert run_here(command, copy.folder, "--source", videos) == 1
             assert f"extra_shard: {fault.shard}" in capsys.readouterr().out
             assert contents(copy.folder) == original | {fault.shard: (copy.folder / fault.shard).read_bytes()}
         else:
-            assert repair_here(copy.folder, "--source", videos) == 0, (number, fault.name)
+            assert run_here(command, copy.folder, "--source", videos) == 0, (number, fault.name)
             lines = capsys.readouterr().out.splitlines()
             assert [line.split(":")[0] for line in lines] == [copy.shard, str(copy.folder)]
             assert contents(copy.folder) == original, (number, fault.name)
@@ -115,15 +109,15 @@ def test_what_is_still_good_needs_no_source(copy: Copy, dataset: Path, capsys: C
     copy.flip(copy.rows[0]["payload_offset"] - BLOCK)  # a header: its data is whole
     copy.edit(lambda data: data.__setitem__(slice(0, 0), b"inserted"))  # everything is elsewhere
     before = contents(copy.folder)
-    assert repair_here(copy.folder) == 1  # the member with the damaged header is at no known place
+    assert run_here(command, copy.folder) == 1  # the member with the damaged header is at no known place
     assert "name the folder of the videos with --source" in capsys.readouterr().out
     assert contents(copy.folder) == before
     copy.edit(lambda data: data.__delitem__(slice(0, 8)))
-    assert repair_here(copy.folder, "--dry-run") == 1
+    assert run_here(command, copy.folder, "--dry-run") == 1
     assert "can be repaired byte for byte" in capsys.readouterr().out
-    assert repair_here(copy.folder) == 0
+    assert run_here(command, copy.folder) == 0
     copy.edit(lambda data: data.__setitem__(slice(0, 0), b"inserted"))
-    assert repair_here(copy.folder) == 0
+    assert run_here(command, copy.folder) == 0
     assert contents(copy.folder) == contents(dataset)
 
 
@@ -136,14 +130,14 @@ def test_tar_and_index_both_lost_or_damaged(copy: Copy, videos: Path, dataset: P
         copy.flip(copy.rows[2]["json_offset"] + 50)
         copy.flip(copy.rows[3]["json_offset"] - 400)
     copy.parquet.write_bytes(b"no parquet")
-    assert repair_here(copy.folder, "--source", videos) == 0
+    assert run_here(command, copy.folder, "--source", videos) == 0
     assert contents(copy.folder) == contents(dataset)
 
 
 def test_the_source_folder_of_the_usual_place_needs_no_option(own: Path, dataset: Path) -> None:
     folder = shutil.copytree(dataset, own / "shards")
     sorted(folder.glob("*.tar"))[0].unlink()
-    assert repair_here(folder) == 0
+    assert run_here(command, folder) == 0
     assert contents(folder) == contents(dataset)
 
 
@@ -160,7 +154,7 @@ def test_frames_are_encoded_again(videos: Path, tmp_path: Path, options: list[ob
         copy.flip(copy.rows[0]["payload_offset"] + 1000)
         copy.flip(copy.rows[-1]["json_offset"] + 20)
         assert len(copy.found()) == 2
-        assert repair_here(copy.folder, "--source", videos) == 0
+        assert run_here(command, copy.folder, "--source", videos) == 0
         assert contents(copy.folder) == contents(out)
 
 
@@ -180,7 +174,7 @@ def test_sources_that_are_gone_or_changed_are_named_and_nothing_changes(
     labels.write_text(json.dumps([row for row in json.loads(labels.read_text()) if row["id"] != unlabelled]))
     before = contents(copy.folder)
     for arguments in ([], ["--dry-run"], ["--dry-run", "--salvage"]):
-        assert repair_here(copy.folder, "--source", own, *arguments) == 1
+        assert run_here(command, copy.folder, "--source", own, *arguments) == 1
         says = capsys.readouterr().out.splitlines()
         assert says[0].startswith(f"{copy.shard}: 2 x payload_mismatch, json_mismatch: ")
         assert says[1:4] == [
@@ -235,7 +229,7 @@ def test_usage_errors_are_one_line(
 
 def test_a_pack_that_is_writing_is_not_disturbed(copy: Copy) -> None:
     with staging.lock_output(copy.folder), pytest.raises(CommandError, match="is writing there"):
-        repair_here(copy.folder)
+        run_here(command, copy.folder)
 
 
 # --- salvage --------------------------------------------------------------------------------------------------------
@@ -263,7 +257,7 @@ def test_salvage_keeps_every_intact_sample(copy: Copy, own: Path, capsys: Captur
     copy.flip(copy.rows[0]["payload_offset"] + 9)
     copy.flip(copy.rows[1]["payload_offset"] + 9)
     source(own, lost).unlink()
-    assert repair_here(copy.folder, "--source", own, "--salvage") == 0
+    assert run_here(command, copy.folder, "--source", own, "--salvage") == 0
     samples = len(copy.rows)
     assert capsys.readouterr().out.splitlines() == [
         f"{copy.shard}: 2 x payload_mismatch: kept: {samples - 1} of {samples} samples, 1 of them from their sources",
@@ -271,12 +265,12 @@ def test_salvage_keeps_every_intact_sample(copy: Copy, own: Path, capsys: Captur
         f"{copy.folder}: 1 of 10 shards damaged: 1 salvaged",
     ]
     check_salvaged(copy, {lost: copy.shard})
-    assert repair_here(copy.folder, "--source", own) == 0
+    assert run_here(command, copy.folder, "--source", own) == 0
 
 
 def test_salvage_drops_a_shard_of_which_nothing_is_left(copy: Copy) -> None:
     copy.tar.unlink()
-    assert repair_here(copy.folder, "--salvage") == 0
+    assert run_here(command, copy.folder, "--salvage") == 0
     assert not copy.parquet.exists()
     check_salvaged(copy, {row["key"]: copy.shard for row in copy.rows})
 
@@ -286,7 +280,7 @@ def test_salvage_of_a_data_set_of_which_nothing_is_left_changes_nothing(copy: Co
         path.unlink()
     before = contents(copy.folder)
     with pytest.raises(CommandError, match="no sample of it is left"):
-        repair_here(copy.folder, "--salvage")
+        run_here(command, copy.folder, "--salvage")
     assert contents(copy.folder) == before
 
 
@@ -297,16 +291,16 @@ def test_salvage_without_an_index_keeps_what_label_files_confirm(copy: Copy, own
     shutil.rmtree(own / FOLDER)
     (own / FOLDER).mkdir()
     shutil.copy(REPOSITORY / "README.md", own / FOLDER / f"{copy.rows[0]['key']}.webm")  # another file of that name
-    assert repair_here(copy.folder, "--source", own) == 1
-    assert repair_here(copy.folder, "--source", own, "--salvage") == 0
+    assert run_here(command, copy.folder, "--source", own) == 1
+    assert run_here(command, copy.folder, "--source", own, "--salvage") == 0
     check_salvaged(copy, {lost: copy.shard})
 
 
 def test_salvage_accepts_an_index_that_another_pyarrow_wrote(copy: Copy, capsys: Capture) -> None:
     copy.forge(index_xxh3="0" * 16)
-    assert repair_here(copy.folder) == 1
+    assert run_here(command, copy.folder) == 1
     assert "the new index has other bytes" in capsys.readouterr().out
-    assert repair_here(copy.folder, "--salvage") == 0
+    assert run_here(command, copy.folder, "--salvage") == 0
     assert not find_problems(copy.folder)
     assert copy.parquet.read_bytes() == index_bytes(copy.rows)
 
@@ -321,7 +315,7 @@ def test_an_intact_index_of_another_pyarrow_is_kept(copy: Copy, videos: Path, da
         self.info = type(self.info)(**(vars(self.info) | {"index_xxh3": "1" * 16}))
 
     with mock.patch.object(ShardWriter, "_commit", other_index):
-        assert repair_here(copy.folder, "--source", videos) == 0
+        assert run_here(command, copy.folder, "--source", videos) == 0
     assert contents(copy.folder) == contents(dataset)
 
 
@@ -365,7 +359,7 @@ def test_a_stop_before_any_step_of_a_salvage_is_completed_by_the_next_repair(
         before = contents(copy.folder)
         left, passed = steps, 0
         try:
-            repair_here(copy.folder, "--salvage")
+            run_here(command, copy.folder, "--salvage")
             break
         except Stop:
             pass
@@ -373,15 +367,15 @@ def test_a_stop_before_any_step_of_a_salvage_is_completed_by_the_next_repair(
         commit = copy.folder / salvage.STAGING / "commit.json"
         if commit.exists():
             committed += 1
-            assert repair_here(copy.folder, *again) == 0, steps
+            assert run_here(command, copy.folder, *again) == 0, steps
             check_salvaged(copy, lost)
         elif read_dataset(copy.folder).to_json() == before[DATASET_FILE]:
             now = {name: data for name, data in contents(copy.folder).items() if not name.startswith(".")}
             assert now == before, steps
-            assert repair_here(copy.folder, *again) == (0 if again else 1), steps
+            assert run_here(command, copy.folder, *again) == (0 if again else 1), steps
             assert not (copy.folder / salvage.STAGING).exists()
         else:
-            assert repair_here(copy.folder, *again) == 0, steps
+            assert run_here(command, copy.folder, *again) == 0, steps
             check_salvaged(copy, lost)
     assert committed > 8
     left = float("inf")
@@ -415,7 +409,7 @@ def test_rebuilt_files_are_on_the_disk_before_anything_depends_on_them(
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
-    assert repair_here(copy.folder, *((again, videos) if again == "--source" else (again,))) == 0
+    assert run_here(command, copy.folder, *((again, videos) if again == "--source" else (again,))) == 0
     places = [copy.parquet.name, copy.tar.name]
     assert seen == (places if again == "--source" else ["commit.json", *places, DATASET_FILE])
     for descriptor in synced:
@@ -433,11 +427,11 @@ def test_a_salvage_committed_before_a_new_pack_is_discarded(
     with monkeypatch.context() as patch:
         patch.setattr(salvage, "_move", stop)
         with pytest.raises(Stop):
-            repair_here(copy.folder, "--salvage")
+            run_here(command, copy.folder, "--salvage")
     assert (copy.folder / salvage.STAGING / "commit.json").exists()
     with mock.patch.object(packing, "_report", return_value=0):
         pack_here(videos, "--out", copy.folder, "--shard-size", "128KiB", "--overwrite")
-    assert repair_here(copy.folder) == 0
+    assert run_here(command, copy.folder) == 0
     assert contents(copy.folder) == contents(dataset)
 
 

@@ -16,6 +16,7 @@ import pytest
 import xxhash
 from conftest import RunModule, contents, pack_here, serially
 from damage import FAULTS, Copy, Fault, find_problems
+from indexed import command
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
@@ -38,12 +39,6 @@ def copy(dataset: Path, tmp_path: Path) -> Copy:
     return Copy(dataset, tmp_path / "copy")
 
 
-def verify_here(*args: object) -> int:
-    """Run the command in this process; its exit code."""
-    with mock.patch.object(inspection, "run_local", serially):
-        return verify.main([str(arg) for arg in args])
-
-
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +52,7 @@ def verify_here(*args: object) -> int:
 )
 def test_a_whole_data_set_is_exit_code_0(dataset: Path, capsys: Capture, option: str | None, says: str) -> None:
     before = contents(dataset)
-    assert verify_here(dataset, *([option] if option else [])) == 0
+    assert command(verify, dataset, *([option] if option else [])) == 0
     out, err = capsys.readouterr()
     assert (out, err) == (f"{dataset}: 40 samples in 10 shards: {says}\n", "")
     assert contents(dataset) == before
@@ -82,24 +77,13 @@ def test_problems_are_exit_code_1_and_one_line_each(copy: Copy, run_module: RunM
 def test_json_is_one_object_a_problem(copy: Copy, capsys: Capture) -> None:
     row = copy.rows[0]
     copy.flip(row["payload_offset"] + 5)
-    assert verify_here(copy.folder, "--json") == 1
+    assert command(verify, copy.folder, "--json") == 1
     out, err = capsys.readouterr()
     [problem] = [json.loads(line) for line in out.splitlines()]
     assert list(problem) == ["shard", "key", "kind", "offset", "detail", "remedy"]
     assert (problem["shard"], problem["key"], problem["kind"], problem["offset"]) == (
         copy.shard, row["key"], "payload_mismatch", row["payload_offset"])  # fmt: skip
     assert err == f"{copy.folder}: 40 samples in 10 shards: 1 problem\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [(None, "it has no dataset.json"), ("{", "dataset.json: damaged"), ('{"format_version": 9}', "format version 9")],
-)
-def test_what_is_not_a_data_set_is_one_clear_error(tmp_path: Path, content: str | None, says: str) -> None:
-    if content is not None:
-        (tmp_path / DATASET_FILE).write_text(content)
-    with pytest.raises(CommandError, match=says):
-        verify_here(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +116,12 @@ def unreadable_index(copy: Copy) -> Found:
     copy.parquet.unlink()
     copy.parquet.mkdir()
     return {(None, "unreadable")}
+
+
+@damage
+def index_mismatch_for_what_is_not_parquet(copy: Copy) -> Found:
+    copy.parquet.write_bytes(b"PAR1" * 40)
+    return {(None, "index_mismatch")}
 
 
 @damage
@@ -228,12 +218,6 @@ def test_damage_is_found_at_its_place(copy: Copy, function: Callable[[Copy], Fou
     assert len({str(problem) for problem in problems}) == len(problems)
 
 
-@pytest.mark.parametrize("content", [b"", b"no parquet", b"PAR1" * 40])
-def test_index_mismatch_for_what_is_not_parquet(copy: Copy, content: bytes) -> None:
-    copy.parquet.write_bytes(content)
-    assert copy.found() == {(copy.shard, None, "index_mismatch")}
-
-
 def test_absurd_values_in_an_index_are_no_reads_beyond_the_file(copy: Copy) -> None:
     copy.flip(copy.rows[0]["json_offset"] - BLOCK)  # so that members are looked for by the index
     absurd = [{"payload_size": 2**62}, {"payload_offset": -5}, {"json_size": -1}, {"json_offset": 2**62}]
@@ -274,7 +258,7 @@ def test_dataset_mismatch_for_whatever_was_edited(copy: Copy, capsys: Capture) -
     old = read_dataset(copy.folder)
     path.write_bytes(make_dataset(old.name, old.frames, old.plan_hash, 0, {}, ()).to_json())
     capsys.readouterr()
-    assert verify_here(copy.folder) == 1
+    assert command(verify, copy.folder) == 1
     assert "dataset_mismatch: dataset.json: it lists no shards; pack again" in capsys.readouterr().out
 
 
@@ -305,7 +289,7 @@ def test_every_kind_of_problem_has_a_test() -> None:
 def test_quick_sees_sizes_headers_and_indexes_and_reads_no_payload(copy: Copy) -> None:
     for row in copy.rows:
         copy.flip(row["payload_offset"] + 7)
-    assert verify_here(copy.folder, "--quick") == 0
+    assert command(verify, copy.folder, "--quick") == 0
     copy.flip(copy.rows[1]["json_offset"] - 100)
     copy.cut(copy.rows[-1]["payload_offset"] + 5)
     copy.folder.joinpath("train-000002.parquet").write_bytes(b"PAR1")
@@ -414,7 +398,7 @@ def test_only_the_shards_that_a_run_names_are_checked(copy: Copy, tmp_path: Path
     ledger_file = tmp_path / "run/failures/rank0.jsonl"
     ledger.append(ledger_file, failures)
     for run in (tmp_path / "run", ledger_file):
-        assert verify_here(copy.folder, "--from-failures", run) == 1
+        assert command(verify, copy.folder, "--from-failures", run) == 1
         unknown, problem, verdict = capsys.readouterr().out.splitlines()
         assert unknown == f"other-000000.tar: named by {run}, not part of this data set"
         assert problem.startswith(f"payload_mismatch: {copy.shard}, key {copy.rows[0]['key']}")
@@ -423,5 +407,5 @@ def test_only_the_shards_that_a_run_names_are_checked(copy: Copy, tmp_path: Path
 
 def test_a_run_that_names_no_shard(dataset: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert verify_here(dataset, "--from-failures", tmp_path) == 0
+    assert command(verify, dataset, "--from-failures", tmp_path) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path}: names no shard of this data set"

@@ -6,9 +6,11 @@ FFmpeg reads such files without an error, and gives the frames that are left.
 from __future__ import annotations
 
 import av
+import numpy as np
 
 from shard_tools.format.sample import Video
 from shard_tools.video.ffmpeg import BadVideoError, open_video
+from shard_tools.video.packets import Packets
 
 _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
@@ -17,6 +19,9 @@ _LEAST = 0.75  # of the declared duration in frames, and of the bytes in packets
 _LEAST_ALONE = 0.5  # of the bytes, if no duration is declared
 _PACKET_OVERHEAD = 32  # bytes of a container for each packet, its place in tables included
 _FILE_OVERHEAD = 16 << 10  # bytes of headers, tags and padding
+
+# The cells of MPEG-TS: their sizes as broadcast, with time stamps (.m2ts), with error correction; their first byte.
+_CELLS, _CELL_MARK = (188, 192, 204), 0x47
 
 
 def check_size(payload: bytes) -> None:
@@ -30,7 +35,9 @@ def check_size(payload: bytes) -> None:
         raise BadVideoError(f"cut short: the container declares {declared} bytes, the file has {len(payload)}")
 
 
-def check_filled(payload: bytes, container: av.container.InputContainer, stream: av.VideoStream, video: Video) -> None:
+def check_filled(
+    payload: bytes, container: av.container.InputContainer, stream: av.VideoStream, video: Video, packets: Packets
+) -> None:
     """Refuse a file whose frames show much less than its duration, and whose packets fill much less than its size.
 
     One alone is no sign: clips cut from longer videos keep the old duration, sound may last longer than pictures, and
@@ -39,11 +46,16 @@ def check_filled(payload: bytes, container: av.container.InputContainer, stream:
     Raises:
         BadVideoError: with all figures.
     """
-    shown, declared = video.num_frames / video.fps if video.fps else 0.0, _duration(container, stream)
+    is_transport = container.format.name == "mpegts"  # it declares no duration, FFmpeg measures
+    shown = video.num_frames / video.fps if video.fps else 0.0
+    declared = None if is_transport else _duration(container, stream)
     if declared is not None and shown >= _LEAST * declared:
         return
-    filled = _bytes_of_packets(payload)
-    if filled >= (_LEAST_ALONE if declared is None else _LEAST) * (len(payload) - _FILE_OVERHEAD):
+    enough = (_LEAST_ALONE if declared is None else _LEAST) * (len(payload) - _FILE_OVERHEAD)
+    filled = int(packets.size.sum())
+    if filled < enough:
+        filled = _bytes_of_cells(payload) if is_transport else _bytes_of_packets(payload)
+    if filled >= enough:
         return
     lasting = "" if declared is None else f" ({shown:.2f} s) of the {declared:.2f} s that it declares"
     raise BadVideoError(
@@ -60,6 +72,12 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     if container.duration:
         said.append(container.duration / av.time_base)
     return min(said, default=None)
+
+
+def _bytes_of_cells(payload: bytes) -> int:
+    """Bytes of the cells of MPEG-TS that another one follows."""
+    marks = np.frombuffer(payload, np.uint8) == _CELL_MARK
+    return max(size * int(np.count_nonzero(marks[:-size] & marks[size:])) for size in _CELLS)
 
 
 def _bytes_of_packets(payload: bytes) -> int:

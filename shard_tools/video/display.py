@@ -15,7 +15,7 @@ import av
 import cv2
 import numpy as np
 
-from shard_tools.video.ffmpeg import BadVideoError, Planes
+from shard_tools.video.ffmpeg import BadVideoError, Planes, padded_packet
 
 # FFmpeg's numbers (libavutil/pixfmt.h). Colour that nothing is said of counts as bt601 limited, as in swscale.
 _UNSPECIFIED, _FULL_RANGE = 2, 2
@@ -25,6 +25,8 @@ _REFUSED = {
     14: "ictcp", 15: "ipt-c2", 16: "ycgco-re", 17: "ycgco-ro",
 }  # fmt: skip
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
+# Codecs that cannot say that their pictures are to be turned, and the element by which Matroska does.
+_NEVER_TURNED, _PROJECTION = frozenset(("vp8", "vp9", "av1")), b"\x76\x70"
 _TURNS = {90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -40,50 +42,63 @@ class Display(NamedTuple):
     mirrored: bool
 
 
-def first_display(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> Display | None:
+def first_display(context: av.VideoCodecContext, packets: Iterable[av.Packet], header: bytes | None) -> Display | None:
     """Of the first frame that can be decoded; None if there is none.
 
     Args:
         context: of the stream in its container, which alone knows what the container says; it is used up.
+        header: of Matroska, what stands before the first packet. If neither it nor the codec can turn pictures, no
+            frame is decoded: FFmpeg has decoded one when it opened the file.
 
     Raises:
         BadVideoError: an angle or a matrix that cannot be applied.
     """
-    context.thread_type, context.thread_count = "NONE", 1
     said = context.colorspace, context.color_range, context.color_trc
+    lies_upright = header is not None and _PROJECTION not in header and context.codec.canonical_name in _NEVER_TURNED
+    if lies_upright and context.format is not None:
+        return _display_of(context, said, None)
+    frame = _first_frame(context, packets)
+    return None if frame is None else _display_of(context, said, frame.side_data.get("DISPLAYMATRIX"))
+
+
+def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> av.VideoFrame | None:
+    context.thread_type, context.thread_count = "NONE", 1
     for packet in packets:
         with contextlib.suppress(av.FFmpegError):  # a video may begin with packets that lack their references
-            if frames := context.decode(packet) or context.decode(None):
-                return _display_of(frames[0], context, said)
+            # a copy, because decoders drop the frame of a packet that an edit list discards
+            if frames := context.decode(padded_packet(memoryview(packet))) or context.decode(None):
+                return frames[0]
         context.flush_buffers()
     return None
 
 
-def _display_of(frame: av.VideoFrame, context: av.VideoCodecContext, said: tuple[int, int, int]) -> Display:
-    """`said` are the container's numbers of matrix, range and transfer, used where the codec says nothing."""
+def _display_of(context: av.VideoCodecContext, said: tuple[int, int, int], side_data: object | None) -> Display:
+    """What a decoder says after its first frame, and the display matrix of that.
+
+    `said` are the container's numbers of matrix, range and transfer, used where the codec says nothing.
+    """
+    pixels, width, height = context.format, context.width, context.height
+    assert pixels is not None
     matrix = context.colorspace if context.colorspace != _UNSPECIFIED else said[0]
-    is_full = (context.color_range or said[1]) == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    is_full = (context.color_range or said[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
     transfer = _HDR.get(context.color_trc) or _HDR.get(said[2])
-    if frame.format.is_rgb or frame.format.has_palette:  # planes_of converts it, in this way
+    if pixels.is_rgb or pixels.has_palette:  # planes_of converts it, in this way
         matrix, is_full = _UNSPECIFIED, False
     if matrix not in _MATRICES:
         name = _REFUSED.get(matrix, f"number {matrix}")
         raise BadVideoError(f"its colour matrix is {name}, which is not supported; re-encode it as bt709")
-    rotation, mirrored = _orientation(frame)
-    width, height = (frame.height, frame.width) if rotation % 180 else (frame.width, frame.height)
+    rotation, mirrored = (0, False) if side_data is None else _orientation(bytes(cast(bytes, side_data)))
+    width, height = (height, width) if rotation % 180 else (width, height)
     return Display(width, height, _MATRICES[matrix], "full" if is_full else "limited", transfer, rotation, mirrored)
 
 
-def _orientation(frame: av.VideoFrame) -> tuple[int, bool]:
-    """Degrees clockwise, and whether it is mirrored before, as the frame's display matrix says.
+def _orientation(matrix: bytes) -> tuple[int, bool]:
+    """Degrees clockwise, and whether it is mirrored before, as a display matrix says.
 
     The matrix is ((a, b, u), (c, d, v), (x, y, w)) and takes a pixel (p, q) to (a p + c q, b p + d q). Like ffmpeg, it
     is read to a degree, its scale does not count, and a matrix of zeros says nothing.
     """
-    matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))  # a buffer
-    if matrix is None:
-        return 0, False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     across, down = math.hypot(a, c), math.hypot(b, d)
     if not across or not down:
         return 0, False

@@ -178,7 +178,10 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     start = np.array(clean or [False] * len(demuxed), bool)
     start[:1] = True
     sure = frame is not None and None not in clean
-    coding, display = Coding.of(stream.codec_context), first_display(stream.codec_context, demuxed)
+    header = None
+    if container.format.name.startswith("matroska") and offset is not None and len(offset):
+        header = payload[: int(offset[0])]
+    coding, display = Coding.of(stream.codec_context), first_display(stream.codec_context, demuxed, header)
     return Packets(coding, frame, start, size, offset, demuxed, display, reason, sure)
 
 

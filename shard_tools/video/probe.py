@@ -53,7 +53,7 @@ def probe_packets(payload: bytes) -> tuple[Video, Packets]:
                 streams=len(streams),
                 **packets.display._asdict(),
             )
-            check_filled(payload, container, stream, video)
+            check_filled(payload, container, stream, video, packets)
             return video, packets
     except av.FFmpegError as error:
         raise BadVideoError(f"not a readable video: {error.strerror or error}") from error

@@ -1,0 +1,290 @@
+"""How videos are shown: the rows of the table in docs/videos.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from salt_wds.data.pixels import yuv_to_rgb
+from shard_tools.describe.samples import to_rgb
+from shard_tools.format.sample import COLOURS, LUMA_WEIGHTS
+from shard_tools.video.decode import VideoInfo, decode_video, decode_with_decord, get_decoder, payload_frames
+from shard_tools.video.display import turn
+from shard_tools.video.ffmpeg import Planes, fill_frame
+from shard_tools.video.probe import BadVideoError, probe, probe_packets
+from shard_tools.video.sources import Source
+from shard_tools.video.tiers import TIERS, Encoding, make_payload
+
+SIZE = 96, 64  # width, height
+FRAMES = 12
+PATCHES = (
+    (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255), (200, 120, 90), (60, 140, 60),
+)  # fmt: skip
+
+
+def picture(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> Planes:
+    """Smooth, and different in every corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    luma = 16 + 100 * x / width + 60 * y / height + 2 * number
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    v, u = np.mgrid[0:rows, 0:columns]
+    return luma.astype(np.uint8), (80 + 90 * u / columns).astype(np.uint8), (80 + 90 * v / rows).astype(np.uint8)
+
+
+def encode(
+    pictures: list[Planes],
+    container: str = "mp4",
+    pix_fmt: str = "yuv420p",
+    colour: tuple[int, int, int] = (2, 0, 2),
+    covers: tuple[bytes, ...] = (),
+    streams: int = 1,
+) -> bytes:
+    """A lossless video of these pictures; `colour` are FFmpeg's numbers of matrix, range and transfer."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        for _ in covers:
+            cover = out.add_stream("mjpeg", rate=1)
+            cover.width = cover.height = 32
+            cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        videos = []
+        for _ in range(streams):
+            stream = out.add_stream("libx264", rate=12, options={"qp": "0", "preset": "ultrafast"})
+            stream.height, stream.width = pictures[0][0].shape
+            stream.pix_fmt, context = pix_fmt, stream.codec_context
+            context.colorspace, context.color_range, context.color_trc = colour
+            videos.append(stream)
+        for number, jpeg in enumerate(covers):
+            packet = av.Packet(jpeg)
+            packet.stream, packet.pts, packet.dts, packet.time_base = out.streams[number], 0, 0, Fraction(1, 12)
+            packet.is_keyframe = True
+            out.mux(packet)
+        for number, planes in enumerate(pictures):
+            for stream in videos:
+                frame = fill_frame(planes, pix_fmt)
+                frame.pts = number
+                frame.colorspace, frame.color_range = colour[:2]
+                out.mux(stream.encode(frame))
+        for stream in videos:
+            out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def with_matrix(payload: bytes, a: float, b: float, c: float, d: float) -> bytes:
+    """An MP4 file of one track with this display matrix."""
+    at = payload.index(b"tkhd") + 4 + 40
+    numbers = a, b, 0, c, d, 0, 0, 0, 1 << 14
+    return payload[:at] + struct.pack(">9i", *(round(65536 * number) for number in numbers)) + payload[at + 36 :]
+
+
+def refused(payload: bytes) -> str:
+    with pytest.raises(BadVideoError) as error:
+        probe(payload)
+    return str(error.value)
+
+
+def shown(data: bytes, tier: str = "source") -> tuple[list[Planes], int]:
+    """All frames and their colour by way of a tier, its payload and KEY.json."""
+    payload = make_payload(data, "mp4", *probe_packets(data), Encoding(tier))
+    sample = payload.sample_info(Source("k", "k.mp4", "train"), data)
+    content = payload_frames(payload.data, payload.ext, sample, None)
+    decoded = get_decoder(payload.ext)(content, VideoInfo.of(sample.video), None)
+    pictures = [tuple(plane.copy() for plane in planes) for planes in decoded.pictures]
+    assert {planes[0].shape for planes in pictures} == {(sample.video.height, sample.video.width)}
+    return pictures, decoded.colour
+
+
+# --- upright ------------------------------------------------------------------------------------------------------
+
+MATRICES = {  # (a, b, c, d) -> degrees clockwise after mirroring, as in the table of EXIF orientations
+    (1, 0, 0, 1): (0, False),
+    (0, 1, -1, 0): (90, False),
+    (-1, 0, 0, -1): (180, False),
+    (0, -1, 1, 0): (270, False),
+    (-1, 0, 0, 1): (0, True),
+    (0, -1, -1, 0): (90, True),
+    (1, 0, 0, -1): (180, True),
+    (0, 1, 1, 0): (270, True),
+}
+
+
+def moved(plane: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
+    """Each sample at (x, y) goes to (a x + c y, b x + d y), all of them shifted to begin at 0."""
+    y, x = np.mgrid[0 : plane.shape[0], 0 : plane.shape[1]]
+    across, down = a * x + c * y, b * x + d * y
+    out = np.empty(plane.shape if a else plane.shape[::-1], np.uint8)
+    out[down - down.min(), across - across.min()] = plane
+    return out
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("size", [SIZE, (35, 21)])
+def test_planes_move_as_the_matrix_says(matrix: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+    planes = picture(0, *size)
+    turned = turn(planes, *MATRICES[matrix])
+    assert all(np.array_equal(t, moved(p, *matrix)) for t, p in zip(turned, planes, strict=True))
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_mp4_is_shown_upright_in_every_tier_and_by_both_decoders(matrix: tuple[int, int, int, int]) -> None:
+    pictures = [picture(number) for number in range(FRAMES)]
+    data = with_matrix(encode(pictures), *matrix)
+    video = probe(data)
+    assert (video.rotation, video.mirrored) == MATRICES[matrix]
+    assert (video.width, video.height) == (SIZE if matrix[0] else SIZE[::-1])
+    expected = [tuple(moved(plane, *matrix) for plane in planes) for planes in pictures]
+    for tier in TIERS:
+        for found, wanted in zip(shown(data, tier)[0], expected, strict=True):
+            if tier != "mjpeg":
+                assert all(np.array_equal(f, w) for f, w in zip(found, wanted, strict=True))
+            else:  # in full range
+                assert np.corrcoef(found[0].ravel(), wanted[0].ravel())[0, 1] > 0.99
+    small = make_payload(data, "mp4", *probe_packets(data), Encoding("y4m", short_side=32)).video
+    assert (small.width, small.height, small.rotation, small.mirrored) == (
+        *((48, 32) if matrix[0] else (32, 48)), 0, False,
+    )  # fmt: skip
+    foreign = VideoInfo(FRAMES, video.width, video.height)
+    pytest.importorskip("decord")
+    for decode, tolerance in ((decode_video, 0), (decode_with_decord, 3)):
+        for info in (foreign, VideoInfo.of(video)):
+            [found] = decode(data, info, [7]).pictures
+            assert np.abs(found[0].astype(int) - expected[7][0]).mean() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["rot90.mp4", "turned_mkv.mkv", "sei_rotate_90.mkv"])
+def test_matroska_and_sei_are_turned_as_mp4_is(cases: Path, name: str) -> None:
+    upright, lying = (shown((cases / "turned/a" / n).read_bytes())[0] for n in (name, "rot90.mp4"))
+    assert len(upright) == 60
+    for planes, others in zip(upright, lying, strict=True):
+        assert planes[0].shape == (160, 120)
+        assert all(np.array_equal(p, o) for p, o in zip(planes, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "degrees"), [((0.7071, 0.7071, -0.7071, 0.7071), 45), ((0.7071, -0.7071, 0.7071, 0.7071), 315)]
+)
+def test_another_angle_is_refused_by_name(matrix: tuple[float, ...], degrees: int) -> None:
+    assert f"turned by {degrees} degrees" in refused(with_matrix(encode([picture(0)]), *matrix))
+
+
+@pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (2, 0, 0, 2), (1, 0.001, -0.001, 1)])
+def test_a_matrix_that_turns_nothing_is_none(matrix: tuple[float, ...]) -> None:
+    assert probe(with_matrix(encode([picture(0)]), *matrix)) == probe(encode([picture(0)]))
+
+
+# --- covers, several videos ---------------------------------------------------------------------------------------
+
+
+def cover() -> bytes:
+    return cv2.imencode(".jpg", np.full((32, 32, 3), 200, np.uint8))[1].tobytes()
+
+
+def test_the_video_is_packed_not_its_cover(cases: Path) -> None:
+    path = cases / "cover/a/mutagen_cover.mp4"
+    assert probe(path.read_bytes()) == probe((cases / "cover/a/plain.mp4").read_bytes())
+    with av.open(str(path)) as container:
+        frames = list(container.decode(container.streams[1]))
+    for planes, frame in zip(shown(path.read_bytes())[0], frames, strict=True):
+        assert np.array_equal(np.concatenate([plane.ravel() for plane in planes]), frame.to_ndarray().ravel())
+
+
+def test_a_cover_before_the_video_is_not_the_video() -> None:
+    pictures = [picture(number) for number in range(FRAMES)]
+    assert probe(encode(pictures, covers=(cover(),))) == probe(encode(pictures))
+
+
+def test_a_song_with_a_cover_has_no_video() -> None:
+    assert "only a cover picture, no video" in refused(encode([picture(0)], covers=(cover(),), streams=0))
+
+
+def test_of_several_videos_the_first_is_packed_and_their_number_said() -> None:
+    data = encode([picture(number) for number in range(FRAMES)], streams=2)
+    video = probe(data)
+    assert (video.streams, video.num_frames) == (2, FRAMES)
+    assert video.to_record()["streams"] == 2
+    assert "streams" not in dataclasses.replace(video, streams=1).to_record()
+
+
+# --- colour -------------------------------------------------------------------------------------------------------
+
+NUMBERS = {"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}  # FFmpeg's
+
+
+def chart(matrix: str, colour_range: str) -> Planes:
+    """The eight patches side by side, by the definition of the matrix."""
+    red, blue = LUMA_WEIGHTS[matrix]
+    low, luma, chroma = (16, 219, 224) if colour_range == "limited" else (0, 255, 255)
+    levels = []
+    for r, g, b in np.array(PATCHES) / 255:
+        y = red * r + (1 - red - blue) * g + blue * b
+        levels.append((low + luma * y, 128 + chroma * (b - y) / (2 - 2 * blue), 128 + chroma * (r - y) / (2 - 2 * red)))
+    sides = 32, 16, 16
+    return tuple(
+        np.repeat([level[plane] for level in levels], side)[None].repeat(side, 0).round().clip(0, 255).astype(np.uint8)
+        for plane, side in enumerate(sides)
+    )
+
+
+def check_chart(data: bytes) -> None:
+    """Through training's own conversion and that of `describe`, in every tier."""
+    for tier in TIERS:
+        [planes, *_], colour = shown(data, tier)
+        sheet = to_rgb(planes, *COLOURS[colour])
+        for number, expected in enumerate(PATCHES):
+            patch = [plane[8:24, 32 * number + 8 : 32 * number + 24] for plane in planes[:1]]
+            patch += [plane[4:12, 16 * number + 4 : 16 * number + 12] for plane in planes[1:]]
+            clip = torch.from_numpy(np.concatenate([plane.ravel() for plane in patch]))[None, None]
+            rgb = 255 * yuv_to_rgb(clip, torch.tensor([colour]), 16).mean(dim=(0, 2, 3, 4))
+            assert np.abs(rgb.numpy() - expected).max() <= 3, (tier, number)
+            described = sheet[8:24, 32 * number + 8 : 32 * number + 24].mean((0, 1))
+            assert np.abs(described - expected).max() <= 3, (tier, number, "describe")
+
+
+@pytest.mark.parametrize(("matrix", "colour_range"), COLOURS)
+def test_every_matrix_shows_the_colours_of_the_chart(matrix: str, colour_range: str) -> None:
+    number = 2 if colour_range == "full" else 1
+    pix_fmt = "yuvj420p" if colour_range == "full" else "yuv420p"
+    data = encode([chart(matrix, colour_range)] * 2, pix_fmt=pix_fmt, colour=(NUMBERS[matrix], number, 2))
+    video = probe(data)
+    assert (video.matrix, video.range) == (matrix, colour_range)
+    check_chart(data)
+
+
+@pytest.mark.parametrize("name", ["chart_bt2020_8bit.mp4", "chart_bt709_10bit.mp4"])
+def test_charts_of_others_show_their_colours(cases: Path, name: str) -> None:
+    check_chart((cases / "colour" / name).read_bytes())
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "png", "libx264rgb"])
+def test_rgb_shows_its_colours(codec: str) -> None:
+    pictures = np.array(PATCHES, np.uint8)[None].repeat(32, 0).repeat(32, 1)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mov" if codec == "png" else "matroska") as out:
+        stream = out.add_stream(codec, rate=12)
+        stream.height, stream.width = 32, 256
+        stream.pix_fmt = {"ffv1": "bgr0", "png": "rgb24", "libx264rgb": "rgb24"}[codec]
+        if codec == "libx264rgb":
+            stream.options = {"qp": "0"}
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(pictures).reformat(format=stream.pix_fmt)))
+        out.mux(stream.encode(None))
+    check_chart(buffer.getvalue())
+
+
+@pytest.mark.parametrize(("number", "name"), [(8, "ycgco"), (10, "bt2020c"), (14, "ictcp")])
+def test_other_matrices_are_refused_by_name(number: int, name: str) -> None:
+    assert f"matrix is {name}" in refused(encode([picture(0)], "matroska", colour=(number, 1, 2)))
+
+
+@pytest.mark.parametrize(("number", "name"), [(16, "smpte2084"), (18, "arib-std-b67")])
+def test_hdr_is_said(number: int, name: str) -> None:
+    data = encode([picture(0)], "matroska", colour=(9, 1, number))
+    assert probe(data).to_record()["transfer"] == name
+    assert "transfer" not in probe(encode([picture(0)])).to_record()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, one_line
-from shard_tools.common.files import file_hash, sync_file, sync_folder, write_atomic
+from shard_tools.common.files import file_hash, sync_folder, write_atomic
 from shard_tools.common.processes import WorkerDiedError, run_local
 from shard_tools.format.dataset import (
     DATASET_FILE,
@@ -86,20 +86,19 @@ def repair(folder: Path, source: Path | None, salvage: bool, dry_run: bool, work
     if root is not None and not root.is_dir():
         raise CommandError(f"--source {root}: no such folder; name the folder that holds the videos")
     if dry_run:
-        if salvaging.is_committed(folder):
+        if salvaging.is_committed(folder, dataset):
             print(f"{folder}: a repair with --salvage was interrupted; repair without --dry-run first completes it")
         with tempfile.TemporaryDirectory() as scratch:
             return _repair_shards(RepairJob(folder, root, Path(scratch), dataset, salvage, True), workers)
     with staging.lock_output(folder):
-        found = _trusted_dataset(folder)
-        dataset = salvaging.complete(folder, found)
-        if dataset != found:
+        dataset = _trusted_dataset(folder)
+        if salvaging.complete(folder, dataset):
             print(f"{folder}: completed a repair with --salvage that was interrupted")
         job = RepairJob(folder, root, folder / salvaging.STAGING, dataset, salvage, False)
         try:
             return _repair_shards(job, workers)
         finally:
-            if not salvaging.is_committed(folder):  # else the next repair completes it
+            if not salvaging.is_committed(folder, read_dataset(folder)):  # else the next repair completes it
                 shutil.rmtree(job.scratch, ignore_errors=True)
 
 
@@ -241,7 +240,6 @@ def _put_in_place(job: RepairJob, shard: DamagedShard) -> None:
     if not job.dry_run:
         for name, intact in ((shard.parquet.name, shard.index_intact), (shard.tar.name, shard.tar_intact)):
             if not intact:
-                sync_file(job.scratch / name)
                 (job.scratch / name).rename(job.folder / name)
         sync_folder(job.folder)
     remove_shard(job.scratch, shard.tar.name)

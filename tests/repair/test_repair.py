@@ -364,17 +364,13 @@ def test_a_stop_before_any_step_of_a_salvage_is_completed_by_the_next_repair(
         except Stop:
             pass
         left = float("inf")
-        commit = copy.folder / salvage.STAGING / "commit.json"
-        if commit.exists():
-            committed += 1
-            assert run_here(command, copy.folder, *again) == 0, steps
-            check_salvaged(copy, lost)
-        elif read_dataset(copy.folder).to_json() == before[DATASET_FILE]:
+        if read_dataset(copy.folder).to_json() == before[DATASET_FILE]:
             now = {name: data for name, data in contents(copy.folder).items() if not name.startswith(".")}
             assert now == before, steps
             assert run_here(command, copy.folder, *again) == (0 if again else 1), steps
             assert not (copy.folder / salvage.STAGING).exists()
         else:
+            committed += 1
             assert run_here(command, copy.folder, *again) == 0, steps
             check_salvaged(copy, lost)
     assert committed > 8
@@ -402,8 +398,8 @@ def test_rebuilt_files_are_on_the_disk_before_anything_depends_on_them(
         if Path(new).parent == copy.folder:
             seen.append(Path(new).name)
             assert os.stat(old).st_ino in kept
-        elif Path(new).name == "commit.json":
-            seen.append("commit.json")
+        elif Path(new).suffix == ".jsonl":
+            seen.append("record")
             assert {path.stat().st_ino for path in scratch.glob("[!.]*")} <= kept
         rename(old, new)
 
@@ -411,7 +407,7 @@ def test_rebuilt_files_are_on_the_disk_before_anything_depends_on_them(
     monkeypatch.setattr(os, "rename", watched_rename)
     assert run_here(command, copy.folder, *((again, videos) if again == "--source" else (again,))) == 0
     places = [copy.parquet.name, copy.tar.name]
-    assert seen == (places if again == "--source" else ["commit.json", *places, DATASET_FILE])
+    assert seen == (places if again == "--source" else ["record", DATASET_FILE, *places])
     for descriptor in synced:
         os.close(descriptor)
 
@@ -425,10 +421,10 @@ def test_a_salvage_committed_before_a_new_pack_is_discarded(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(salvage, "_move", stop)
+        patch.setattr(salvage, "sync_folder", stop)
         with pytest.raises(Stop):
             run_here(command, copy.folder, "--salvage")
-    assert (copy.folder / salvage.STAGING / "commit.json").exists()
+    assert salvage.is_committed(copy.folder, read_dataset(copy.folder))
     with mock.patch.object(packing, "_report", return_value=0):
         pack_here(videos, "--out", copy.folder, "--shard-size", "128KiB", "--overwrite")
     assert run_here(command, copy.folder) == 0

@@ -74,6 +74,7 @@ class Student(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
         self.width, self.num_tokens = encoder.width, encoder.num_tokens
+        self.checkpointing: Checkpointing = "off"
         if predictor is None:
             self.mask_token = _parameter(1, 1, encoder.width)
             self.head = _linear(encoder.width, target_width)
@@ -107,19 +108,34 @@ class Student(nn.Module):
         return self.encoder.transform(embeddings + positions)
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """Choose what the backward pass recomputes: nothing (at first), every block's MLP, or every block.
+        """Choose what the backward pass recomputes: nothing, every block's MLP, or every block.
 
         Raises:
             CommandError: selective, and the blocks are not timm's plain ones.
         """
-        stacks = [module for module in self.modules() if isinstance(module, Encoder | Predictor)]
-        others = {type(block).__name__ for stack in stacks for block in stack.blocks if type(block) is not Block}
+        others = {type(block).__name__ for block in self._blocks() if type(block).forward is not Block.forward}
         if checkpointing == "selective" and others:
             raise CommandError(
                 f'train.checkpointing = "selective": cannot cut blocks of kind {", ".join(sorted(others))}; use "full"'
             )
-        for stack in stacks:
-            stack.checkpointing = checkpointing
+        self.checkpointing = checkpointing
+        self.compile_blocks("off")
+
+    def compile_blocks(self, mode: str) -> None:
+        """Compile each block for itself in this mode of torch.compile; "off" undoes it.
+
+        For FSDP2, whose hooks around the blocks cannot be part of a graph. All blocks of one size share a graph.
+        """
+        for block in self._blocks():
+            block.__dict__.pop("forward", None)
+            if self.checkpointing != "off" or mode != "off":
+                forward: Callable[[Tensor], Tensor] = partial(_run, block, self.checkpointing)
+                if mode != "off":
+                    forward = torch.compile(forward, mode=None if mode == "default" else mode, dynamic=False)
+                block.forward = forward
+
+    def _blocks(self) -> list[nn.Module]:
+        return [*self.encoder.blocks, *(self.predictor.blocks if self.predictor is not None else ())]
 
     def encode(self, video: Tensor) -> Tensor:
         """All tokens of (B, 3, T, H, W) after the last block and the final norm: (B, N, D)."""
@@ -137,7 +153,6 @@ class Encoder(nn.Module):
         image_patches = cast(PatchEmbed, vit.patch_embed)
         assert vit.pos_embed is not None
         self.grid, self.width, self.num_tokens = grid, vit.embed_dim, t * h * w
-        self.checkpointing: Checkpointing = "off"
         self.patch_embed = inflate(image_patches.proj)
         self.embed_norm = image_patches.norm
         fixed = position_table(grid, grid, self.width) if positions == "sincos" else None
@@ -177,7 +192,7 @@ class Encoder(nn.Module):
     def transform(self, tokens: Tensor) -> Tensor:
         """Blocks and final norm over any number of tokens."""
         tokens = self.norm_pre(tokens)
-        return self.norm(_run(self.blocks, tokens, self.checkpointing, self.training))
+        return self.norm(self.blocks(tokens))
 
 
 class Predictor(nn.Module):
@@ -188,12 +203,12 @@ class Predictor(nn.Module):
     def __init__(self, config: StudentConfig, grid: Grid, width: int, target_width: int) -> None:
         super().__init__()
         inner, norm = config.predictor_width, cast(type[nn.Module], partial(nn.LayerNorm, eps=1e-6))
-        self.checkpointing: Checkpointing = "off"
         self.embed = _linear(width, inner)
         self.mask_token = _parameter(1, 1, inner)
         self.register_buffer("positions", sinusoid_3d(grid, inner), persistent=False)  # (1, N, P)
-        self.blocks = nn.ModuleList(
-            Block(inner, config.predictor_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.predictor_depth)
+        heads = config.predictor_heads
+        self.blocks = nn.Sequential(
+            *(Block(inner, heads, qkv_bias=True, norm_layer=norm) for _ in range(config.predictor_depth))
         )
         self.norm = norm(inner)
         self.head = _linear(inner, target_width)
@@ -206,7 +221,7 @@ class Predictor(nn.Module):
         """(B, V, D) at `visible` (B, V) -> predictions (B, K, target width) at `masked` (B, K)."""
         seen = self.embed(tokens) + _take(self.positions, visible)
         asked = self.mask_token + _take(self.positions, masked)
-        both = _run(self.blocks, torch.cat([seen, asked], dim=1), self.checkpointing, self.training)
+        both = self.blocks(torch.cat([seen, asked], dim=1))
         return self.head(self.norm(both[:, visible.shape[1] :]))
 
 
@@ -233,16 +248,13 @@ def _fix_key_biases(blocks: Iterable[nn.Module]) -> None:
             attention.qkv.weight, attention.qkv.bias = linear.weight, linear.bias
 
 
-def _run(blocks: Iterable[nn.Module], tokens: Tensor, checkpointing: Checkpointing, training: bool) -> Tensor:
-    for block in blocks:
-        if checkpointing == "full" and training:
-            tokens = _recompute(block, tokens)
-        elif checkpointing == "selective" and training:
-            plain = cast(Block, block)
-            tokens = _recompute(partial(_mlp_half, plain), _attention_half(plain, tokens))
-        else:
-            tokens = block(tokens)
-    return tokens
+def _run(block: nn.Module, checkpointing: Checkpointing, tokens: Tensor) -> Tensor:
+    """A block's forward pass; the backward pass recomputes what `checkpointing` says."""
+    if checkpointing == "selective" and block.training:
+        plain = cast(Block, block)
+        return _recompute(partial(_mlp_half, plain), _attention_half(plain, tokens))
+    forward = partial(type(block).forward, block)
+    return _recompute(forward, tokens) if checkpointing == "full" and block.training else forward(tokens)
 
 
 def _recompute(part: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ where all of this does nothing.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -177,7 +178,9 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
     if mode == "ddp":
         devices = [world.device.index] if world.device.type == "cuda" else None
         # The only buffers are position tables, equal everywhere: no need to broadcast them before every step.
-        return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
+        new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15
+        unsynced: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+        return DistributedDataParallel(student, device_ids=devices, **unsynced)
     for module in list(student.modules()):
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:

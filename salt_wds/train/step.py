@@ -5,7 +5,8 @@
 
 Two compiled parts, because a single one would hand the teacher to the partitioner of the backward pass. Each converts
 the clips itself, which is cheaper than keeping their RGB video. Shapes never change within a run (fixed mask counts,
-full batches), so each part compiles once.
+full batches), so each part compiles once. FSDP2 puts hooks around every block of the student, at which a graph ends:
+there each block is compiled for itself, and the second part is what lies around them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import DistError
+from torch.distributed.fsdp import FSDPModule
 
 from salt_wds.config import Config
 from salt_wds.data.masks import num_masked
 from salt_wds.data.pixels import to_normalised_rgb
+from salt_wds.models.student import Student
 from salt_wds.train.attention import UNPINNED, Attention, pinned
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import gradient_sync
@@ -185,6 +189,8 @@ class Step:
         return loss, stats
 
     def _compiled(self) -> Forward:
+        if isinstance(self._network, FSDPModule):
+            cast(Student, self._network).compile_blocks(self.mode)
         if self.mode == "off":
             return self._forward
         mode = None if self.mode == "default" else self.mode

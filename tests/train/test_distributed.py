@@ -78,9 +78,10 @@ def assert_same_run(run_dir, alone, steps=STEPS):
         torch.testing.assert_close(mine[key], other[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key} {text}")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"parallel": "ddp"}, pytest.param({"parallel": "fsdp2", "micro_batch": 2}, marks=pytest.mark.slow)]
-)
+FSDP2 = {"parallel": "fsdp2", "micro_batch": 2, "checkpointing": "selective"}
+
+
+@pytest.mark.parametrize("settings", [{"parallel": "ddp"}, pytest.param(FSDP2, marks=pytest.mark.slow)])
 def test_two_ranks_are_one(config_of, alone, tmp_path, settings):
     out = torchrun(2, config_of(**{f"train__{key}": value for key, value in settings.items()}))
     assert_same_run(tmp_path / "run", alone)

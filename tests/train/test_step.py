@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from train_runs import small
 
-from salt_wds.train.step import Forward, Step
+from salt_wds.train.distributed import World, shard_model
+from salt_wds.train.step import Forward, Step, make_forward
+from salt_wds.train.tuning import synthetic_batch
 
 CLIPS = (torch.ones(2),) * 3
 
@@ -78,3 +85,64 @@ def test_micro_batches_are_the_whole_batch(forward, weight):
     step = Step(forward, "off", network=nn.Linear(1, 1), micro_batches=2)
     loss, stats = step(clips, torch.zeros(4), torch.zeros(4))
     assert (loss, stats["r2"], weight.grad) == (3, 3, 3)  # of 0, 2, 4 and 6
+
+
+# --- what is compiled ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Counts the graphs, and the calls of attention that they make."""
+    found, real = {"graphs": 0, "attention": 0}, torch.compile
+
+    def backend(graph, inputs):
+        modules = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        calls = sum("scaled_dot_product" in str(node.target) for module in modules for node in module.graph.nodes)
+        found["graphs"] += 1
+
+        def counted(*args):
+            if not any(isinstance(arg, FakeTensor) for arg in args):  # with which DDP's optimizer of graphs calls it
+                found["attention"] += calls
+            return graph(*args)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: real(function, backend=backend, **options))
+    torch._dynamo.reset()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at all
+@pytest.mark.parametrize(
+    ("parallel", "checkpointing"),
+    [
+        (None, "full"),
+        pytest.param("ddp", "full", marks=pytest.mark.slow),
+        ("fsdp2", "full"),
+        pytest.param("fsdp2", "selective", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "off", marks=pytest.mark.slow),
+    ],
+)
+def test_every_attention_is_in_a_compiled_graph_and_none_is_compiled_again(compiled, parallel, checkpointing):
+    config, models = small("student.depth=2", "student.predictor_depth=2", "teacher.random_depth=1")
+    device, graphs = torch.device("cpu"), []
+    batch = synthetic_batch(config, 2, device)
+
+    def losses(network, mode):
+        models.student.set_checkpointing(checkpointing)
+        step = Step(make_forward(config, models.teacher, network, device), mode, network=network, micro_batches=2)
+        models.student.zero_grad()
+        for _ in range(3):
+            yield step(*batch)[0].item()
+            graphs.append(compiled["graphs"])
+
+    with contextlib.ExitStack() as stack:
+        expected, network = list(losses(models.student, "off")), models.student
+        if parallel is not None:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            stack.callback(dist.destroy_process_group)
+            network = shard_model(models.student, parallel, World(device, 0, 2))
+        assert list(losses(network, "default")) == pytest.approx(expected, abs=1e-6)
+    assert compiled["attention"] == 3 * 2 * (1 + 2 + 2)  # steps, micro-batches, blocks
+    assert graphs[:3] == [0, 0, 0]
+    assert graphs[3:] == [compiled["graphs"]] * 3

@@ -152,7 +152,7 @@ class Staging:
     # --- to begin ---------------------------------------------------------------------------------------------
 
     def open(self, overwrite: bool) -> None:
-        """Make the folder, or continue what an interrupted pack of the same plan left. Needs `lock_exclusive`.
+        """Make the folder, or continue what an interrupted pack of the same plan left. Needs `lock_output`.
 
         Raises:
             CommandError: without `overwrite`, an unfinished pack of another plan is there, or shards of unknown origin.
@@ -173,7 +173,7 @@ class Staging:
                 half.unlink()
 
     def open_slice(self, shards: Iterable[str], overwrite: bool) -> None:
-        """Make the folder for one slice, or join other slices that may be running there. Needs `lock_shared`.
+        """Make the folder for one slice, or join other slices that may be running there. Needs a shared `lock_output`.
 
         Args:
             shards: of this slice; what an earlier try left half-written of them is removed, and nothing else.

@@ -148,6 +148,17 @@ def test_the_file_does_not_depend_on_workers(embedded, encoder_folder, whole, tm
     assert (tmp_path / "again.parquet").read_bytes() == embedded.read_bytes()
 
 
+def test_labels_come_from_a_list_and_other_files_are_counted(encoder_folder, whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "folder")
+    (folder / "a/moving.gif").touch()
+    (folder / "list.csv").write_text("path,label\na/plain,x\nodd.mp4,y\n")
+    assert run_embed(encoder_folder, folder, tmp_path / "listed.parquet", "--labels", folder / "list.csv") == 0
+    assert {key: (row["label"], row["class"]) for key, row in rows(tmp_path / "listed.parquet").items()} == {
+        **dict.fromkeys(VIDEOS, (None, None)), "a/plain.webm": (0, "x"), "a/odd.mp4": (1, "y")
+    }  # fmt: skip
+    assert "passed over: 1 .csv, 1 .gif\n" in capsys.readouterr().out
+
+
 def test_a_packed_data_set_gives_what_its_files_give(encoder_folder, videos, dataset, tmp_path):
     assert run_embed(encoder_folder, videos, tmp_path / "files.parquet") == 0
     assert run_embed(encoder_folder, dataset, tmp_path / "packed.parquet") == 0

@@ -42,7 +42,7 @@ def some_videos(videos, tmp_path):
 @pytest.mark.parametrize(
     ("folder", "options"),
     [
-        ("videos", ["--shard-size", "128KiB"]),
+        ("videos", ["--shard-size", "64KiB", "--limit", 12]),
         pytest.param("real_clips", ["--short-side", 112, "--quality", 5], marks=pytest.mark.slow),
     ],
 )

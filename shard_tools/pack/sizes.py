@@ -54,8 +54,8 @@ def predict_sizes(
     read = itertools.accumulate(source_bytes[source.key] for source in there)
     chosen = [source for source, total in zip(there, read, strict=True) if total <= _MOST_BYTES] or there[:1]
     print(f"planning: measuring {len(chosen)} of {len(sources):,} videos", flush=True)
-    outcomes = execute(functools.partial(measure, root, encoding), chosen, workers)
-    measured = {source.key: 0 if isinstance(size, WorkerDiedError) else size for source, size in outcomes}
+    outcomes = dict(execute(functools.partial(measure, root, encoding), chosen, workers))
+    measured = {source.key: 0 if isinstance(size := outcomes[source], WorkerDiedError) else size for source in chosen}
     return _scale(source_bytes, _rounded(measured) if encoding.tier == "mjpeg" else measured)
 
 

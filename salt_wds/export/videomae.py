@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEImageProcessor, VideoMAEModel
+from transformers.utils.logging import disable_progress_bar
 
 from salt_wds.export.formats import check_parity, random_clip
 from salt_wds.models.exported import CONFIG_FILE, TRANSFORMERS_KEY, WEIGHTS_FILE, VideoEncoder
@@ -21,27 +22,19 @@ from shard_tools.common.cli import CommandError, one_line
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
-def check_positions(positions: str) -> None:
-    """Whether transformers can represent the positions of an encoder.
-
-    Raises:
-        CommandError: they are learned.
-    """
-    if positions != "sincos":
-        raise CommandError(
-            "--transformers: this encoder's positions are learned, and VideoMAEModel has VideoMAE's fixed table only; "
-            'train with student.positions = "sincos", or export without --transformers'
-        )
-
-
 def write_transformers(encoder: VideoEncoder, folder: Path) -> dict[str, str]:
     """Write the folder of transformers' VideoMAEModel over an export; returns a description of each file.
 
     Raises:
-        CommandError: the encoder has layers that VideoMAEModel lacks.
+        CommandError: the encoder has positions or layers that VideoMAEModel lacks.
         ParityError: transformers gives other tokens.
     """
     config = encoder.config
+    if config.positions != "sincos":
+        raise CommandError(
+            "--transformers: this encoder's positions are learned, and VideoMAEModel has VideoMAE's fixed table only; "
+            'train with student.positions = "sincos", or export without --transformers'
+        )
     others = {type(block).__name__ for block in encoder.network.blocks if type(block) is not Block}
     try:
         if others:
@@ -53,6 +46,7 @@ def write_transformers(encoder: VideoEncoder, folder: Path) -> dict[str, str]:
             f"--transformers: VideoMAEModel cannot hold a {config.arch} ({one_line(error)[:300]}); leave it out, or "
             "train a plain ViT such as vit_base_patch16_224"
         ) from None
+    disable_progress_bar()  # of saving and loading, for a single file
     model.save_pretrained(folder)
     side = {"height": config.size, "width": config.size}
     VideoMAEImageProcessor(

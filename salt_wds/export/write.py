@@ -16,7 +16,7 @@ from salt_wds import __version__
 from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from salt_wds.export.formats import FORMATS, check_parity, random_clip
 from salt_wds.export.model_card import licence_of, model_card
-from salt_wds.export.videomae import check_positions, write_transformers
+from salt_wds.export.videomae import write_transformers
 from salt_wds.models.exported import (
     CARD_FILE,
     CONFIG_FILE,
@@ -51,8 +51,6 @@ def export_run(
     """
     _check_target(out, overwrite)
     frozen = student_of(run_dir, torch.device("cpu"), ema=ema)
-    if transformers:
-        check_positions(frozen.config.student.positions)
     with replace_folder(out.resolve()) as folder:
         lines = _write(folder, run_dir, out.resolve().name, frozen, extras, transformers)
         mode = (folder / CARD_FILE).stat().st_mode

@@ -148,8 +148,8 @@ def _probe(name: str, probe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return {"name": name, "problem": probe["problem"]}
     rows, pictures = [], []
     for encoder, result in probe["encoders"].items():
-        knn, arrow = (result.get(part) or {} for part in ("knn", "time_arrow"))
-        shares = [result.get("top1"), result.get("top1_stderr"), result.get("top5"), knn.get("top1"), arrow.get("top1")]
+        knn, arrow = ((result.get(part) or {}).get("top1") for part in ("knn", "time_arrow"))
+        shares = [*(result.get(key) for key in ("top1", "top1_stderr", "top5", "top1_best")), knn, arrow]
         plain = [result.get(key) for key in ("clips", "step", "lr", "weight_decay")]
         rows.append([encoder, *map(format_percent, shares), *map(format_plain, plain)])
         if isinstance(result.get("confusion_picture"), str):
@@ -168,6 +168,7 @@ def _probe(name: str, probe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "name": name,
         "problem": None,
         "rows": rows,
+        "deviations": [str(one) for one in probe.get("deviations") or ()],
         "pictures": pictures,
         "class_encoders": list(tables),
         "classes": classes[:_MAX_CLASSES],

@@ -59,7 +59,8 @@ def run_dir(make_run, hostile_dataset, tmp_path_factory):
         "per_class": [{"class": HOSTILE, "clips": 45, "top1": 0.5}, {"class": "b", "clips": 45, "top1": None}],
     }  # fmt: skip
     encoders = {"student": result, "random": {**result, "top1": 0.25, "confusion_picture": "first.png"}}
-    (folder / "probes/motion.json").write_text(json.dumps({"name": HOSTILE, "encoders": encoders}))
+    probe = {"name": HOSTILE, "encoders": encoders, "deviations": [f"size: 224 {HOSTILE}"]}
+    (folder / "probes/motion.json").write_text(json.dumps(probe))
     (folder / "probes/cut.json").write_text('{"encoders": {"stud')
     cv2.imwrite(str(folder / "probes/first.png"), np.zeros((8, 8, 3), np.uint8))
     return folder
@@ -106,7 +107,7 @@ def check_in_browser(page, tmp_path, sections):
         readout = chromium.run(
             "(() => { const plot = document.querySelector('.plot'); plot.scrollIntoView({block: 'center'});"
             "const box = plot.getBoundingClientRect();"
-            "return document.elementFromPoint(box.left + 0.97 * box.width, box.top + box.height / 2).title; })()"
+            "return document.elementFromPoint(box.left + 0.93 * box.width, box.top + box.height / 2).title; })()"
         )
         text = chromium.run("document.querySelectorAll('details').forEach(d => d.open = true), document.body.innerText")
         assert chromium.run("document.documentElement.scrollWidth") <= 1280  # with everything unfolded, too
@@ -116,7 +117,7 @@ def check_in_browser(page, tmp_path, sections):
 
 def test_a_report_in_a_browser(page, tmp_path):
     text, readout = check_in_browser(page, tmp_path, ["Summary", "Curves", *PARTS])
-    for place in ("Moving something {}", "key-{}", "{} no frame", "{}.tar", "train {}"):
+    for place in ("Moving something {}", "key-{}", "{} no frame", "{}.tar", "train {}", "size: 224 {}"):
         shown = [place.replace("{}", HOSTILE.replace("\u202e", sign)) for sign in ("\ufffd", "\\u202e")]
         assert any(words in text for words in shown), place
     for words in ("Nearest neighbours", "tokens of the teacher", "student of step 20", "Loss", "R2 by position",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import struct
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +15,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from video_maker import make_video
 
+from salt_wds.config import load_config
+from salt_wds.data.loader import Loader
 from salt_wds.data.pixels import yuv_to_rgb
 from shard_tools.describe.samples import to_rgb
 from shard_tools.format.sample import COLOURS, LUMA_WEIGHTS
@@ -23,12 +28,22 @@ from shard_tools.video.ffmpeg import Planes, fill_frame
 from shard_tools.video.probe import BadVideoError, probe, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import TIERS, Encoding, make_payload
+from tests.conftest import pack_here
 
 SIZE = 96, 64  # width, height
 FRAMES = 12
 PATCHES = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255), (200, 120, 90), (60, 140, 60),
 )  # fmt: skip
+
+
+SEI = "display_orientation=insert:rotate=90:flip=horizontal"
+
+
+def run_ffmpeg(*options: object) -> bytes:
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("the ffmpeg program is not installed")
+    return subprocess.run(["ffmpeg", "-v", "error", *map(str, options)], capture_output=True, check=True).stdout
 
 
 def picture(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> Planes:
@@ -168,6 +183,36 @@ def test_matroska_and_sei_are_turned_as_mp4_is(cases: Path, name: str) -> None:
         assert all(np.array_equal(p, o) for p, o in zip(planes, others, strict=True))
 
 
+@pytest.mark.parametrize("container", ["ts", "mkv", "flv"])
+def test_what_h264_says_of_the_first_frame_holds_for_all(tmp_path: Path, container: str) -> None:
+    """Compared with the ffmpeg program, which turns only the frames that repeat it."""
+    plain, said = tmp_path / "plain.mp4", tmp_path / f"said.{container}"
+    plain.write_bytes(encode([picture(number) for number in range(FRAMES)]))
+    run_ffmpeg("-i", plain, "-c", "copy", "-bsf:v", f"h264_metadata={SEI}", said)
+    first = run_ffmpeg("-i", said, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-")
+    pictures = shown(said.read_bytes())[0]
+    assert b"".join(plane.tobytes() for plane in pictures[0]) == first
+    video = probe(said.read_bytes())
+    for found, planes in zip(pictures, shown(plain.read_bytes())[0], strict=True):
+        turned = turn(planes, video.rotation, video.mirrored)
+        assert all(np.array_equal(f, t) for f, t in zip(found, turned, strict=True))
+
+
+def test_vp9_in_matroska_is_turned(tmp_path: Path) -> None:
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV writes no display matrix")
+    buffer, plain = io.BytesIO(), make_video(*SIZE, FRAMES)
+    with av.open(io.BytesIO(plain)) as source, av.open(buffer, "w", format="matroska") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        stream.set_display_rotation(90, hflip=True)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    for found, planes in zip(shown(buffer.getvalue())[0], shown(plain)[0], strict=True):
+        assert all(np.array_equal(f, moved(p, 0, -1, -1, 0)) for f, p in zip(found, planes, strict=True))
+
+
 @pytest.mark.parametrize(
     ("matrix", "degrees"), [((0.7071, 0.7071, -0.7071, 0.7071), 45), ((0.7071, -0.7071, 0.7071, 0.7071), 315)]
 )
@@ -178,6 +223,24 @@ def test_another_angle_is_refused_by_name(matrix: tuple[float, ...], degrees: in
 @pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (2, 0, 0, 2), (1, 0.001, -0.001, 1)])
 def test_a_matrix_that_turns_nothing_is_none(matrix: tuple[float, ...]) -> None:
     assert probe(with_matrix(encode([picture(0)]), *matrix)) == probe(encode([picture(0)]))
+
+
+def test_training_sees_upright_pictures_in_every_tier(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "root/train/class").mkdir(parents=True)
+    for number, matrix in enumerate(MATRICES):
+        pictures = [picture(t + 3 * number) for t in range(40)]
+        (tmp_path / f"root/train/class/{number}.mp4").write_bytes(with_matrix(encode(pictures), *matrix))
+    clips = {}
+    for tier in TIERS:
+        folder = tmp_path / tier
+        assert pack_here(tmp_path / "root", "--out", folder, "--frames", tier) == 0
+        settings = [f"data.shards={folder}", "data.batch_size=8", "data.num_workers=0"]
+        loader = Loader(load_config(repository / "configs/tiny.toml", settings), tmp_path / "failures.jsonl")
+        batch = next(iter(loader))
+        assert (len(batch["keys"]), loader.catalog.extensions) == (8, ("mp4" if tier == "source" else tier,))
+        assert loader.policy.total == 0
+        clips[tier] = batch["clips"].clone()
+    assert torch.equal(clips["source"], clips["y4m"])
 
 
 # --- covers, several videos ---------------------------------------------------------------------------------------

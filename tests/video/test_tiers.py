@@ -17,7 +17,6 @@ from shard_tools.video.packets import read_packets
 from shard_tools.video.probe import BadVideoError, probe, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import Encoding, make_payload, to_jpeg_colour
-from tests.conftest import pack_here
 
 FFMPEG_NAMES = {"mjpeg": "mjpeg", "y4m": "yuv4mpegpipe"}
 
@@ -173,15 +172,3 @@ def test_a_video_that_breaks_off_in_decoding_is_named():
 def test_payloads_do_not_depend_on_when_they_are_made(tier):
     data = make_video(64, 48, 4)
     assert packed(data, tier) == packed(data, tier)
-
-
-@pytest.mark.parametrize("tier", ["mjpeg", "y4m"])
-def test_a_packed_frame_tier_is_read_by_the_loader(videos, repository, tmp_path, tier):
-    from salt_wds.config import load_config
-    from salt_wds.data.loader import Loader
-
-    assert pack_here(videos, "--out", tmp_path / tier, "--frames", tier, "--limit", 12) == 0
-    settings = [f"data.shards={tmp_path / tier}", "data.batch_size=8", "data.num_workers=0"]
-    loader = Loader(load_config(repository / "configs" / "tiny.toml", settings), tmp_path / "failures.jsonl")
-    batch = next(iter(loader))
-    assert (len(batch["keys"]), loader.catalog.extensions, loader.policy.total) == (8, (tier,), 0)

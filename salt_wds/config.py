@@ -47,6 +47,14 @@ def require(condition: bool, key: str, message: str) -> None:
         raise ValueError(f"{key}: {message}")
 
 
+def check_crops(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Check the keys crop_scale and crop_ratio of a section."""
+    for name, (low, high) in (("crop_scale", scale), ("crop_ratio", ratio)):
+        require(low <= high, name, "must be [minimum, maximum]")
+    require(ratio[0] >= 0.1 and ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
+    require(scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+
+
 def as_paths(folders: str | tuple[str, ...]) -> tuple[Path, ...]:
     """The paths of one folder or of several."""
     return tuple(Path(folder) for folder in ((folders,) if isinstance(folders, str) else folders))
@@ -115,11 +123,7 @@ class DataConfig(Section):
     def _check(self) -> Self:
         require(self.num_frames % TUBELET == 0, "num_frames", f"must be a multiple of the tubelet ({TUBELET})")
         require(self.size % PATCH == 0, "size", f"must be a multiple of the patch ({PATCH})")
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            require(low <= high, name, "must be [minimum, maximum]")
-        require(self.crop_ratio[0] >= 0.1 and self.crop_ratio[1] <= 10, "crop_ratio", "must lie within 0.1 and 10")
-        require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+        check_crops(self.crop_scale, self.crop_ratio)
         folders = len(self.folders)
         require(
             len(self.weights) in (0, folders), "weights", f"must have one number for each of the {folders} data sets"

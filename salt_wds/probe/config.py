@@ -19,6 +19,7 @@ from salt_wds.config import (
     Section,
     Text,
     as_paths,
+    check_crops,
     require,
 )
 
@@ -65,9 +66,7 @@ class ProbeDataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("crop_scale", "crop_ratio"):
-            require(getattr(self, name)[0] <= getattr(self, name)[1], name, "must be [minimum, maximum]")
-        require(self.crop_scale[1] <= 1, "crop_scale", "is a share of the frame, at most 1")
+        check_crops(self.crop_scale, self.crop_ratio)
         for name, folders in (("shards", self.folders), ("eval_shards", self.eval_folders)):
             require(len(set(folders)) == len(folders), name, "names a data set twice")
         return self

@@ -198,19 +198,14 @@ def _loader_config(run_config: Config, config: ProbeConfig) -> Config:
 
 def _describe_data(config: ProbeConfig, data: ProbeData) -> dict[str, Any]:
     """What NAME.json says about the clips."""
+    parts = {"train": data.train, "evaluation": data.evaluation}
+    clips = {"fit": data.fit, "selection": data.selection, "evaluation": data.evaluation}
     return {
-        "train": {"folders": data.train.folders, "split": data.train.split, "plan_hash": data.train.plan_hash},
-        "evaluation": {
-            "folders": data.evaluation.folders, "split": data.evaluation.split, "plan_hash": data.evaluation.plan_hash,
-        },
-        "clips": {
-            "fit": data.fit.num_samples,
-            "selection": data.selection.num_samples if data.selection is not None else 0,
-            "evaluation": data.evaluation.num_samples,
-        },
+        **{name: {"folders": c.folders, "split": c.split, "plan_hash": c.plan_hash} for name, c in parts.items()},
+        "clips": {name: part.num_samples if part is not None else 0 for name, part in clips.items()},
         "unlabelled": data.unlabelled,
         "views": {"segments": config.data.segments, "crops": config.data.crops},
-    }  # fmt: skip
+    }
 
 
 def _describe_encoders(encoders: dict[str, FrozenEncoder]) -> str:

@@ -170,7 +170,7 @@ def test_what_is_not_there_is_refused_with_its_key(make_config, settings, messag
     ("setting", "message"),
     [
         ("probe.epoch=3", "probe.epoch: unknown key; the nearest valid key is probe.epochs"),
-        ("data.eval_shard=x", "data.eval_shard: unknown key; the nearest valid key is data.eval_shards"),
+        ("data.crop_scale=[0.9, 0.5]", "data.crop_scale: must be [minimum, maximum]"),
         ("probe.warmup_epochs=40", "probe.warmup_epochs: must be less than the 40 epochs"),
         ("probe.lrs=[]", "probe.lrs: "),
         ("probe.lrs=[1e-3, 1e-3]", "probe.lrs: names a value twice"),

@@ -27,7 +27,7 @@ from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import SharedArray, fit_budget
 from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes
 from salt_wds.data.views import Views
-from salt_wds.data.workers import WorkerLostError, Workers, try_sample
+from salt_wds.data.workers import SERVER_KILLED, WorkerLostError, Workers, try_sample
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import interrupts_deferred
 from shard_tools.format import ledger
@@ -256,10 +256,10 @@ class Loader:
         )
 
     def _try_alone(self, position: int, attempt: int) -> str | None:
-        """What a sample does to a process of its own. SIGKILL comes from outside, unless it comes every time."""
+        """What a sample does to a process of its own. What may come from outside counts if it comes every time."""
         for _ in range(_TRIES):
             verdict = try_sample(self.spec, position, attempt)
-            if verdict != "killed by SIGKILL":
+            if verdict not in ("killed by SIGKILL", SERVER_KILLED):
                 return verdict
         return f"{verdict} {_TRIES} times"
 

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _START_S = 60.0  # for a process to start, however short data.timeout_s
 _POLL_S = 0.5  # how late a hang may be noticed; a death is noticed at once
+SERVER_KILLED = "exited with code 255 (or its fork server was killed)"
 _START_TRIES = 20  # of a process whose fork server is killed meanwhile
 
 
@@ -265,7 +266,7 @@ def _our_modules() -> list[str]:
 
 def _exit_reason(exitcode: int | None) -> str:
     if exitcode == 255:
-        return "exited with code 255 (or its fork server was killed)"
+        return SERVER_KILLED
     if exitcode is None or exitcode >= 0:
         return f"exited with code {exitcode}"
     try:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import alive, wait_until
 
+from salt_wds.data import loader as loader_module
 from salt_wds.data import workers
 from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
@@ -106,6 +107,20 @@ def test_a_killed_fork_server_costs_nothing(make_config, undisturbed, tmp_path):
     failures, _ = ledger.read(tmp_path / "l.jsonl")
     assert {(f.stage, f.action) for f in failures} == {("crash", None)}
     assert "or its fork server was killed" in failures[0].message
+
+
+def test_a_fork_server_killed_while_a_sample_is_tried_alone_is_not_held_against_it(make_config, tmp_path, monkeypatch):
+    """Nor is SIGKILL, unless the same happens every time."""
+    loader = Loader(make_config(num_workers=0), tmp_path / "l.jsonl")
+    for verdicts, expected in (
+        (["killed by SIGKILL", workers.SERVER_KILLED, None], None),
+        ([workers.SERVER_KILLED] * 3, f"{workers.SERVER_KILLED} 3 times"),
+        (["killed by SIGABRT"], "killed by SIGABRT"),
+    ):
+        outcomes = iter(verdicts)
+        monkeypatch.setattr(loader_module, "try_sample", lambda *_, outcomes=outcomes: next(outcomes))
+        assert loader._try_alone(0, 0) == expected
+        assert next(outcomes, "none left") == "none left"
 
 
 class ForkServerKiller(threading.Thread):

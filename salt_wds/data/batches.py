@@ -119,28 +119,22 @@ class BatchMaker:
                 missing = []
             if not missing:
                 return [done[position] for position in sorted(done)]
-            if len(failures) - failed_before > limit:
-                raise self._unfillable(len(failures) - failed_before, missing[0]["position"])
-            requests = todo = [self._substitute(request) for request in missing]
+            if (count := len(failures) - failed_before) > limit:
+                last = failures[-1]
+                raise UnfillableError(
+                    f"{count} samples in a row failed for position {missing[0]['position']}; the last: {last.shard} "
+                    f"{last.key}: {last.error}: {last.message}"
+                )
+            requests = todo = [
+                pipeline.request(request["position"], request["attempt"] + 1) | {"clip": request["clip"]}
+                for request in missing
+            ]
 
     def _prefetching(self, requests: list[Sample], following: list[Sample]) -> Iterator[Sample]:
         """The requests; before each, one of the next batch is prefetched, so that reading stays evenly ahead."""
         for request, later in zip(requests, following, strict=True):
             self._pipeline.prefetch(later)
             yield request
-
-    def _substitute(self, request: Sample) -> Sample:
-        attempt = request["attempt"] + 1
-        if attempt > self._spec.data.max_consecutive_failures:
-            raise self._unfillable(attempt, request["position"])
-        return self._pipeline.request(request["position"], attempt) | {"clip": request["clip"]}
-
-    def _unfillable(self, count: int, position: int) -> UnfillableError:
-        last = self._pipeline.failures[-1]
-        return UnfillableError(
-            f"{count} samples in a row failed for position {position}; the last: {last.shard} {last.key}: "
-            f"{last.error}: {last.message}"
-        )
 
     def _take_failures(self) -> list[Failure]:
         failures, self._pipeline.failures = self._pipeline.failures, []

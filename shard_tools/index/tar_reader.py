@@ -204,7 +204,7 @@ def _harmful_record(records: Mapping[str, str]) -> str | None:
 
 def is_text(name: str) -> bool:
     """Whether a name is text of any script: no control characters, line ends, or bytes that are not UTF-8."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+    return name.isprintable() or not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
 
 
 # --- samples ------------------------------------------------------------------------------------------------------

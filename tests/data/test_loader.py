@@ -271,16 +271,16 @@ def test_labels_of_several_data_sets_follow_the_class_names(dataset, tmp_path):
 
 
 def test_indexed_tars_of_webdataset_train_as_well(make_config, take, dataset, tmp_path, run_module):
-    """Keys with folders, JSON behind the video or missing, labels in .cls, float times in PAX headers."""
+    """Keys with folders and of any script, JSON behind the video or missing, labels in .cls, times in PAX headers."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     rows = read_index(dataset / "train-000000.parquet").to_pylist()
     tar = (dataset / "train-000000.tar").read_bytes()
     labels = {}
-    with wds.TarWriter(str(folder / "train-0000.tar")) as writer:
+    with wds.TarWriter(str(folder / "train-0000.tar"), format="PAX_FORMAT") as writer:
         for number, row in enumerate(rows):
             video = tar[row["payload_offset"] : row["payload_offset"] + row["payload_size"]]
-            sample = {"__key__": f"clips/{number:04d}", "webm": video, "cls": number % 3}
+            sample = {"__key__": f"clips/видео {number:04d}", "webm": video, "cls": number % 3}
             writer.write(sample | ({"json": {"video": "of theirs"}} if number % 2 else {}))
             labels[sample["__key__"]] = number % 3
     run_module("shard_tools.index", folder)

@@ -171,6 +171,21 @@ def test_the_key_is_webdatasets(tmp_path: Path) -> None:
         assert split_name(name) == (None if key is None else (key, ext.lower()))
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "keys"),
+    [
+        ("unicode_keys/train-000000.tar", 0, ["北京_001", "café_002", "plain_003", "видео_004"]),
+        ("tars/lone_zero_block.tar", 0, ["a0000", "a0001", "a0002"]),
+        ("tars/dots.tar", 1, ["movie"]),
+    ],
+)
+def test_tars_that_others_reported(name: str, code: int, keys: list[str], cases: Path, tmp_path: Path) -> None:
+    shutil.copy(cases / name, tmp_path / "a.tar")
+    assert command(index, tmp_path) == code
+    assert [row["key"] for row in rows_of(tmp_path, "a.tar")] == keys
+    assert command(verify, tmp_path, "--deep") == 0
+
+
 def test_an_unsorted_tar_is_told_how_to_be_sorted(webm: bytes, tmp_path: Path) -> None:
     """Members of one sample are not adjacent: webdataset would give each piece by itself."""
     files = [(f"{n}.{ext}", data) for ext, data in (("json", b"{}"), ("webm", webm)) for n in range(3)]

@@ -74,6 +74,12 @@ class Video:
                 del record[name]
         return record
 
+    def in_version_1(self) -> Video:
+        """What format version 1 said of the same video."""
+        width, height = (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
+        matrix = "bt709" if self.matrix == "bt709" else "bt601"
+        return Video(self.codec, width, height, self.num_frames, self.fps, matrix, self.range)
+
 
 _VIDEO_DEFAULTS = tuple(
     (field.name, field.default) for field in dataclasses.fields(Video) if field.default is not dataclasses.MISSING

@@ -245,7 +245,9 @@ class DamagedShard:
 
     def _json(self, payload: Payload, source: Source, data: bytes) -> bytes:
         info = payload.sample_info(source, data)
-        return (dataclasses.replace(info, packets=None) if self.dataset.format_version == 1 else info).to_json()
+        if self.dataset.format_version == 1:
+            info = dataclasses.replace(info, packets=None, video=info.video.in_version_1())
+        return info.to_json()
 
     def _encodings(self, video: Video, row: Row | None) -> list[Encoding]:
         """How the sources of this data set may be encoded: dataset.json says it, unless version 0.1 wrote it."""

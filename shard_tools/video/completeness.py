@@ -15,6 +15,7 @@ from shard_tools.video.packets import Packets
 _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
 )
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _LEAST = 0.75  # of the declared duration in frames, and of the bytes in packets; less of both is a failure
 _LEAST_ALONE = 0.5  # of the bytes, if no duration is declared
 _PACKET_OVERHEAD = 32  # bytes of a container for each packet, its place in tables included
@@ -89,16 +90,21 @@ def _bytes_of_packets(payload: bytes) -> int:
 
 
 def declared_size(payload: bytes) -> int | None:
-    """Bytes that a Matroska/WebM or MP4/MOV file declares to have; None if it does not.
+    """Bytes that a Matroska/WebM, MP4/MOV, AVI or ASF file declares to have at least; None if it does not.
 
     FFmpeg reads a file that was cut short without an error, and container durations are often wrong (clips cut from
     longer videos keep the old one). Only the lengths of the top-level elements are reliable.
-    Sources: RFC 8794 (EBML), ISO/IEC 14496-12 (boxes).
+    Sources: RFC 8794 (EBML), ISO/IEC 14496-12 (boxes), OpenDML AVI 1.02 (RIFF), ASF specification 3.2.
     """
     if payload[:4] == b"\x1a\x45\xdf\xa3":
         return _ebml_size(payload)
     if payload[4:8] in _BOXES:
         return _boxes_size(payload)
+    if payload[:4] == b"RIFF":
+        return _riff_size(payload)
+    if (at := payload.find(_ASF_FILE_PROPERTIES, 0, 1 << 16)) >= 0 and len(payload) >= at + 92:
+        is_broadcast = payload[at + 88] & 1
+        return None if is_broadcast else int.from_bytes(payload[at + 40 : at + 48], "little")
     return None
 
 
@@ -137,3 +143,13 @@ def _boxes_size(payload: bytes) -> int | None:
             return None  # not boxes after all: left to FFmpeg
         position += size
     return position
+
+
+def _riff_size(payload: bytes) -> int | None:
+    position = 0
+    while payload[position : position + 4] == b"RIFF":  # large files have several
+        size = int.from_bytes(payload[position + 4 : position + 8], "little")
+        if not size:  # its writer did not finish
+            return None
+        position += 8 + size
+    return position - 8  # some writers count the first 8 bytes, too

@@ -14,10 +14,9 @@ from shard_tools.common.cli import CommandError
 from shard_tools.describe import __main__ as describe
 from shard_tools.describe import contact_sheet
 from shard_tools.describe.facts import read_samples
-from shard_tools.describe.samples import to_rgb
 from shard_tools.format.dataset import index_name, read_dataset
 from shard_tools.format.index import read_index
-from shard_tools.format.sample import COLOURS, LUMA_WEIGHTS, Video
+from shard_tools.format.sample import Video
 from shard_tools.video.probe import probe
 from tests.conftest import pack_here
 
@@ -129,20 +128,6 @@ def test_sheet_has_the_colours_and_the_size_promised(pictures, tier, tmp_path, c
             worst = max(worst, np.abs(blocks[0] - blocks[1]).max())
     print(f"worst patch mean: {worst:.2f} levels off")
     assert worst < 4  # the wrong matrix would be 16 off
-
-
-@pytest.mark.parametrize(("matrix", "colour_range"), COLOURS)
-def test_rgb_follows_matrix_and_range(matrix, colour_range):
-    kr, kb = LUMA_WEIGHTS[matrix]
-    y, u, v = 120, 100, 160
-    planes = tuple(np.full(shape, level, np.uint8) for shape, level in (((16, 16), y), ((8, 8), u), ((8, 8), v)))
-    luma, cb, cr = y / 255, (u - 128) / 255, (v - 128) / 255
-    if colour_range == "limited":
-        luma, cb, cr = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
-    red, blue = luma + 2 * (1 - kr) * cr, luma + 2 * (1 - kb) * cb
-    green = (luma - kr * red - kb * blue) / (1 - kr - kb)
-    shown = to_rgb(planes, matrix, colour_range)
-    assert np.abs(shown - 255 * np.array([red, green, blue])).max() < 2.5
 
 
 def test_damaged_sample_is_a_placeholder_and_exit_1(damaged_dataset, tmp_path, capsys, monkeypatch):

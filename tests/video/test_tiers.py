@@ -1,6 +1,5 @@
 """Storage tiers: the stored video is the decoded one, exactly (y4m) or to 40 dB (mjpeg); every frame is found alone."""
 
-import dataclasses
 import io
 import json
 
@@ -9,10 +8,8 @@ import numpy as np
 import pytest
 import video_maker
 import xxhash
-from av.video.reformatter import ColorRange
 
-from shard_tools.format.sample import COLOURS, frame_span
-from shard_tools.video.ffmpeg import fill_frame
+from shard_tools.format.sample import frame_span
 from shard_tools.video.packets import read_packets
 from shard_tools.video.probe import BadVideoError, probe, probe_packets
 from shard_tools.video.sources import Source
@@ -114,29 +111,6 @@ def test_every_frame_is_found_alone_and_has_its_hash(tier):
             assert piece == b"".join(plane.tobytes() for plane in whole[number])
         else:
             assert equal(planes_of(piece, "mjpeg"), [whole[number]])
-
-
-@pytest.mark.parametrize(("matrix", "colour_range"), COLOURS)
-def test_colour_for_jpeg_is_that_of_the_source(matrix, colour_range):
-    """RGB of the converted planes (as JPEG) against RGB of the source's (by its own tags), where chroma is flat."""
-    rng = np.random.default_rng(0)
-    video = dataclasses.replace(probe(make_video(64, 64, 1)), matrix=matrix, range=colour_range)
-    low, high = (0, 255) if colour_range == "full" else (16, 235)
-    blocks = [np.kron(rng.integers(low + 60, high - 60, (8, 8)), np.ones((s, s))) for s in (8, 4, 4)]
-    blocks[1:] = [np.clip(b, 100, 156) for b in blocks[1:]]  # inside the cube: nothing is clipped
-    planes = tuple(b.astype(np.uint8) for b in blocks)
-
-    def rgb(planes, matrix, colour_range):
-        out = fill_frame(planes, "yuv420p").reformat(
-            format="rgb24",
-            src_colorspace={"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}[matrix],  # FFmpeg's numbers
-            src_color_range={"limited": ColorRange.MPEG, "full": ColorRange.JPEG}[colour_range],
-            dst_color_range=ColorRange.JPEG,
-        )
-        return out.to_ndarray().astype(int)
-
-    difference = np.abs(rgb(to_jpeg_colour(planes, video), "bt601", "full") - rgb(planes, matrix, colour_range))
-    assert difference.max() <= 4
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p10le", "yuv422p", "gray", "bgr0"])

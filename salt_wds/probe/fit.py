@@ -1,4 +1,4 @@
-"""Train many probes on features; choose one by clips that were held back, and measure it on others.
+"""Train many probes on features; choose one by clips that were held back, and measure it on others. Neighbours vote.
 
 Shapes: B clips of a batch, M clips of a split, N tokens, D width, P probes, C classes.
 """
@@ -18,6 +18,7 @@ from salt_wds.probe.config import HeadsConfig
 from salt_wds.probe.features import Features
 
 _AT_ONCE = 32  # clips in one pass through a probe: gradients of a batch add up
+_QUERIES_AT_ONCE = 1024  # so that their similarities to a large bank fit into memory
 
 
 def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int, classes: int) -> dict[str, Trained]:
@@ -132,6 +133,24 @@ def pooled(tokens: Tensor) -> Tensor:
     A teacher's tokens have passed no norm: without one, a few large channels would decide the similarity.
     """
     return F.normalize(F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1), dim=1)
+
+
+def vote(
+    bank_MD: Tensor, labels_M: Tensor, queries_QD: Tensor, classes: int, k: int, temperature: float  # noqa: N803
+) -> Tensor:  # fmt: skip
+    """Votes (Q, C) fp32 of each query's `k` nearest in the bank (all, if it has fewer).
+
+    Nearest by cosine similarity s; each votes for its class with exp(s / temperature), as in DINO (arXiv 2104.14294,
+    after arXiv 1805.01978). The bank has M clips, there are Q queries.
+    """
+    bank = F.normalize(bank_MD.float(), dim=1)
+    votes = []
+    for queries in F.normalize(queries_QD.float(), dim=1).split(_QUERIES_AT_ONCE):
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
+        # exp(s / temperature) up to a factor common to a query: a small temperature would overflow it
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes.append(torch.zeros(len(queries), classes, device=bank.device).scatter_add(1, labels_M[nearest], weights))
+    return torch.cat(votes)
 
 
 def top(probabilities: Tensor, labels: Tensor, k: int) -> Tensor:

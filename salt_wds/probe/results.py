@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from salt_wds.probe.config import HeadsConfig, NeighboursConfig
-from salt_wds.probe.fit import Measured, Trained, choose, confusion, top
-from salt_wds.probe.knn import vote
+from salt_wds.probe.fit import Measured, Trained, choose, confusion, top, vote
 
 _SHOWN = 30  # classes that a table lists, and whose names a picture has room for
 

@@ -21,8 +21,7 @@ from salt_wds.data.views import Views
 from salt_wds.models.frozen import FrozenEncoder
 from salt_wds.models.student import Student
 from salt_wds.probe.config import NeighboursConfig
-from salt_wds.probe.fit import pooled, top
-from salt_wds.probe.knn import vote
+from salt_wds.probe.fit import pooled, top, vote
 from salt_wds.probe.splits import check_classes, limited, open_split, refuse_leaks
 from salt_wds.train.distributed import World
 from salt_wds.train.held_out_loss import evaluation_loader, evaluation_mode, num_batches, synchronised_batches

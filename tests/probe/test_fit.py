@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from salt_wds.probe import knn
+from salt_wds.probe import fit
 from salt_wds.probe.config import HeadsConfig
 from salt_wds.probe.feature_store import Table
 from salt_wds.probe.features import Features
-from salt_wds.probe.fit import Measured, choose, confusion, learning_rate_factor, measure, pooled, top, train_probes
-from salt_wds.probe.knn import vote
+from salt_wds.probe.fit import (
+    Measured,
+    choose,
+    confusion,
+    learning_rate_factor,
+    measure,
+    pooled,
+    top,
+    train_probes,
+    vote,
+)
 from salt_wds.probe.results import head_results, results_table
 
 CLASSES, TOKENS, WIDTH = 4, 6, 16
@@ -174,7 +183,7 @@ def test_known_clusters_are_all_found():
 
 
 def test_votes_are_those_of_the_formula(monkeypatch):
-    monkeypatch.setattr(knn, "_AT_ONCE", 2)  # several rounds of queries
+    monkeypatch.setattr(fit, "_QUERIES_AT_ONCE", 2)  # several rounds of queries
     rng = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(9, 5, generator=rng), torch.randn(5, 5, generator=rng)
     labels = torch.randint(3, (9,), generator=rng)

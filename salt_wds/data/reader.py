@@ -6,7 +6,6 @@ wanted frames need; of "mjpeg" and "y4m" only the wanted frames. Their places an
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import json
@@ -87,10 +86,10 @@ class Reader:
         if hashes := chunk_hashes(table["chunk_xxh3"], row.payload_size):
             chunks = _chunks(packets, [number for number in numbers if number < row.num_frames])
             read_chunks = functools.partial(self._read_chunks, shard, row, chunks, hashes)
-            content = self._with_retries(shard, read_chunks)
+            packets.content = self._with_retries(shard, read_chunks)
         else:
-            content = memoryview(self._with_retries(shard, functools.partial(self._read_payload, shard, row)))
-        return record, dataclasses.replace(packets, content=content)
+            packets.content = memoryview(self._with_retries(shard, functools.partial(self._read_payload, shard, row)))
+        return record, packets
 
     def take_recovered(self) -> Exception | None:
         """The error, if any, that a retry has overcome since the last call."""

@@ -99,7 +99,7 @@ class SourceFile:
 class PacketTable:
     """Where each packet of a video file lies, so that it can be decoded without its container; see docs/format.md.
 
-    The first seven are what a decoder must know; the last six have a value a packet, or bytes, as base64.
+    The first seven are what a decoder must know.
     """
 
     codec: str
@@ -110,9 +110,10 @@ class PacketTable:
     bits: int
     extradata: str
     count: int
-    gaps: str
-    sizes: str
-    frames: str
+    first: int
+    gaps: str | int
+    sizes: str | int
+    frames: str | int
     starts: str
     chunk_xxh3: str
 

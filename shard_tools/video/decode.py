@@ -94,7 +94,8 @@ def payload_frames(
             packets = from_table(sample.packets, len(payload), sample.video.num_frames)
         except ValueError as error:
             raise DecodeError(str(error)) from None
-        return dataclasses.replace(packets, content=payload)
+        packets.content = payload
+        return packets
     record: dict[str, Any] = {"video": vars(sample.video)}
     if sample.frame_offsets is not None:
         record["frame_offsets"] = sample.frame_offsets

@@ -24,17 +24,17 @@ def to_table(packets: Packets, payload: bytes) -> PacketTable | str:
     """What KEY.json says of the packets of a payload: the table, or in a word why there is none."""
     if packets.offset is None or packets.frame is None:
         return packets.reason
-    coding, frame = packets.coding, packets.frame
-    ends = np.concatenate(([0], packets.offset + packets.size))
+    coding, number = packets.coding, np.arange(len(packets.frame))
     chunks = range(0, len(payload) if len(payload) >= LEAST_CHUNKED else 0, CHUNK_BYTES)
     view = memoryview(payload)
     hashes = [xxhash.xxh3_64_intdigest(view[start : start + CHUNK_BYTES]) for start in chunks]
     return PacketTable(
         **vars(coding) | {"extradata": _text(coding.extradata)},
-        count=len(frame),
-        gaps=_column(packets.offset - ends[:-1]),
+        count=len(number),
+        first=int(packets.offset[0]),
+        gaps=_column(packets.offset - np.concatenate((packets.offset[:1], (packets.offset + packets.size)[:-1]))),
         sizes=_column(packets.size),
-        frames="" if np.array_equal(frame, np.arange(len(frame))) else _column(frame),
+        frames=_column(packets.frame - number, packets.frame < 0),
         starts=_text(np.packbits(packets.start).tobytes()),
         chunk_xxh3=_text(np.array(hashes, "<u8").tobytes()),
     )
@@ -48,25 +48,22 @@ def from_table(table: PacketTable, payload_size: int, num_frames: int) -> Packet
     """
     count = table.count
     _check(count > 0, "it has no packets")
-    gaps, size = _numbers(table.gaps, count), _numbers(table.sizes, count)
-    ends = np.cumsum(gaps + size)
+    (gaps, _), (size, _) = _numbers(table.gaps, count), _numbers(table.sizes, count)
+    ends = np.cumsum(gaps + size) + table.first
     offset = ends - size
     _check(size.min() > 0 and offset.min() >= 0, "a size or an offset is negative")
     _check(ends.max() <= payload_size, f"a packet ends behind the payload's {payload_size} bytes")
-    frame = np.arange(count)
-    if table.frames:
-        frame = _numbers(table.frames, count)
-        _check(frame.min() >= -1, "a frame has a negative number")
-    shown = np.sort(frame)[-num_frames:]
-    _check(
-        np.count_nonzero(frame >= 0) == num_frames and shown[0] == 0 and (np.diff(shown) == 1).all(),
-        f"its frames are not those of a video of {num_frames}",
-    )
+    steps, absent = _numbers(table.frames, count)
+    frame = np.where(absent, -1, steps + np.arange(count))
+    shown = np.count_nonzero(frame >= 0)
+    _check(frame.min() >= -1 and shown == frame.max() + 1 == num_frames, f"its frames are not {num_frames}")
     bits = np.unpackbits(np.frombuffer(_bytes(table.starts), np.uint8)).view(bool)
     _check(len(bits) == count + -count % 8 and bits[0] and not bits[count:].any(), "its starts are damaged")
     chunk_hashes(table.chunk_xxh3, payload_size)
     coding = {name: getattr(table, name) for name in _CODING} | {"extradata": _bytes(table.extradata)}
-    return Packets(Coding(**coding), frame, bits[:count], size, offset)
+    packets = Packets(Coding(**coding), frame, bits[:count], size, offset)
+    _check(packets.places.min() >= 0, "a frame has two packets")
+    return packets
 
 
 def chunk_hashes(text: str, payload_size: int) -> list[int]:
@@ -82,18 +79,29 @@ def chunk_hashes(text: str, payload_size: int) -> list[int]:
     return np.frombuffer(hashes, "<u8").tolist()
 
 
-def _column(values: np.ndarray) -> str:
-    """Little-endian signed integers of the fewest bytes that hold them all, as base64."""
-    least, most = values.min(), values.max()
-    kind = next(kind for kind in _KINDS.values() if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max)
-    return _text(values.astype(kind).tobytes())
+def _column(values: np.ndarray, absent: np.ndarray | None = None) -> str | int:
+    """The values as base64 of integers of the fewest bytes, whose least value stands for absent ones; or all in one."""
+    least, most = int(values.min()), int(values.max())
+    if least == most and (absent is None or not absent.any()):
+        return least
+    if absent is not None:
+        least, most = int(values.min(where=~absent, initial=0)), int(values.max(where=~absent, initial=0))
+    kind = next(kind for kind in _KINDS.values() if np.iinfo(kind).min < least and most <= np.iinfo(kind).max)
+    column = values.astype(kind)
+    if absent is not None:
+        column[absent] = np.iinfo(kind).min
+    return _text(column.tobytes())
 
 
-def _numbers(text: str, count: int) -> np.ndarray:
-    data = _bytes(text)
+def _numbers(column: str | int, count: int) -> tuple[np.ndarray, np.ndarray | bool]:
+    """The values of a column, and which of them are absent."""
+    if isinstance(column, int):
+        return np.full(count, column, np.int64), False
+    data = _bytes(column)
     width, rest = divmod(len(data), count)
     _check(not rest and width in _KINDS, f"a column has {len(data)} bytes for {count} packets")
-    return np.frombuffer(data, _KINDS[width]).astype(np.int64)
+    values = np.frombuffer(data, _KINDS[width])
+    return values.astype(np.int64), values == np.iinfo(values.dtype).min
 
 
 def _text(data: bytes) -> str:

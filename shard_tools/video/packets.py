@@ -9,6 +9,7 @@ frames are numbered by their times; otherwise the video is decoded once, and wha
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from shard_tools.video.ffmpeg import BadVideoError, Coding, open_video, padded_p
 
 # How far behind FFmpeg's position the bytes of a packet begin: Matroska's is that of the element around them.
 _HEADER = 64
+# Decoders that leave out frames to which no frame refers. In HEVC a frame of a higher temporal layer may refer to them.
+_SKIPPING = ("h264", "mpeg1video", "mpeg2video")
 _PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
 
 _NEEDED = ("new_extradata", "palette")  # side data without which packets are decoded wrongly
@@ -36,7 +39,7 @@ class DecodeError(Exception):
     """A payload does not give the frames that its index promises."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Packets:
     """The packets of one video stream, in decoding order.
 
@@ -63,10 +66,19 @@ class Packets:
     reason: str = ""
     sure: bool = True
 
-    @property
+    @functools.cached_property
     def num_frames(self) -> int | None:
         """Frames that exist; None if only decoding all of it tells."""
         return None if self.frame is None else int(self.frame.max(initial=-1)) + 1
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """(frames,) the packet of each frame; -1: it has none."""
+        assert self.frame is not None
+        places = np.full(self.num_frames or 0, -1)
+        shown = np.flatnonzero(self.frame >= 0)
+        places[self.frame[shown]] = shown
+        return places
 
     def packet(self, number: int) -> av.Packet:
         """A packet for a decoder, its number for a time stamp."""
@@ -79,16 +91,22 @@ class Packets:
         packet.pts = number
         return packet
 
-    def decode(self, begin: int, end: int) -> Iterator[av.VideoFrame]:
+    def decode(self, begin: int, end: int, wanted: frozenset[int] | None = None) -> Iterator[av.VideoFrame]:
         """What a new decoder makes of the packets from `begin` to before `end`, in order of presentation.
 
-        Its time stamps are the numbers of the packets.
+        Its time stamps are the numbers of the packets. Of other packets than the wanted ones no frame need come out.
 
         Raises:
             av.FFmpegError: a packet that shows a frame is damaged.
         """
         decoder, found = self.coding.decoder(), False
+        spare = None  # packets whose frames are not wanted; the second field of a frame shows none of its own
+        if wanted is not None and self.frame is not None and self.coding.codec in _SKIPPING:
+            spare = self.frame >= 0
+            spare[list(wanted)] = False
         for number in range(begin, end):
+            if spare is not None:
+                decoder.skip_frame = "NONREF" if spare[number] else "DEFAULT"
             try:
                 frames = decoder.decode(self.packet(number))
             except av.FFmpegError:
@@ -106,7 +124,7 @@ class Packets:
         """
         assert self.frame is not None
         wanted, starts = np.array(numbers), np.flatnonzero(self.start)
-        places = np.argsort(self.frame)[len(self.frame) - (self.num_frames or 0) :][wanted]
+        places = self.places[wanted]
         last = np.searchsorted(starts, places, "right") - 1
         # A leading picture is presented before the start that it follows, and needs what came before that.
         while (leading := (self.frame[starts[last]] > wanted) & (last > 0)).any():
@@ -127,18 +145,19 @@ class Packets:
             av.FFmpegError: a packet is damaged.
         """
         if self.frame is None:
-            chosen = None if numbers is None else frozenset(numbers)
+            asked = None if numbers is None else frozenset(numbers)
             for found, frame in enumerate(self.decode(0, len(self.start))):
-                if chosen is None or found in chosen:
+                if asked is None or found in asked:
                     yield frame
                 if numbers is not None and found >= numbers[-1]:
                     return
             return
         numbers = range(self.num_frames or 0) if numbers is None else numbers
+        chosen = frozenset(self.places[list(numbers)].tolist())
         wanted = iter(numbers)
         number = next(wanted, None)
         for begin, end in self.stretches(numbers):
-            for frame in self.decode(begin, end):
+            for frame in self.decode(begin, end, chosen):
                 if number is not None and frame.pts is not None and self.frame[frame.pts] == number:
                     yield frame
                     number = next(wanted, None)

@@ -124,7 +124,9 @@ def written_down(packets: Packets, payload: bytes) -> Packets:
         assert table
         return packets
     assert packets.num_frames is not None
-    return dataclasses.replace(from_table(table, len(payload), packets.num_frames), content=payload)
+    back = from_table(table, len(payload), packets.num_frames)
+    back.content = payload
+    return back
 
 
 FAST = {"closed.mp4", "open.mkv", "refresh.mp4", "vp8.webm", "vp9.webm", "mpeg2.ts", "mpeg4.avi"}
@@ -188,7 +190,7 @@ def test_a_table_is_small_or_says_why_there_is_none(video: Video, name: str, rea
     else:
         assert isinstance(table, PacketTable)
         columns = table.gaps, table.sizes, table.frames, table.starts
-        assert sum(map(len, columns)) < 600  # 60 packets
+        assert sum(len(str(column)) for column in columns) < 450  # of 60 packets
 
 
 def test_a_decoder_jumps_over_what_no_wanted_frame_needs(video: Video) -> None:
@@ -202,16 +204,17 @@ def test_a_decoder_jumps_over_what_no_wanted_frame_needs(video: Video) -> None:
 
 
 CHANGES = {
-    "a packet behind the end": lambda table, size: {"gaps": column([size, *[0] * (table.count - 1)])},
-    "a packet before the payload": lambda table, size: {"gaps": column([-1, *[0] * (table.count - 1)])},
-    "an empty packet": lambda table, size: {"sizes": column([0] * table.count)},
-    "no packets": lambda table, size: {"count": 0},
-    "another number": lambda table, size: {"count": table.count + 1},
-    "a frame twice": lambda table, size: {"frames": column([0] * table.count)},
-    "a frame too many": lambda table, size: {"frames": column([*range(1, table.count), table.count])},
-    "no start": lambda table, size: {"starts": "A" * 10 + "=="},
-    "not base64": lambda table, size: {"extradata": "?"},
-    "a hash too many": lambda table, size: {"chunk_xxh3": column([1] * 99)},
+    "a packet behind the end": lambda size: {"first": size},
+    "a packet before the payload": lambda size: {"first": -1},
+    "an empty packet": lambda size: {"sizes": column([0] * 60)},
+    "no packets": lambda size: {"count": 0},
+    "another number": lambda size: {"count": 61},
+    "a frame twice": lambda size: {"frames": column([1, *[0] * 59])},
+    "frames that begin behind 0": lambda size: {"frames": 1},
+    "a frame too few": lambda size: {"frames": column([*[0] * 59, -(2**31)])},
+    "no start": lambda size: {"starts": "A" * 10 + "=="},
+    "not base64": lambda size: {"extradata": "?"},
+    "a hash too many": lambda size: {"chunk_xxh3": column([1] * 99)},
 }
 
 
@@ -224,6 +227,6 @@ def test_a_table_that_contradicts_itself_is_refused(video: Video, change: str) -
     payload = video("vp9.webm")
     table = to_table(read_packets(payload), payload)
     assert isinstance(table, PacketTable)
-    changed = dataclasses.replace(table, **CHANGES[change](table, len(payload)))
+    changed = dataclasses.replace(table, **CHANGES[change](len(payload)))
     with pytest.raises(ValueError, match="packet table: "):
         from_table(changed, len(payload), 60)

@@ -36,13 +36,13 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
     found.classes, labels = _classes(lists)
     twice = Counter(name for label, name in labels.items() if isinstance(label, str))
     found.note(TWO_FORMS, *(name for name, count in twice.items() if count > 1))
-    prefix = f"{root.absolute()}/"
+    prefixes = f"{root.absolute()}/", f"{root.resolve()}/"
     entries: dict[str, tuple[str, str | None]] = {}  # path -> split, class name
     for each in lists:
         split_of_file = _split_of_file(each, lists)
         for row in each.rows:
             split = row.split or split_of_file
-            name = _below(prefix, row.video)
+            name = _below(prefixes, row.video)
             fitting = (videos.ending_with(name, split) or [name]) if name is not None else []
             where = f"{each.path.name} {row.place}: {row.video}"
             if split == UNUSED:
@@ -67,11 +67,14 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
     return found
 
 
-def _below(prefix: str, video: str) -> str | None:
-    """The path of a row, normalised and without the root's path (`prefix`); None if it leads elsewhere."""
+def _below(prefixes: Sequence[str], video: str) -> str | None:
+    """The path of a row below the root, normalised; None if it leads elsewhere. `prefixes` are paths of the root."""
     if not video or "\0" in video:
         return None
-    name = posixpath.normpath(video.removeprefix(prefix))
+    name = video.replace("\\", "/")  # a list that was made on Windows
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    name = posixpath.normpath(name)
     return None if name in (".", "..") or name.startswith(("/", "../")) else name
 
 

@@ -121,7 +121,7 @@ def test_jpegs_that_differ_a_little_give_the_same_sizes():
 
 
 def test_slices_and_a_plain_pack_make_one_plan(videos, tmp_path):
-    options = ["--frames", "mjpeg", "--shard-size", "128KiB"]
+    options = ["--frames", "mjpeg", "--quality", 8, "--shard-size", "64KiB", "--limit", 10]
     assert pack_here(videos, "--out", tmp_path / "plain", *options) == 0
     for number in range(2):
         assert pack_here(videos, "--out", tmp_path / "slices", *options, "--task", f"{number}/2") == 0

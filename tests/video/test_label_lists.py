@@ -127,7 +127,7 @@ def test_diving48(root: Path, vocabulary: bool) -> None:
 TABLES = {
     "comma": ("path,label,split\na/1.mp4,run,train\nb/2,walk,val\n", ["run", "walk"]),
     "tab": ("Split\tPATH\tLabel\ntrain\t a/1.mp4\trun \nval\tb/2.webm\twalk\n", ["run", "walk"]),
-    "semicolon": ("video;class;split\r\n./a/1.mp4;run;TRAIN\r\nb/2.webm;walk;Validation\r\n", ["run", "walk"]),
+    "semicolon": ("video;class;split\r\n./a/1.mp4;run;TRAIN\r\nb\\2.webm;walk;Validation\r\n", ["run", "walk"]),
     "quotes": ('"path","label","split"\n"a/1.mp4","run, fast","train"\n\nb/2.webm,walk,dev\n', ["run, fast", "walk"]),
     "numbers": ("path,label,split\na/1.mp4,0,train\nb/2.webm,3,val\n", ["0", "1", "2", "3"]),
     "numbers and none": ("path,label,split\na/1.mp4,1.0,train\nb/2.webm,-1,val\n", ["0", "1"]),

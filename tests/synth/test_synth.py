@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import re
 import signal
@@ -25,6 +24,7 @@ from shard_tools.synth import clips as synth
 from shard_tools.synth import generate as generate_module
 from shard_tools.synth.clips import MOTIONS, SHAPES, TEXTURES, Spec, plan_clip, render
 from shard_tools.synth.generate import VIDEO_FOLDER, generate
+from shard_tools.video.layouts import find_sources
 from tests.conftest import RunModule, contents, wait_until
 
 SPEC = Spec(clips=45, classes=8, size=64, frames=12, seed=7)
@@ -53,10 +53,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def labels(folder: Path, name: str) -> list | dict:
-    return json.loads((folder / "labels" / f"{name}.json").read_text())
-
-
 def steps(clip: synth.Clip) -> np.ndarray:
     """(T - 1, 4) state changes from frame to frame, the short way round the torus."""
     return (np.diff(clip.states, axis=0) + 0.5) % 1 - 0.5
@@ -77,37 +73,28 @@ def test_a_seed_gives_the_same_bytes_with_any_number_of_workers_and_another_seed
     assert len(set(ours) - set(others)) > 40  # ids
 
 
-def test_layout_is_that_of_something_something(dataset: Path) -> None:
+def test_the_layout_is_that_of_something_something(dataset: Path) -> None:
     names = {"labels.json", "train.json", "validation.json", "test.json", "test-answers.csv"}
-    assert {path.name for path in dataset.iterdir()} == {VIDEO_FOLDER, "labels"}
     assert {path.name for path in (dataset / "labels").iterdir()} == names
-    splits = {name: labels(dataset, name) for name in ("train", "validation", "test")}
-    rows = [row for split in splits.values() for row in split]
-    assert len({row["id"] for row in rows}) == len(rows) == SPEC.clips  # unique, so splits are disjoint
-    assert {path.name for path in (dataset / VIDEO_FOLDER).iterdir()} == {f"{row['id']}.webm" for row in rows}
-    assert all(row["id"].isascii() and row["id"].isdigit() for row in rows)
-    assert all(list(row) == ["id"] for row in splits["test"])
-    for split, size in {"train": 34, "validation": 6}.items():  # balanced in class
-        counts = Counter(row["template"] for row in splits[split])
-        assert counts.total() == size
-        assert max(counts.values()) - min(counts[template] for template, _ in MOTIONS[: SPEC.classes]) <= 1
-
-
-def test_rows_are_those_of_something_something(dataset: Path) -> None:
-    classes = labels(dataset, "labels")
-    assert list(classes.values()) == [str(number) for number in range(SPEC.classes)]
-    for row in [*labels(dataset, "train"), *labels(dataset, "validation")]:
-        assert list(row) == ["id", "label", "template", "placeholders"]
-        (placeholder,) = row["placeholders"]
+    found = find_sources(dataset, "ssv2", dataset / "shards")
+    assert Counter(source.split for source in found.sources) == {"train": 34, "validation": 6, "test": 5}
+    assert [template.replace("[something]", "something") for template, _ in MOTIONS[:8]] == list(found.classes)
+    for source in found.sources:
+        assert source.key.isascii()
+        assert source.key.isdigit()
+        if source.split == "test":  # its labels are in the answers
+            assert source.template == found.classes[source.label or 0]
+            continue
+        assert source.label_text is not None
+        (placeholder,) = source.placeholders
         article, texture, shape = placeholder.split()
         assert (article, texture in TEXTURES, shape in SHAPES) == ("a", True, True)
-        assert row["template"] in SEEN
-        assert row["template"].replace("[something]", "something") in classes
-        assert row["label"] == row["template"].replace("[something]", placeholder).lower()
-    lines = (dataset / "labels" / "test-answers.csv").read_text().splitlines()
-    answers = dict(line.split(";") for line in lines)
-    assert set(answers) == {row["id"] for row in labels(dataset, "test")}
-    assert set(answers.values()) <= set(classes)
+        assert source.template == MOTIONS[source.label or 0][0]
+        assert source.label_text == source.template.replace("[something]", placeholder).lower()
+    counts = Counter((source.split, source.label) for source in found.sources)
+    for split in ("train", "validation"):  # balanced in class
+        of_split = [counts[split, label] for label in range(SPEC.classes)]
+        assert max(of_split) - min(of_split) <= 1
 
 
 @pytest.mark.parametrize("clips", [1, 2, 3])

@@ -80,7 +80,8 @@ class Settings:
     """The options of pack that decided the bytes, beside the tier: what `repair` needs to encode a sample again.
 
     `layout` is "ssv2", "folders" or "labels"; `quality` and `short_side` are those of the encoding (None: automatic; as
-    it is). `labels` are the paths of list files, relative to the root, `split_folders` as given (NAME=SPLIT).
+    it is). `labels` are the paths of list files, relative to the root, `split_folders` as given (NAME=SPLIT); both are
+    only in the JSON where there are some.
     """
 
     layout: str
@@ -132,6 +133,8 @@ class Dataset:
             del record["foreign"]
         if self.settings is None:
             del record["settings"]
+        else:
+            record["settings"] = {name: value for name, value in record["settings"].items() if value != ()}
         return record
 
 

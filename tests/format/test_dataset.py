@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shard_tools.format import dataset as contract
-from shard_tools.format.dataset import DATASET_FILE, DatasetError, ShardInfo, make_dataset, read_dataset
+from shard_tools.format.dataset import DATASET_FILE, DatasetError, Settings, ShardInfo, make_dataset, read_dataset
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes, parse_index, read_index
 from shard_tools.format.ledger import Failure
 from shard_tools.format.sample import KEY_PATTERN, PacketTable, SampleInfo, make_key
@@ -121,6 +121,17 @@ def test_a_dataset_reads_back_equal_with_totals_and_its_own_hash(tmp_path: Path)
     assert read == dataclasses.replace(dataset, xxh3=dataset.content_hash())
     assert read.to_json() == dataset.to_json()
     assert (read.splits["train"].samples, read.splits["train"].bytes) == (2, 10240)
+
+
+def test_settings_of_earlier_versions_keep_their_hash(tmp_path: Path) -> None:
+    """Fields that came later are not in the JSON where they say nothing."""
+    first = Settings("folders", None, None, 1 << 20)
+    later = dataclasses.replace(first, labels=("a.csv",), split_folders=("k=train",))
+    for settings, names in ((first, []), (later, ["labels", "split_folders"])):
+        dataset = dataclasses.replace(example(), settings=settings)
+        record = json.loads(dataset.to_json())
+        assert list(record["settings"]) == ["layout", "quality", "short_side", "shard_bytes", *names]
+        assert read_dataset(written(tmp_path, dataset.to_json())).settings == settings
 
 
 CHANGES = {

@@ -97,7 +97,7 @@ def _read(path: Path) -> ListFile:
     text = read_text(path)
     if text.lstrip()[:1] in ("[", "{"):
         return _read_diving(path)
-    lines = [(f"line {number}", line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(f"line {number}", line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first = lines[0][1] if lines else ""
     for delimiter in ",\t;":
         header = first.lower().split(delimiter)
@@ -105,11 +105,12 @@ def _read(path: Path) -> ListFile:
             return _read_csv(path, text, delimiter)
     for pattern, read in ((_CLASS_LINE, _read_names), (_UCF_LINE, _read_ucf), (_HMDB_LINE, _read_hmdb)):
         if pattern.fullmatch(first):
-            matches = [(place, pattern.fullmatch(line)) for place, line in lines]
-            for (place, line), (_, match) in zip(lines, matches, strict=True):
-                if match is None:
+            matches = []
+            for place, line in lines:
+                if (match := pattern.fullmatch(line)) is None:
                     raise CommandError(f"{path}, {place}: {one_line(line)[:80]!r} is not like the lines before it")
-            return read(path, [(place, match) for place, match in matches if match])
+                matches.append((place, match))
+            return read(path, matches)
     raise CommandError(f"{path}: no list of videos that is known ({_KINDS})")
 
 
@@ -194,7 +195,7 @@ def _read_parquet(path: Path) -> ListFile:
             wanted = {*_PATH_COLUMNS, *_LABEL_COLUMNS, *_KINETICS_COLUMNS, "split"}
             header = [name for name in file.schema_arrow.names if name.lower() in wanted]
             columns = [column.to_pylist() for column in file.read(header).columns]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: not a readable parquet file ({one_line(error)[:200]}); fetch it again") from None
     if not _is_table([name.lower() for name in header]):
         raise CommandError(f"{path}: no list of videos that is known ({_KINDS})")

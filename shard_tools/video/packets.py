@@ -88,6 +88,7 @@ class Packets:
             assert self.offset is not None
             at = self.offset[number]
             packet = padded_packet(self.content[at : at + self.size[number]])
+            packet.is_keyframe = bool(self.start[number])  # without it the PNG decoder adds up pictures
         packet.pts = number
         return packet
 

@@ -105,6 +105,11 @@ def effective_rank(features_MD: Tensor) -> Tensor:  # noqa: N803
     return torch.special.entr(shares).sum().exp()
 
 
+def rank_clips(config: Config, width: int) -> int:
+    """Clips whose visible tokens suffice for the effective rank of an encoder of this width."""
+    return math.ceil(_TOKENS_A_CHANNEL * width / (config.num_tokens - num_masked(config.grid, config.mask)))
+
+
 def feature_diagnostics(
     config: Config, student: Student, batch: Mapping[str, Any], device: torch.device
 ) -> dict[str, float]:
@@ -117,7 +122,7 @@ def feature_diagnostics(
     cheaper than returning features from every step.
     """
     num_visible = config.num_tokens - num_masked(config.grid, config.mask)
-    clips = math.ceil(_TOKENS_A_CHANNEL * student.width / num_visible)
+    clips = rank_clips(config, student.width)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pixels, colour, mask = (batch[name][:clips].to(device) for name in ("clips", "colour", "mask"))
     visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)

@@ -7,7 +7,7 @@ generators and gradients are afterwards as they were.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from salt_wds.config import Config
 from salt_wds.data.masks import make_mask
 from salt_wds.models.build import Models
-from salt_wds.models.student import Checkpointing
+from salt_wds.models.student import Checkpointing, Student
 from salt_wds.train.attention import choose_attention
-from salt_wds.train.diagnostics import PositionMean
+from salt_wds.train.diagnostics import PositionMean, rank_clips
 from salt_wds.train.distributed import World, local_part
-from salt_wds.train.flops import Utilisation, utilisation_of, workload
+from salt_wds.train.flops import Utilisation, Workload, utilisation_of, workload
 from salt_wds.train.step import Step, make_forward
 from shard_tools.common.cli import CommandError
 
@@ -78,6 +78,10 @@ def tuned_step(
         forward = make_forward(config, models.teacher, called, device, position_mean)
         return Step(forward, mode, attention, network=called, micro_batches=micro_batches)
 
+    saved = {name: saved_bytes(work, clips, name, dtype) for name in _FASTEST_FIRST}
+    if device.type == "cuda":
+        kept = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in saved.items())
+        lines.append(f"memory    activations kept for the backward pass of {clips} clips: about {kept}")
     if train.checkpointing != "auto" or device.type != "cuda":
         fixed: Checkpointing = "off" if train.checkpointing == "auto" else train.checkpointing
         models.student.set_checkpointing(fixed)
@@ -86,23 +90,75 @@ def tuned_step(
 
     trained = [p for p in models.student.parameters() if p.requires_grad]
     later = 0 if optimizer and optimizer.state else _moment_bytes(trained)
+    if mode == "max-autotune":  # without CUDA graphs, an evaluation reuses what a step has freed
+        later += _evaluation_bytes(config, work, clips * micro_batches)
     batch = synthetic_batch(config, clips * micro_batches, device)
-    limit, tried = _usable_bytes(device), []
+
+    def peak_of(step: Step) -> int | None:
+        return peak_bytes(step, trained, batch, device)
+
+    step, line = _first_that_fits(models.student, fresh, peak_of, saved, later, world)
+    if step is None:
+        name, remedy = torch.cuda.get_device_name(device), "set train.micro_batch, or lower data.batch_size"
+        raise CommandError(f"{clips} clips at a time do not fit {name}: {line}; {remedy}")
+    return TunedStep(step, utilisation, models.student.checkpointing, [*lines, line])
+
+
+def _first_that_fits(
+    student: Student,
+    fresh: Callable[[], Step],
+    peak_of: Callable[[Step], int | None],
+    saved: Mapping[Checkpointing, int],
+    later: int,
+    world: World,
+) -> tuple[Step | None, str]:
+    """A step with as little checkpointing as memory allows, and how that was found; None if none fits.
+
+    Args:
+        saved: the estimate for each: what cannot fit is not compiled, which takes minutes.
+        later: bytes that AdamW and evaluation will take.
+    """
+    device, tried = world.device, []
+    limit, in_use = _usable_bytes(device), torch.cuda.memory_allocated(device)
     for checkpointing in _FASTEST_FIRST:
-        models.student.set_checkpointing(checkpointing)
+        if _anywhere(in_use + later + saved[checkpointing] > limit, world):
+            tried.append(f"{checkpointing} cannot fit")
+            continue
+        student.set_checkpointing(checkpointing)
         step = fresh()
-        peak = _largest_peak(peak_bytes(step, trained, batch, device), later, world)
-        tried.append(f"{checkpointing} {'does not fit' if peak is None else f'takes {peak / 1e9:.1f} GB'}")
-        if peak is not None and peak <= limit:
+        peak = peak_of(step)
+        tried.append(f"{checkpointing} {'does not fit' if peak is None else f'takes {(peak + later) / 1e9:.1f} GB'}")
+        if not _anywhere(peak is None or peak + later > limit, world):
             line = f"memory    checkpointing {checkpointing}: auto, {', '.join(tried)} of {limit / 1e9:.1f} GB usable"
-            return TunedStep(step, utilisation, checkpointing, [*lines, line])
+            return step, line + (f", {later / 1e9:.1f} GB of it for AdamW and evaluation" if later else "")
         del step
         torch._dynamo.reset()  # a compiled step keeps its CUDA graphs' memory
         torch.cuda.empty_cache()
-    raise CommandError(
-        f"{clips} clips at a time do not fit {torch.cuda.get_device_name(device)}: {', '.join(tried)} of "
-        f"{limit / 1e9:.1f} GB usable; set train.micro_batch, or lower data.batch_size"
-    )
+    return None, f"{', '.join(tried)} of {limit / 1e9:.1f} GB usable"
+
+
+def saved_bytes(work: Workload, clips: int, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
+    """About what a compiled forward pass of the student keeps for the backward pass.
+
+    Of every block, in widths per token: full keeps the residual stream, in fp32; selective also the output of the first
+    norm, and query, key, value and output of attention; off also the residual stream before the MLP, the output of the
+    second norm, and the MLP's four widths before and after the activation. Once: the predictions and their errors.
+    """
+    residuals, others = {"full": (1, 0), "selective": (1, 5), "off": (2, 14)}[checkpointing]
+    widths = sum(stack.tokens * stack.width * stack.depth for stack in work.student)
+    return clips * (widths * (residuals * 4 + others * dtype.itemsize) + 4 * work.masked * work.target_width)
+
+
+def _evaluation_bytes(config: Config, work: Workload, clips: int) -> int:
+    """About what an evaluation takes at most, which is not compiled: one block of the widest network, and the video.
+
+    The held-out loss and the k-NN probe see a rank's whole share of a batch, the effective rank a few clips.
+    """
+    if not (config.train.validate_every or config.train.probe_every):
+        clips = min(clips, rank_clips(config, work.encoder.width))
+    widest = max(stack.tokens * stack.width for stack in (work.teacher, *work.student) if stack)
+    values = 3 * config.data.num_frames * config.data.size**2
+    return clips * (24 * widest + 10 * values)
 
 
 def _moment_bytes(trained: Sequence[nn.Parameter]) -> int:
@@ -110,10 +166,9 @@ def _moment_bytes(trained: Sequence[nn.Parameter]) -> int:
     return 2 * sum(p.numel() * p.element_size() for p in map(local_part, trained))
 
 
-def _largest_peak(peak: int | None, later: int, world: World) -> int | None:
-    """The largest peak of all ranks with `later` bytes more, so that all choose alike; None if one ran out."""
-    too_large, largest = world.largest(peak is None, (peak or 0) + later)
-    return None if too_large else largest
+def _anywhere(condition: bool, world: World) -> bool:
+    """Whether it holds on any rank, so that all choose alike."""
+    return bool(world.largest(condition)[0])
 
 
 def synthetic_batch(config: Config, clips: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

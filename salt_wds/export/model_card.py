@@ -22,6 +22,7 @@ from salt_wds.export.videomae import PREPROCESSOR_FILE
 from salt_wds.models.exported import CARD_FILE, CONFIG_FILE, EncoderConfig, versions
 from salt_wds.models.from_run import read_config
 from salt_wds.runs.metrics import read_metrics
+from salt_wds.runs.probe_results import read_probes
 from shard_tools.format.dataset import Dataset, DatasetError, read_dataset
 
 UNKNOWN = "unknown"  # as model hubs write a licence that is not stated
@@ -66,7 +67,7 @@ def model_card(
         datasets=datasets,
         other_plan=len(hashes) == len(datasets) and joint_plan_hash(hashes) != plan_hash,
         metrics=_last_metrics(run_dir / "metrics.jsonl", config.step),
-        probes={path.stem: _probe(path) for path in sorted((run_dir / "probes").glob("*.json"))},
+        probes=read_probes(run_dir),
         files=files,
         transformers=PREPROCESSOR_FILE in files,
         made_by=versions(config.created_by),
@@ -91,12 +92,6 @@ def _last_metrics(path: Path, step: int) -> list[tuple[str, float, int]]:
     lines = [line for line in read_metrics(path) if line["step"] <= step] if path.is_file() else []
     last = {name: line for line in lines for name in _METRICS if isinstance(line.get(name), int | float)}
     return [(_METRICS[name], last[name][name], last[name]["step"]) for name in _METRICS if name in last]
-
-
-def _probe(path: Path) -> dict[str, Any] | None:
-    """The results that `python -m salt_wds.probe` wrote; None if the file is something else."""
-    table = _json(path)
-    return table if table.keys() >= {"classes", "data", "encoders"} else None
 
 
 def _cell(text: str) -> str:

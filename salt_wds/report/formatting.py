@@ -45,9 +45,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def format_time(seconds: Any) -> str:
-    """A time stamp as "2026-01-31 12:34 UTC"; anything but a number as 1970."""
-    return datetime.fromtimestamp(finite_or(seconds, 0.0), UTC).strftime("%Y-%m-%d %H:%M UTC")
+def format_time(seconds: float) -> str:
+    """A time stamp as "2026-01-31 12:34 UTC"; one that no calendar has as "unknown time"."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, OSError, ValueError):
+        return "unknown time"
 
 
 def pluralise(noun: str, count: int) -> str:

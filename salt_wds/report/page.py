@@ -25,6 +25,7 @@ from salt_wds.report.formatting import (
 from salt_wds.report.gallery import Gallery
 from salt_wds.report.record import RunRecord
 from salt_wds.report.verdicts import Verdict
+from salt_wds.runs.probe_results import ProbeResult
 from shard_tools.common.cli import one_line
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
@@ -142,33 +143,29 @@ def _toml(value: object) -> str:
 # --- probes -------------------------------------------------------------------------------------------------------
 
 
-def _probe(name: str, probe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _probe(name: str, probe: ProbeResult | str, folder: Path) -> dict[str, Any]:
     """Tables and pictures of a probe."""
-    if "problem" in probe:
-        return {"name": name, "problem": probe["problem"]}
+    if isinstance(probe, str):
+        return {"name": name, "problem": probe}
     rows, pictures = [], []
-    for encoder, result in probe["encoders"].items():
-        knn, arrow = ((result.get(part) or {}).get("top1") for part in ("knn", "time_arrow"))
-        shares = [*(result.get(key) for key in ("top1", "top1_stderr", "top5", "top1_best")), knn, arrow]
-        plain = [result.get(key) for key in ("clips", "step", "lr", "weight_decay")]
+    for encoder, result in probe.encoders.items():
+        others = [part.top1 if part else None for part in (result.knn, result.time_arrow)]
+        shares = [result.top1, result.top1_stderr, result.top5, result.top1_best, *others]
+        plain = [result.clips, result.step, result.lr, result.weight_decay]
         rows.append([encoder, *map(format_percent, shares), *map(format_plain, plain)])
-        if isinstance(result.get("confusion_picture"), str):
-            path = folder / Path(result["confusion_picture"]).name  # only of that folder
+        if result.confusion_picture is not None:
+            path = folder / Path(result.confusion_picture).name  # only of that folder
             pictures.append((encoder, path.read_bytes() if path.is_file() else None, path))
-    tables = {e: r["per_class"] for e, r in probe["encoders"].items() if isinstance(r.get("per_class"), list)}
+    tables = {encoder: result.per_class for encoder, result in probe.encoders.items() if result.per_class}
     classes = [
-        [
-            str(lines[0].get("class")),
-            format_plain(lines[0].get("clips")),
-            *(format_percent(x.get("top1")) for x in lines),
-        ]
+        [lines[0].name, format_plain(lines[0].clips), *(format_percent(line.top1) for line in lines)]
         for lines in zip(*tables.values(), strict=False)
     ]
     return {
         "name": name,
         "problem": None,
         "rows": rows,
-        "deviations": [str(one) for one in probe.get("deviations") or ()],
+        "deviations": probe.deviations,
         "pictures": pictures,
         "class_encoders": list(tables),
         "classes": classes[:_MAX_CLASSES],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 from salt_wds.config import Config
 from salt_wds.report.formatting import finite_or, format_duration
 from salt_wds.runs.folder import read_run
-from salt_wds.runs.history import read_history
+from salt_wds.runs.history import Event, read_history
 from salt_wds.runs.metrics import read_metrics
+from salt_wds.runs.probe_results import ProbeResult, read_probes
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
@@ -37,11 +37,11 @@ class RunRecord:
     settings: dict[str, Any]
     config: Config | None
     config_problem: str | None
-    history: Sequence[dict[str, Any]]
+    history: Sequence[Event]
     failures: Sequence[Failure]
     damaged_failures: int
     nonfinite: int
-    probes: dict[str, dict[str, Any]]
+    probes: Mapping[str, ProbeResult | str]
 
     @property
     def step(self) -> int:
@@ -55,9 +55,9 @@ class RunRecord:
         return steps if isinstance(steps, int) else None
 
     @property
-    def starts(self) -> list[dict[str, Any]]:
-        """The events of history.jsonl that are starts."""
-        return [event for event in self.history if event["event"] == "start"]
+    def last_start(self) -> Event | None:
+        """The newest event of history.jsonl that is a start."""
+        return next((event for event in reversed(self.history) if event.event == "start"), None)
 
     @property
     def training_s(self) -> float:
@@ -79,9 +79,9 @@ class RunRecord:
         if self.steps and self.step >= self.steps:
             return "finished", f"All {self.steps:,} steps are done."
         last = self.history[-1] if self.history else None
-        if last and last["event"] == "end" and last.get("code") in _EXIT:
-            return "stopped", f"{_EXIT[last['code']]} after step {self.step:,}{of}; --resume continues it."
-        written = max([finite_or(e.get("time"), 0.0) for e in (*self.lines[-1:], *self.history[-1:])], default=0.0)
+        if last and last.event == "end" and last.code in _EXIT:
+            return "stopped", f"{_EXIT[last.code]} after step {self.step:,}{of}; --resume continues it."
+        written = max(finite_or(self.lines[-1].get("time"), 0.0) if self.lines else 0.0, last.time if last else 0.0)
         age = now - written
         if written and age < max(_SILENT_S, 5 * self._usual_interval()):
             return "running", f"At step {self.step:,}{of}; its last line is {format_duration(age)} old."
@@ -127,7 +127,7 @@ def read_record(folder: Path) -> RunRecord:
         failures=failures,
         damaged_failures=damaged,
         nonfinite=_count_lines(folder / "nonfinite.jsonl"),
-        probes=dict(_probes(folder / "probes")),
+        probes=read_probes(folder),
     )
 
 
@@ -145,20 +145,6 @@ def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _probes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and content of each probe's JSON file; {"problem": why} if it is not one."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            content = {"problem": f"{path}: not JSON: {error}"}
-        else:
-            encoders = content.get("encoders") if isinstance(content, dict) else None
-            if not isinstance(encoders, dict) or not all(isinstance(result, dict) for result in encoders.values()):
-                content = {"problem": f"{path}: not a result of python -m salt_wds.probe: it has no encoders"}
-        yield path.stem, content
 
 
 def _count_lines(path: Path) -> int:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from salt_wds.report.formatting import finite_or, pluralise
 from salt_wds.report.record import RunRecord
+from salt_wds.runs.history import Event
+from salt_wds.runs.probe_results import ProbeResult
 from salt_wds.train.diagnostics import effective_rank
 from salt_wds.train.progress import InputBound, remedy
 from shard_tools.format.ledger import Failure
@@ -235,11 +237,10 @@ def input_bound(record: RunRecord) -> Verdict:
     ms: Counter[str] = Counter()
     for line in lines:
         ms.update({stage: finite_or(line.get(f"{stage}_ms"), 0.0) for stage in ("read", "decode", "crop")})
-    start = record.starts[-1] if record.starts else {}
+    start = record.last_start or Event(event="start")
     workers = record.settings.get("data.num_workers", 0)
     advice = remedy(
-        workers if isinstance(workers, int) else 0, start.get("cores", 0), start.get("extensions", ()),
-        start.get("folders", "DIR"), ms,
+        workers if isinstance(workers, int) else 0, start.cores, start.extensions, start.folders, ms,
     )  # fmt: skip
     return Verdict("doubt", title, f"Yes, it is input-bound: {text}. {advice[0].upper()}{advice[1:]}.")
 
@@ -276,15 +277,15 @@ def _stopped_run(failure: Failure) -> bool:
     return failure.action is None and not lost_worker and not failure.message.endswith(_RECOVERED)
 
 
-def probed(name: str, probe: Mapping[str, Any]) -> list[Verdict]:
+def probed(name: str, probe: ProbeResult | str) -> list[Verdict]:
     """What a probe says about the student, compared with its teacher and an encoder of random weights."""
-    if "problem" in probe:
+    if isinstance(probe, str):
         return []
     top1, errors = {}, {}
-    for encoder, result in probe["encoders"].items():
+    for encoder, result in probe.encoders.items():
         encoder = re.split("[ _]", encoder)[0]  # student_ema, in earlier versions "student (mean)": the student
-        if (accuracy := finite_or(result.get("top1"), -1.0)) >= 0:
-            top1[encoder], errors[encoder] = accuracy, finite_or(result.get("top1_stderr"), 0.0)
+        if result.top1 is not None:
+            top1[encoder], errors[encoder] = result.top1, result.top1_stderr or 0.0
     others = [encoder for encoder in ("teacher", "random") if encoder in top1]
     if "student" not in top1 or not others:
         return []

@@ -6,6 +6,7 @@ start without an end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -15,9 +16,10 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from salt_wds import __version__
 from salt_wds.data.loader import Loader
@@ -68,10 +70,33 @@ def record_end(run_dir: Path, code: int) -> None:
         log.error("%s: %s; it lacks the run's end", run_dir / HISTORY_FILE, error.strerror)
 
 
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run, without one that a crash cut short; none if it has no history."""
+class Event(BaseModel):
+    """A line of history.jsonl; an end has a time and an exit code only."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    event: Literal["start", "end"]
+    time: float = 0.0
+    step: int | None = None
+    command: str | None = None
+    versions: dict[str, str] = {}
+    device: str | None = None
+    ranks: int = 1
+    cores: int = 0
+    folders: str = "DIR"
+    extensions: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    code: int | None = None
+
+
+def read_history(run_dir: Path) -> list[Event]:
+    """All events of a run, without one that a crash cut short or that is not one; none if it has no history."""
+    events = []
     try:
         records, _ = read_json_lines(run_dir / HISTORY_FILE)
     except FileNotFoundError:
         return []
-    return [record for record in records if record.get("event") in ("start", "end")]
+    for record in records:
+        with contextlib.suppress(ValidationError):
+            events.append(Event.model_validate_json(json.dumps(record)))
+    return events

@@ -11,6 +11,7 @@ import av
 import pytest
 
 from salt_wds.probe import __main__ as probe
+from salt_wds.runs.probe_results import read_probes
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.dataset import index_name, read_dataset
@@ -73,6 +74,12 @@ def test_a_probe_writes_numbers_tables_and_pictures(call, run, dataset, capsys):
         assert arrow == [("forwards", 3), ("backwards", 3)]
         assert (run / "probes" / encoder["confusion_picture"]).read_bytes().startswith(b"\x89PNG")
         assert f"{name:<16}{100 * encoder['top1']:>8.1f}" in said
+    read = read_probes(run)["probe_motion"]  # as report and model card do
+    assert read.encoders["student"].knn.top1 == result["encoders"]["student"]["knn"]["top1"]
+    assert [line.clips for line in read.encoders["random"].per_class] == [
+        line["clips"] for line in result["encoders"]["random"]["per_class"]
+    ]
+    assert (read.data.clips.fit, list(read.deviations)) == (24, result["deviations"])
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_a_report_in_a_browser(page, tmp_path):
         shown = [place.replace("{}", HOSTILE.replace("\u202e", sign)) for sign in ("\ufffd", "\\u202e")]
         assert any(words in text for words in shown), place
     for words in ("Nearest neighbours", "tokens of the teacher", "student of step 20", "Loss", "R2 by position",
-                  "Effective rank", "rank 0 worker 1", "not JSON", "50.0 %", "and 18 more", torch.__version__,
+                  "Effective rank", "rank 0 worker 1", "Invalid JSON", "50.0 %", "and 18 more", torch.__version__,
                   "no such picture (the confusion table of the student)"):  # fmt: skip
         assert words in text, words
     assert readout == "step 30\ntraining: 0.1\nheld out: 0.95"
@@ -207,12 +207,15 @@ def test_odd_lines_affect_only_themselves(copy):
     odd = [{"step": 31, "loss": float("nan"), "r2": "x"}, {"step": 32, "time": None}, {"step": 33}]
     with (copy / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(one) + "\n" for one in odd)
-    (copy / "history.jsonl").write_text('{"event": "start"}\n{"event": "end", "time": "x", "code": null}\nnull\n{"ev')
+    odd_events = ['{"event": "start", "time": 1e30}', '{"event": "end", "time": "x"}', "null", '{"ev']
+    (copy / "history.jsonl").write_text("\n".join(['{"event": "start", "cores": "x"}', *odd_events]))
     (copy / "failures/rank1.jsonl").write_text('{"stage": "dec')
-    (copy / "probes/odd.json").write_text('{"encoders": {"student": 3}}')
+    for number, result in enumerate(("3", '{"knn": 3}', '{"per_class": [3]}', '{"top1": "x"}')):
+        (copy / f"probes/odd{number}.json").write_text(f'{{"encoders": {{"student": {result}}}}}')
     assert report.main([str(copy), "--no-pictures"]) == 0
     page = (copy / "report.html").read_text()
-    assert "not a result of python -m salt_wds.probe" in page
+    assert page.count("not a result of python -m salt_wds.probe") == 5  # and the one that was cut
+    assert "unknown time: started" in page
     assert "1 line of the ledger cannot be read" in page
 
 

@@ -19,6 +19,7 @@ from salt_wds.report.verdicts import (
     token_spread,
     verdicts,
 )
+from salt_wds.runs.probe_results import ProbeResult
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
 
@@ -196,7 +197,7 @@ def test_failures_are_counted_by_what_they_cost(record, records, kind, words):
 def test_a_probe_compares_beyond_chance(student, kind):
     results = {"student_ema": student, "teacher": 0.55, "random": 0.13}
     probe = {"encoders": {name: {"top1": top1, "top1_stderr": 0.01} for name, top1 in results.items()}}
-    (verdict,) = probed("motion", probe)
+    (verdict,) = probed("motion", ProbeResult.model_validate(probe))
     assert verdict.kind == kind
     assert f"{100 * (student - 0.55):+.1f} points to the teacher" in verdict.text
 

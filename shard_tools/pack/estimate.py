@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import cv2
@@ -34,15 +35,13 @@ _SAMPLES, _FEWEST = 24, 4
 _SECONDS = 5.0  # for a tier: then no further video is tried
 
 
-@dataclass
-class Measured:
-    """Sums over the sampled videos in one tier. Seconds are CPU time of one thread."""
+class Measured(NamedTuple):
+    """One video in one tier: bytes of the source, and CPU seconds of one thread."""
 
-    clips: int = 0
-    source_bytes: int = 0
-    pack_seconds: float = 0.0  # to read, probe, encode and hash
-    decode_seconds: float = 0.0
-    resize_seconds: float = 0.0
+    source_bytes: int
+    packing: float  # to read, probe, encode and hash
+    decoding: float
+    resizing: float
 
 
 @dataclass(frozen=True)
@@ -92,22 +91,22 @@ def estimate(
         measured = {encoding: _measure(root, encoding, chosen, result.failed) for encoding in plans}
     finally:
         cv2.setNumThreads(threads)
-    result.clips = max(one.clips for one in measured.values())
+    result.clips = max(map(len, measured.values()))
     if not result.clips:
         path, reason = next(iter(result.failed.items()))
         raise CommandError(
             f"none of the {len(chosen)} sampled videos can be packed (first: {path}: {reason}), so nothing can be "
             "estimated; check that ROOT holds whole videos"
         )
-    for encoding, one in measured.items():
-        if one.clips:
-            work = one.pack_seconds / one.source_bytes * total_bytes
-            result.tiers.append(_scale(encoding.tier, one, plans[encoding], work, workers))
+    for encoding, clips in measured.items():
+        if clips:
+            result.tiers.append(_scale(encoding.tier, clips, plans[encoding], total_bytes, workers))
     return result
 
 
-def _scale(tier: str, one: Measured, plan: Plan, work: float, workers: int) -> TierEstimate:
-    """The estimate of a tier in which packing takes `work` seconds of one core."""
+def _scale(tier: str, clips: Sequence[Measured], plan: Plan, total_bytes: int, workers: int) -> TierEstimate:
+    """The estimate of a tier for all videos, which have `total_bytes`."""
+    source_bytes, packing, decoding, resizing = (sum(column) for column in zip(*clips, strict=True))
     shards = len(plan.tasks)
     size = shards * (2 * BLOCK + RECORD // 2)  # the tars' ends
     size += sum(task.bytes + len(task.sources) * SAMPLE_BYTES for task in plan.tasks)
@@ -116,36 +115,30 @@ def _scale(tier: str, one: Measured, plan: Plan, work: float, workers: int) -> T
         tier=tier,
         shards=shards,
         bytes=size,
-        pack_seconds=work * math.ceil(shards / at_once) / shards,  # that of the busiest process
-        decoded=one.clips / max(one.decode_seconds, 1e-9),
-        fed=one.clips / max(one.decode_seconds + one.resize_seconds, 1e-9),
+        pack_seconds=packing / source_bytes * total_bytes * math.ceil(shards / at_once) / shards,  # the busiest process
+        decoded=len(clips) / max(decoding, 1e-9),
+        fed=len(clips) / max(decoding + resizing, 1e-9),
     )
 
 
-def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: dict[str, str]) -> Measured:
+def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: dict[str, str]) -> list[Measured]:
     """Pack and decode videos in one tier, until all are done, or the time is up and there are enough."""
-    one = Measured()
+    clips: list[Measured] = []
     began = time.monotonic()
     for source in chosen:
-        if one.clips >= _FEWEST and time.monotonic() - began > _SECONDS:
+        if len(clips) >= _FEWEST and time.monotonic() - began > _SECONDS:
             break
         try:
             read_source(root, source, SOURCE)  # so that the file is in the page cache
             start = time.thread_time()
             data, payload = read_source(root, source, encoding)
             info = payload.sample_info(source, data)
-            packed = time.thread_time()
-            decode_seconds, resize_seconds = clip_seconds(info, payload)
+            packing = time.thread_time() - start
+            clips.append(Measured(len(data), packing, *clip_seconds(info, payload)))
         except (OSError, BadVideoError, DecodeError, av.FFmpegError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             failed.setdefault(source.path, one_line(reason))
-            continue
-        one.clips += 1
-        one.source_bytes += len(data)
-        one.pack_seconds += packed - start
-        one.decode_seconds += decode_seconds
-        one.resize_seconds += resize_seconds
-    return one
+    return clips
 
 
 def clip_seconds(info: SampleInfo, payload: Payload) -> tuple[float, float]:

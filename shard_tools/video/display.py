@@ -25,8 +25,7 @@ _REFUSED = {
     14: "ictcp", 15: "ipt-c2", 16: "ycgco-re", 17: "ycgco-ro",
 }  # fmt: skip
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
-# Codecs that cannot say that their pictures are to be turned, and the element by which Matroska does.
-_NEVER_TURNED, _PROJECTION = frozenset(("vp8", "vp9", "av1")), b"\x76\x70"
+_PROJECTION = b"\x76\x70"  # the element by which Matroska says that pictures are to be turned
 _TURNS = {90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -47,15 +46,15 @@ def first_display(context: av.VideoCodecContext, packets: Iterable[av.Packet], h
 
     Args:
         context: of the stream in its container, which alone knows what the container says; it is used up.
-        header: of Matroska, what stands before the first packet. If neither it nor the codec can turn pictures, no
-            frame is decoded: FFmpeg has decoded one when it opened the file.
+        header: of Matroska, what stands before the first packet. Only it can turn VP9; where it does not, no frame is
+            decoded, because FFmpeg has decoded one when it opened the file.
 
     Raises:
         BadVideoError: an angle or a matrix that cannot be applied.
     """
     said = context.colorspace, context.color_range, context.color_trc
-    lies_upright = header is not None and _PROJECTION not in header and context.codec.canonical_name in _NEVER_TURNED
-    if lies_upright and context.format is not None:
+    is_vp9 = context.codec.canonical_name == "vp9" and context.format is not None
+    if is_vp9 and header is not None and _PROJECTION not in header:
         return _display_of(context, said, None)
     frame = _first_frame(context, packets)
     return None if frame is None else _display_of(context, said, frame.side_data.get("DISPLAYMATRIX"))

@@ -279,6 +279,21 @@ def test_of_several_videos_the_first_is_packed_and_their_number_said() -> None:
     assert "streams" not in dataclasses.replace(video, streams=1).to_record()
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_the_size_is_that_of_the_frames(codec: str) -> None:
+    data = make_video(*SIZE, 2, codec)
+    said = b"\xb0\x81" + bytes([SIZE[0]])  # the width in Matroska
+    assert data.count(said) == 1
+    assert probe(data.replace(said, b"\xb0\x81\x30")) == probe(data)
+
+
+def test_frames_of_another_size_are_scaled_to_the_first() -> None:
+    parts = [encode([picture(number, *size) for number in range(FRAMES)], "mpegts") for size in (SIZE, (48, 32))]
+    pictures, _ = shown(b"".join(parts))
+    assert len(pictures) == 2 * FRAMES
+    assert np.abs(pictures[0][0].astype(int) - pictures[FRAMES][0]).mean() < 2
+
+
 # --- colour -------------------------------------------------------------------------------------------------------
 
 NUMBERS = {"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}  # FFmpeg's

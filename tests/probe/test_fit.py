@@ -27,6 +27,7 @@ from salt_wds.probe.results import head_results, results_table
 
 CLASSES, TOKENS, WIDTH = 4, 6, 16
 HEADS = HeadsConfig(blocks=1, heads=2, epochs=8, lrs=(1e-2, 5e-3), weight_decays=(0.01, 0.1), warmup_epochs=1)
+FOUR = HEADS.model_copy(update={"blocks": 4, "lrs": (3e-3,), "weight_decays": (0.01,)})
 
 
 def table(clips: int, seed: int, *, shuffled: bool = False, name: str = "encoder") -> Table:
@@ -42,14 +43,16 @@ def table(clips: int, seed: int, *, shuffled: bool = False, name: str = "encoder
     return Table(name, torch.device("cpu"), tokens, labels, np.arange(clips), [str(n) for n in range(clips)])
 
 
-def accuracy(fit: Table, evaluation: Table) -> torch.Tensor:
-    trained = train_probes(fit.shuffled(32, HEADS.epochs, 1, len(fit.labels), HEADS.seed), HEADS, HEADS.epochs, CLASSES)
+def accuracy(fit: Table, evaluation: Table, config: HeadsConfig = HEADS) -> torch.Tensor:
+    features = fit.shuffled(32, config.epochs, 1, len(fit.labels), config.seed)
+    trained = train_probes(features, config, config.epochs, CLASSES)
     measured = measure(evaluation.in_order(50), len(evaluation.labels), 1, CLASSES, trained)["encoder"]
     return top(measured.probabilities, measured.labels, 1)
 
 
-def test_features_that_can_be_told_apart_are():
-    assert (accuracy(table(480, seed=0), table(120, seed=1)) == 1).all()
+@pytest.mark.parametrize("config", [HEADS, FOUR], ids=["one-block", "four-blocks"])
+def test_features_that_can_be_told_apart_are(config):
+    assert (accuracy(table(480, seed=0), table(120, seed=1), config) == 1).all()
 
 
 def test_shuffled_labels_are_at_chance():

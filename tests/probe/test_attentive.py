@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 
 from salt_wds.probe.attentive import make_probes, probe_optimizer, update
 from salt_wds.probe.config import HeadsConfig
@@ -103,29 +104,33 @@ def test_all_start_alike_and_the_seed_alone_decides():
 
 
 @pytest.mark.parametrize("config", [ONE, FOUR], ids=["v-jepa", "v-jepa-2"])
-def test_each_probe_is_trained_as_alone_by_torchs_adamw(tokens, config):
-    """With the learning rate and weight decay of its own; a probe that diverges (all NaN) beside it changes nothing."""
-    grid = ((1e-2, 0.1), (3e-3, 5.0))
-    probes, alone = scrambled(3, config), scrambled(3, config)
+def test_each_probe_is_trained_as_alone(tokens, config):
+    """A probe that diverges (all NaN) beside it changes nothing."""
+    grid, labels = ((1e-2, 0.1), (3e-3, 5.0)), torch.arange(CLIPS) % CLASSES
+    together, alone = scrambled(3, config), scrambled(3, config)
     with torch.no_grad():
-        for parameter in probes[2].parameters():
+        for parameter in together[2].parameters():
             parameter.fill_(float("nan"))
-    together = probe_optimizer(probes, (*grid, (1e9, 0.0)))
-    labels = torch.arange(CLIPS) % CLASSES
+    optimizers = [probe_optimizer(together, (*grid, (1e9, 0.0)))]
+    optimizers += [probe_optimizer(nn.ModuleList([model]), [pair]) for model, pair in zip(alone, grid, strict=False)]
     for factor in (1.0, 0.5, 0.25):
-        for probe in probes:
+        for probe in [*together, *alone]:
             F.cross_entropy(probe(tokens), labels).backward()
-        update(together, factor)
-    for probe, model, (lr, decay) in zip(probes, alone, grid, strict=False):
-        decayed = [p for p in model.parameters() if p.ndim > 1 or config is FOUR]
-        others = [p for p in model.parameters() if not (p.ndim > 1 or config is FOUR)]
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups)
-        for factor in (1.0, 0.5, 0.25):
-            optimizer.zero_grad()
-            F.cross_entropy(model(tokens), labels).backward()
-            for group in optimizer.param_groups:
-                group["lr"] = factor * lr
-            optimizer.step()
-        for (name, ours), expected in zip(probe.named_parameters(), model.parameters(), strict=True):
+        for optimizer in optimizers:
+            update(optimizer, factor)
+    for number in range(2):
+        for (name, ours), expected in zip(together[number].named_parameters(), alone[number].parameters(), strict=True):
             torch.testing.assert_close(ours, expected, msg=name)
+
+
+@pytest.mark.parametrize("config", [ONE, FOUR], ids=["v-jepa", "v-jepa-2"])
+def test_weights_decay_as_published(config):
+    """With one block all but norms and biases, with four all; the rates of a step are those of the grid, scaled."""
+    (probe,) = probes = make_probes(1, WIDTH, CLASSES, config)
+    optimizer = probe_optimizer(probes, [(1e-2, 0.3)])
+    update(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-3}
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
+    for name, parameter in probe.named_parameters():
+        expected = config is FOUR or not (name.endswith("bias") or "norm" in name)
+        assert (id(parameter) in decayed) == expected, name

@@ -196,6 +196,23 @@ def test_lists_and_split_folders_are_recorded_so_that_repair_finds_the_sources(v
     }
 
 
+def test_folders_and_containers_that_people_have(cases, tmp_path, capsys):
+    assert pack_here(cases / "split_folders/cap", "--out", tmp_path / "cap") == 0
+    assert set(read_dataset(tmp_path / "cap").splits) == {"train", "test"}
+    k400 = [cases / "split_folders/k400", "--out", tmp_path / "k400"]
+    with pytest.raises(CommandError, match="replacement is not; say which is meant: --split-folder replacement=ignore"):
+        pack_here(*k400)
+    assert pack_here(*k400, "--split-folder", "replacement=ignore") == 0
+    packed = read_dataset(tmp_path / "k400")
+    assert {name: split.samples for name, split in packed.splits.items()} == {"train": 2, "validation": 2, "test": 2}
+    assert packed.classes == read_dataset(tmp_path / "cap").classes == ("abseiling", "archery")
+    assert pack_here(cases / "suffixes/root", "--out", tmp_path / "suffixes") == 0
+    rows = pq.read_table(tmp_path / "suffixes/train-000000.parquet").to_pylist()
+    assert sorted(row["ext"] for row in rows) == ["3gp", "flv", "mp4", "mts", "ts", "wmv"]
+    assert {row["num_frames"] for row in rows} == {60}
+    assert "passed over: 1 .gif" in capsys.readouterr().out
+
+
 # --- videos that cannot be packed -----------------------------------------------------------------------------------
 
 

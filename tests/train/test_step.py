@@ -116,7 +116,7 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize(
     ("parallel", "checkpointing"),
     [
-        (None, "full"),
+        pytest.param(None, "full", marks=pytest.mark.slow),
         pytest.param("ddp", "full", marks=pytest.mark.slow),
         ("fsdp2", "full"),
         pytest.param("fsdp2", "selective", marks=pytest.mark.slow),

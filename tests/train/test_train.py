@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -10,11 +11,13 @@ import sys
 
 import pytest
 import torch
+from conftest import contents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_runs import arguments, config_maker, last_files, lines, losses, start, wait_for_step
+from train_runs import config_maker, last_files, lines, losses
 
 from salt_wds.config import load_config
 from salt_wds.runs import checkpoint
+from salt_wds.runs.folder import lock_run_folder
 from salt_wds.runs.metrics import read_metrics
 from salt_wds.train import loop
 from salt_wds.train.trainer import train
@@ -152,21 +155,16 @@ def test_what_is_in_the_way_of_a_run_is_refused_and_untouched(make_config, datas
 
 
 def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path):
-    """The second is refused as long as the first lives, however that ends, and touches nothing of it."""
-    config, run_dir = make_config(train__steps=99999), tmp_path / "run"
-    first = start(arguments(config))
-    try:
-        wait_for_step(run_dir, 4, [first])
+    """The second is refused as long as the first holds the folder, and touches nothing of it."""
+    assert train(make_config(train__steps=2)) == 0
+    before = contents(tmp_path / "run")
+    with lock_run_folder(tmp_path / "run"):
         for resume in (True, False):
-            with pytest.raises(CommandError, match=rf"process {first.pid} trains in this folder; wait for its end"):
-                train(config, resume=resume)
-        assert train(config, dry_run=True) == 0
-    finally:
-        first.kill()
-        first.communicate()
-    last = max(lines(run_dir))
-    assert list(lines(run_dir)) == list(range(1, last + 1))
-    assert train(make_config(train__steps=last + 1), resume=True) == 0
+            with pytest.raises(CommandError, match=rf"process {os.getpid()} trains in this folder; wait for its end"):
+                train(make_config(), resume=resume)
+        assert train(make_config(), dry_run=True) == 0
+    assert contents(tmp_path / "run") == before | {".lock": f"{os.getpid()}\n".encode()}
+    assert train(make_config(), resume=True) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, positive_int, run
+from shard_tools.common.cli import OK, PROBLEMS, Parser, one_line, path, positive_int, run
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
 
@@ -22,26 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_json("print the counts as one JSON object")
     parser.add_argument("--keys", type=positive_int, default=20, metavar="N", help="keys to list (default 20)")
     args = parser.parse_args(argv)
-    if not args.path.exists():
-        raise CommandError(f"{args.path}: no such run or file; runs are under runs/")
-    if args.path.is_dir() and not _can_hold_ledger(args.path):
-        raise CommandError(f"{args.path}: neither a run nor a data set (no failures/, metrics.jsonl or dataset.json)")
-    paths = ledger.find_ledgers(args.path)
-    failures, damaged = [], 0
-    for file in paths:
-        records, bad = ledger.read(file)
-        failures += records
-        damaged += bad
+    failures, damaged = ledger.read_all(args.path)
     counts = ledger.summarise(failures)
     if args.json:
         print(json.dumps({"failures": len(failures), "damaged_lines": damaged, **counts}))
     else:
         _print(args.path, failures, counts, damaged, args.keys)
     return PROBLEMS if failures or damaged else OK
-
-
-def _can_hold_ledger(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("failures", "failures.jsonl", "metrics.jsonl", "dataset.json"))
 
 
 def _print(folder: Path, failures: list[Failure], counts: dict[str, Counter[str]], damaged: int, shown: int) -> None:

@@ -23,17 +23,6 @@ _CHUNK = 4 << 20
 # --- to the disk --------------------------------------------------------------------------------------------------
 
 
-def sync_file(path: Path) -> None:
-    """Flush the content of a file to the disk, whichever process wrote it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # a failed sync does not name the file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)
-
-
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries (new and renamed files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -46,18 +35,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_file(path: Path) -> None:
+    """Flush the content of a file to the disk, whichever process wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # a failed sync does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
-def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; at the end of the block it is synced and renamed to `path`.
 
-    So `path` always has the whole content, old or new. An exception leaves the old file, and no temporary one. Without
-    `durable` a power cut before `sync_file` and `sync_folder` may leave the old file, none, or an empty one.
+    So `path` always has the whole content, old or new. An exception leaves the old file, and no temporary one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if durable:
-            sync_file(temporary)
+        _sync_file(temporary)
         temporary.rename(path)
     except OSError as error:
         if error.errno is None or str(error.filename or temporary) != str(temporary):
@@ -65,13 +63,12 @@ def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name the file
     finally:
         temporary.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Write a file atomically; see `replace_file`."""
-    with replace_file(path, durable=durable) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -87,7 +84,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in temporary.iterdir():
-            sync_file(path)
+            _sync_file(path)
         sync_folder(temporary)
         if folder.exists():
             folder.rename(old)

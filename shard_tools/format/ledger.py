@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from shard_tools.common.cli import CommandError
 from shard_tools.common.files import append_lines, read_json_lines
 from shard_tools.format.sample import adapter
 
@@ -105,6 +106,21 @@ def find_ledgers(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(path.glob("failures/**/*.jsonl")) + sorted(path.glob("failures.jsonl"))
+
+
+def read_all(path: Path) -> tuple[list[Failure], int]:
+    """All records of a run, a data set or one ledger file, and the number of lines that are not records.
+
+    Raises:
+        CommandError: there is none of these.
+    """
+    if not path.exists():
+        raise CommandError(f"{path}: no such run or file; runs are under runs/")
+    holders = ("failures", "failures.jsonl", "metrics.jsonl", "dataset.json")
+    if path.is_dir() and not any((path / name).exists() for name in holders):
+        raise CommandError(f"{path}: neither a run nor a data set (no {', '.join(holders)})")
+    parts = [read(ledger) for ledger in find_ledgers(path)]
+    return [failure for failures, _ in parts for failure in failures], sum(damaged for _, damaged in parts)
 
 
 def summarise(failures: Iterable[Failure]) -> dict[str, Counter[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, one_line, path, run
+from shard_tools.common.cli import OK, PROBLEMS, Parser, one_line, path, run
 from shard_tools.format import ledger
 from shard_tools.format.dataset import Dataset, read_dataset
 from shard_tools.verify.hashes import check_hashes
@@ -51,18 +51,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _shards_in_failures(run_folder: Path, dataset: Dataset, quiet: bool) -> set[str]:
     """The shards of this data set that a run's failure records name."""
-    if not run_folder.exists():
-        raise CommandError(f"{run_folder}: no such run or ledger file; runs are under runs/")
-    paths = ledger.find_ledgers(run_folder)
-    if not paths and not (run_folder / "metrics.jsonl").exists():
-        raise CommandError(f"{run_folder}: neither a run nor a ledger (no failures/*.jsonl, no metrics.jsonl)")
     out = sys.stderr if quiet else sys.stdout
-    named: set[str] = set()
-    for ledger_file in paths:
-        records, damaged = ledger.read(ledger_file)
-        named |= {Path(record.shard).name for record in records if record.shard}
-        if damaged:
-            print(f"{ledger_file}: {damaged} lines are not failure records (cut short by a crash, or edited)", file=out)
+    records, damaged = ledger.read_all(run_folder)
+    if damaged:
+        print(f"{run_folder}: {damaged} lines are not failure records (cut short by a crash, or edited)", file=out)
+    named = {Path(record.shard).name for record in records if record.shard}
     known = {info.file for info in dataset.shards}
     for name in sorted(named - known):
         print(one_line(f"{name}: named by {run_folder}, not part of this data set"), file=out)

@@ -90,8 +90,8 @@ def test_json_is_one_object_a_problem(copy: Copy, capsys: Capture) -> None:
     ("arguments", "says"),
     [
         (["--quick", "--deep"], "not allowed with"),
-        (["--from-failures", "missing"], "missing: no such run or ledger file"),
-        (["--from-failures", "tests"], "neither a run nor a ledger"),
+        (["--from-failures", "missing"], "missing: no such run or file"),
+        (["--from-failures", "tests"], "neither a run nor a data set"),
     ],
 )
 def test_usage_errors_are_one_line(dataset: Path, capsys: Capture, arguments: list[str], says: str) -> None:

@@ -6,20 +6,18 @@ model_card.md.j2.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from salt_wds.config import Config, load_config
 from salt_wds.data.catalog import joint_plan_hash
 from salt_wds.export.videomae import PREPROCESSOR_FILE
-from salt_wds.models.exported import CARD_FILE, CONFIG_FILE, EncoderConfig, versions
+from salt_wds.models.exported import CARD_FILE, CONFIG_FILE, EncoderConfig, read_table, versions
 from salt_wds.models.from_run import read_config
 from salt_wds.runs.metrics import read_metrics
 from salt_wds.runs.probe_results import read_probes
@@ -103,15 +101,6 @@ def _percent(share: object) -> str:
     return f"{100 * share:.1f}" if isinstance(share, int | float) else "-"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file; empty if there is none."""
-    try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
 # --- licence ------------------------------------------------------------------------------------------------------
 
 
@@ -140,11 +129,11 @@ def licence_of(run: Config) -> Licence:
     path = Path(run.teacher.weights).expanduser()
     if (path / "config.toml").is_file():
         return licence_of(load_config(path / "config.toml"))
-    if (state := _json(path / "state.json")).get("config"):  # of a checkpoint
+    if (state := read_table(path / "state.json")).get("config"):  # of a checkpoint
         return licence_of(read_config(state))
     folder = path if path.is_dir() else path.parent
     here = path.exists()
-    described = str(_json(folder / CONFIG_FILE).get("model_type", "")) if here else ""
+    described = str(read_table(folder / CONFIG_FILE).get("model_type", "")) if here else ""
     if any("videomaev2" in text.lower() for text in (*path.parts[-2:], described)):
         return _VIDEOMAE_V2
     name = _public(run.teacher.weights)

@@ -205,6 +205,11 @@ def read_config(folder: Path) -> EncoderConfig:
             "from a run"
         ) from None
     except ValidationError as error:
+        if TRANSFORMERS_KEY in read_table(path):
+            raise CommandError(
+                f"{folder}: an encoder for transformers; load it with VideoMAEModel.from_pretrained, or export the run "
+                "again without --transformers"
+            ) from None
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
         raise CommandError(
@@ -215,18 +220,18 @@ def read_config(folder: Path) -> EncoderConfig:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an exported encoder, of whatever version."""
-    return _read_table(folder).get("model_type") == MODEL_TYPE
+    return read_table(folder / CONFIG_FILE).get("model_type") == MODEL_TYPE
 
 
 def is_written_by_export(folder: Path) -> bool:
     """The same, or an encoder in the form that transformers loads."""
-    return is_export(folder) or TRANSFORMERS_KEY in _read_table(folder)
+    return is_export(folder) or TRANSFORMERS_KEY in read_table(folder / CONFIG_FILE)
 
 
-def _read_table(folder: Path) -> dict[str, Any]:
-    """The JSON object in config.json; empty if there is none."""
+def read_table(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none."""
     try:
-        table = json.loads((folder / CONFIG_FILE).read_bytes())
+        table = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}

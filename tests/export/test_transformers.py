@@ -10,6 +10,7 @@ from run_maker import make_run
 from transformers import AutoImageProcessor, AutoModel, VideoMAEForVideoClassification, VideoMAEModel
 
 from salt_wds.export import __main__ as export
+from salt_wds.models.exported import load_encoder
 from salt_wds.models.frozen import student_of
 from salt_wds.models.teacher import load_teacher
 from shard_tools.common.cli import CommandError
@@ -112,6 +113,8 @@ def test_facts_of_the_run_are_in_the_config_and_an_older_one_is_replaced(run, ou
     assert {path.name for path in out.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
+    with pytest.raises(CommandError, match=r"an encoder for transformers; load it with VideoMAEModel\.from_pretrained"):
+        load_encoder(out)
     assert "library_name: transformers" in (out / "README.md").read_text()
     write(run, write(run, tmp_path / "out"), "--overwrite")
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from salt_wds.config import MaskConfig, StudentConfig
@@ -88,6 +89,8 @@ def test_fixed_positions_are_videomaes_and_no_weights():
     embeddings, positions = student.encoder.embed(*batch()[:2])
     assert torch.equal(positions[1], student.encoder.positions[0, batch()[1][1]])
     assert embeddings.shape == positions.shape
+    with pytest.raises(ValidationError, match="pretrained = true brings positions of its own"):
+        StudentConfig(positions="sincos", pretrained=True)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mode": "dense"}, {"positions": "sincos"}], ids=str)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 # A packet's bytes, and whether its container marks it as a key frame -> whether it shows a frame, and whether decoding
 # may begin with it (None: perhaps). None as a whole: only a decoder knows.
 Inspector = Callable[[memoryview, bool], "tuple[bool, bool | None] | None"]
 
 _WITH_CHROMA_FORMAT = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}  # H.264 profiles
+_VP9_MATRICES = (2, 5, 1, 6, 7, 9, None, None)  # FFmpeg's numbers; of RGB and what is reserved none
 
 
 def get_inspector(codec: str, extradata: bytes) -> Inspector | None:
@@ -50,6 +52,28 @@ def _vp9(data: memoryview, key: bool) -> tuple[bool, bool] | None:
         shown += bool(existing or visible)
         clean = clean or (not start and not existing and not inter)
     return (shown == 1, clean) if shown <= 1 else None
+
+
+class KeyFrame(NamedTuple):
+    """What a VP9 key frame says: size, FFmpeg's number of its matrix (2: nothing), and whether its range is full."""
+
+    width: int
+    height: int
+    matrix: int
+    is_full: bool
+
+
+def vp9_key_frame(data: bytes) -> KeyFrame | None:
+    """Of a packet with a key frame of profile 0; None if it is another."""
+    if len(data) < 9 or data[0] & 0xFC != 0x80 or data[1:4] != b"\x49\x83\x42":
+        return None
+    bits = int.from_bytes(data[4:9], "big")  # 3 of colour space, 1 of range, twice 16 of a size less one, 4 more
+    matrix = _VP9_MATRICES[bits >> 37]
+    return (
+        None
+        if matrix is None
+        else KeyFrame((bits >> 20 & 0xFFFF) + 1, (bits >> 4 & 0xFFFF) + 1, matrix, bool(bits >> 36 & 1))
+    )
 
 
 def _superframe(data: memoryview) -> list[int]:

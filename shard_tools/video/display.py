@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import av
 import cv2
 import numpy as np
 
+from shard_tools.video.bitstream import vp9_key_frame
 from shard_tools.video.ffmpeg import BadVideoError, Planes, padded_packet
 
 # FFmpeg's numbers (libavutil/pixfmt.h). Colour that nothing is said of counts as bt601 limited, as in swscale.
@@ -25,7 +27,9 @@ _REFUSED = {
     14: "ictcp", 15: "ipt-c2", 16: "ycgco-re", 17: "ycgco-ro",
 }  # fmt: skip
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
-_PROJECTION = b"\x76\x70"  # the element by which Matroska says that pictures are to be turned
+# Matroska's element that says that pictures are to be turned, ProjectionPoseRoll, and the first byte of its size, which
+# is 4 or 8 in one to eight bytes.
+_POSE_ROLL = re.compile(rb"\x76\x75[\x84\x88\x40\x20\x10\x08\x04\x02\x01]")
 _TURNS = {90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -41,21 +45,22 @@ class Display(NamedTuple):
     mirrored: bool
 
 
-def first_display(context: av.VideoCodecContext, packets: Iterable[av.Packet], header: bytes | None) -> Display | None:
+def first_display(context: av.VideoCodecContext, packets: Sequence[av.Packet], header: bytes | None) -> Display | None:
     """Of the first frame that can be decoded; None if there is none.
 
     Args:
         context: of the stream in its container, which alone knows what the container says; it is used up.
-        header: of Matroska, what stands before the first packet. Only it can turn VP9; where it does not, no frame is
-            decoded, because FFmpeg has decoded one when it opened the file.
+        header: of Matroska, what stands before the first packet. VP9 cannot say that its pictures are to be turned; if
+            the header does not either, no frame is decoded, which would take as long as all else that packing does.
 
     Raises:
         BadVideoError: an angle or a matrix that cannot be applied.
     """
     said = context.colorspace, context.color_range, context.color_trc
-    is_vp9 = context.codec.canonical_name == "vp9" and context.format is not None
-    if is_vp9 and header is not None and _PROJECTION not in header:
-        return _display_of(context, said, None)
+    if context.codec.canonical_name == "vp9" and header is not None and not _POSE_ROLL.search(header):
+        found = vp9_key_frame(bytes(packets[0])) if packets else None
+        if found is not None:
+            return _display(found.width, found.height, found.matrix, said, found.is_full, None, None)
     frame = _first_frame(context, packets)
     return None if frame is None else _display_of(context, said, frame.side_data.get("DISPLAYMATRIX"))
 
@@ -78,11 +83,18 @@ def _display_of(context: av.VideoCodecContext, said: tuple[int, int, int], side_
     """
     pixels, width, height = context.format, context.width, context.height
     assert pixels is not None
-    matrix = context.colorspace if context.colorspace != _UNSPECIFIED else said[0]
+    matrix, transfer = context.colorspace, _HDR.get(context.color_trc)
     is_full = (context.color_range or said[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
-    transfer = _HDR.get(context.color_trc) or _HDR.get(said[2])
     if pixels.is_rgb or pixels.has_palette:  # planes_of converts it, in this way
-        matrix, is_full = _UNSPECIFIED, False
+        return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, said[2]), False, transfer, side_data)
+    return _display(width, height, matrix, said, is_full, transfer, side_data)
+
+
+def _display(
+    width: int, height: int, matrix: int, said: tuple[int, int, int], is_full: bool, transfer: str | None,
+    side_data: object | None,
+) -> Display:  # fmt: skip
+    matrix, transfer = said[0] if matrix == _UNSPECIFIED else matrix, transfer or _HDR.get(said[2])
     if matrix not in _MATRICES:
         name = _REFUSED.get(matrix, f"number {matrix}")
         raise BadVideoError(f"its colour matrix is {name}, which is not supported; re-encode it as bt709")

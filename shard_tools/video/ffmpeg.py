@@ -11,7 +11,9 @@ import numpy as np
 from av.stream import Disposition
 
 # By default FFmpeg also takes still pictures for videos, and playlists, which open other files.
-_OPTIONS = {"format_whitelist": "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"}
+_FORMATS = "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"
+# Opening would decode a frame of every stream, with threads: that takes four times as long as reading all packets.
+_OPTIONS = {"format_whitelist": _FORMATS, "codec_whitelist": "none"}
 # Of H.264: wait as long as its level allows for a frame that is presented first, in place of guessing.
 _DECODER_OPTIONS = {"h264": {"strict": "1"}}
 _BT601, _LIMITED_RANGE = 5, 1  # FFmpeg's numbers of the colour that RGB is converted to
@@ -66,9 +68,14 @@ class Coding:
         size = context.width, context.height
         return cls(context.name, tag, *size, context.pix_fmt, context.bits_per_coded_sample, context.extradata or b"")
 
+    @property
+    def options(self) -> dict[str, str]:
+        """Options of the decoder."""
+        return _DECODER_OPTIONS.get(self.codec, {})
+
     def decoder(self) -> av.VideoCodecContext:
         """A new decoder, in one thread: parallel work is done by processes."""
-        decoder = frame_decoder(self.codec, _DECODER_OPTIONS.get(self.codec, {}))
+        decoder = frame_decoder(self.codec, self.options)
         decoder.codec_tag, decoder.bits_per_coded_sample = self.tag.ljust(4, "\0"), self.bits
         decoder.width, decoder.height = self.width, self.height
         if self.pix_fmt is not None:

@@ -189,19 +189,22 @@ def read_packets(payload: bytes) -> Packets:
 def demux(container: av.container.InputContainer, stream: av.VideoStream, payload: bytes) -> Packets:
     """The packets of a stream of a container that was just opened; frames are numbered if nothing is in doubt."""
     demuxed = [packet for packet in container.demux(stream) if packet.size]
+    context = stream.codec_context
+    coding = Coding.of(context)
+    context.options = coding.options
     offset, reason = _offsets(payload, demuxed)
+    header = None
+    if container.format.name.startswith("matroska") and offset is not None:
+        header = payload[: int(offset[0])] if len(offset) else payload
+    display = first_display(context, demuxed, header)
     size = np.array([packet.size for packet in demuxed], np.int64)
-    shown, clean = _inspect(stream.codec_context, demuxed)
+    shown, clean = _inspect(context, demuxed)
     frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] else None
-    if frame is not None and stream.codec_context.has_b_frames and (np.diff(frame[frame >= 0]) > 0).all():
+    if frame is not None and context.has_b_frames and (np.diff(frame[frame >= 0]) > 0).all():
         frame = None  # AVI has no times of presentation: those of decoding stand for them
     start = np.array(clean or [False] * len(demuxed), bool)
     start[:1] = True
     sure = frame is not None and None not in clean
-    header = None
-    if container.format.name.startswith("matroska") and offset is not None and len(offset):
-        header = payload[: int(offset[0])]
-    coding, display = Coding.of(stream.codec_context), first_display(stream.codec_context, demuxed, header)
     return Packets(coding, frame, start, size, offset, demuxed, display, reason, sure)
 
 

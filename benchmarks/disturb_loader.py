@@ -2,8 +2,8 @@
 
     python benchmarks/disturb_loader.py SHARDS --disturbances 100 --out benchmarks/results/disturb_loader.json
 
-One disturbance in four kills the fork server, and half of these its successor while it starts. The sequence is
-compared with that of an undisturbed run. Exit code 1 if it differs, a loss is missing in the ledger, or a process,
+One signal in four goes to the fork server, and after half of these one to its successor while it starts. The sequence
+is compared with that of an undisturbed run. Exit code 1 if it differs, a loss is missing in the ledger, or a process,
 descriptor or piece of shared memory is left behind.
 """
 

@@ -176,7 +176,7 @@ def _show_neighbours(gallery: Gallery, config: Config, encoders: Sequence[Frozen
         CommandError: too few clips.
     """
     split = _bank_split(config)
-    bank = config.model_copy(update={"data": config.data.model_copy(update={"split": split, "weights": ()})})
+    bank = config.changed(data={"split": split, "weights": ()})
     shown, pooled = _bank(_loader(bank, ledger, _AT_ONCE, Views()), encoders)
     if len(shown) < _MIN_BANK:
         raise CommandError(
@@ -254,8 +254,8 @@ def _bank_split(config: Config) -> str:
 def _loader(config: Config, ledger: Path, batch_size: int, views: Views | None = None) -> Loader:
     """A small loader of the run's data. Its worker processes protect the report from clips that crash their reader."""
     workers = min(2, config.data.num_workers, available_cores())
-    data = config.data.model_copy(update={"batch_size": batch_size, "num_workers": workers, "prefetch_factor": 1})
-    return Loader(config.model_copy(update={"data": data}), ledger, views=views)
+    changes = {"batch_size": batch_size, "num_workers": workers, "prefetch_factor": 1}
+    return Loader(config.changed(data=changes), ledger, views=views)
 
 
 def _copy_ledgers(run_dir: Path, scratch: Path) -> Path:

@@ -19,7 +19,7 @@ _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _LEAST = 0.75  # of the declared duration in frames, and of the bytes in packets; less of both is a failure
 _LEAST_ALONE = 0.5  # of the bytes, if no duration is declared
 _PACKET_OVERHEAD = 32  # bytes of a container for each packet, its place in tables included
-_FILE_OVERHEAD = 16 << 10  # bytes of headers, tags and padding
+_FILE_OVERHEAD = 4 << 10  # bytes of headers, tags and padding
 
 # The cells of MPEG-TS: their sizes as broadcast, with time stamps (.m2ts), with error correction; their first byte.
 _CELLS, _CELL_MARK = (188, 192, 204), 0x47
@@ -48,7 +48,7 @@ def check_filled(
         BadVideoError: with all figures.
     """
     is_transport = container.format.name == "mpegts"  # it declares no duration, FFmpeg measures
-    shown = video.num_frames / video.fps if video.fps else 0.0
+    shown = _seconds_shown(stream, video, packets)
     declared = None if is_transport else _duration(container, stream)
     if declared is not None and shown >= _LEAST * declared:
         return
@@ -63,6 +63,13 @@ def check_filled(
         f"damaged: {video.num_frames} frames{lasting}; packets fill {filled} of its {len(payload)} bytes, and the rest "
         "is nothing that FFmpeg knows; copy the file again"
     )
+
+
+def _seconds_shown(stream: av.VideoStream, video: Video, packets: Packets) -> float:
+    """By the rate that the container says, or by the usual time between packets, whichever is longer."""
+    times = np.sort([packet.dts for packet in packets.content if packet.dts is not None])
+    step = float(np.median(np.diff(times)) * stream.time_base) if len(times) > 1 else 0.0
+    return video.num_frames * max(step, 1 / video.fps if video.fps else 0.0)
 
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:

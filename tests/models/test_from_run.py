@@ -87,6 +87,7 @@ def test_frozen_and_always_in_evaluation_mode(make_config, folder):
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any(module.training for module in teacher.train().modules())
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert not teacher(clip().bfloat16()).requires_grad
 
 
 def test_stage_2_trains_on_it(make_config, folder, capsys, caplog):

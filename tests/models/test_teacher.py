@@ -294,12 +294,6 @@ def test_positions_move_with_the_teacher_and_are_not_saved(teacher):
 # --- as part of a step ---
 
 
-def test_frozen_and_always_in_evaluation_mode(teacher):
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert not any(module.training for module in teacher.train().modules())
-    assert not teacher(clip()).requires_grad
-
-
 def test_compiles_into_one_graph(teacher, expected):
     assert_same_tokens(torch.compile(teacher, backend="eager", fullgraph=True), expected)
 

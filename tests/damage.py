@@ -186,6 +186,14 @@ class Fault:
         self.copy.write_index([edited if row is self.row else row for row in self.copy.rows])
         self.kinds = {"index_mismatch"}
 
+    def dropped_row(self) -> None:
+        self.copy.write_index([row for row in self.copy.rows if row is not self.row])
+        self.kinds = {"index_mismatch"}
+
+    def deleted_index(self) -> None:
+        self.copy.parquet.unlink()
+        self.key, self.kinds = None, {"missing_index"}
+
     def flipped_parquet(self) -> None:
         flip(self.copy.parquet, self.rng.randrange(self.copy.parquet.stat().st_size), 1 << self.rng.randrange(8))
         self.key, self.kinds = None, {"index_mismatch"}

@@ -73,9 +73,7 @@ def _cut_after(path: Path, step: int) -> list[dict[str, Any]]:
         return []
     lines, damaged = _read_lines(path)
     if damaged:
-        log.warning(
-            "%s: %d line(s) without a step removed; a crash cuts the last one short, others were edited", path, damaged
-        )
+        log.warning("%s: %d line(s) without a step removed: cut short by a crash, or edited", path, damaged)
     kept = [line for line in lines if line["step"] <= step]
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept

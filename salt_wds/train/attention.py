@@ -66,39 +66,30 @@ def choose_attention(
     """
     if setting == "auto" and device.type != "cuda":
         return UNPINNED
-    names = _TIMED if setting == "auto" else (setting,)
-    times = {name: _times(name, teacher, student, clips, dtype, device) for name in names}
-    able = {name: found for name, found in times.items() if isinstance(found, tuple)}
-    if not able:
-        if setting == "auto":
-            return UNPINNED
+    times: dict[str, tuple[float, float]] = {}  # of teacher and student
+    refused: dict[str, str] = {}
+    for name in _TIMED if setting == "auto" else (setting,):
+        try:
+            for_teacher = _milliseconds(name, teacher, clips, dtype, device, backward=False) if teacher else 0.0
+            for_student = sum(_milliseconds(name, stack, clips, dtype, device, backward=True) for stack in student)
+            times[name] = for_teacher, for_student
+        except RuntimeError as error:  # torch's only error for a kernel that does not take these inputs
+            refused[name] = " ".join(str(error).split()).rstrip(".")[:60]
+    if not times and setting == "auto":
+        return UNPINNED
+    if not times:
         widest = max(filter(None, (teacher, *student)), key=lambda stack: stack.width // stack.heads)
         raise CommandError(
             f'train.attention = "{setting}": it cannot compute {dtype} heads of {widest.width // widest.heads} on this '
-            f'{device.type} ({times[setting]}); use "auto"'
+            f'{device.type} ({refused[setting]}); use "auto"'
         )
-    for_teacher, for_student = (min(able, key=lambda name: able[name][part]) for part in (0, 1))
-    torch.compiler.config.cache_key_tag = f"attention teacher={for_teacher} student={for_student}"
-    words = [
-        f"{name} {found[0]:.1f} + {found[1]:.1f} ms" if isinstance(found, tuple) else f"{name} cannot ({found})"
-        for name, found in times.items()
-    ]
-    in_teacher = f"{for_teacher} in the teacher, " if teacher else ""
-    line = f"attention {in_teacher}{for_student} in the student; attention in a step's teacher + student takes "
-    return Attention(for_teacher, for_student, line + ", ".join(words))
-
-
-def _times(
-    name: str, teacher: Stack | None, student: Sequence[Stack], clips: int, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float] | str:
-    """Milliseconds a step of teacher (forward) and student (forward and backward); or why the kernel cannot."""
-    try:
-        return (
-            _milliseconds(name, teacher, clips, dtype, device, backward=False) if teacher else 0.0,
-            sum(_milliseconds(name, stack, clips, dtype, device, backward=True) for stack in student),
-        )
-    except RuntimeError as error:  # torch's only error for a kernel that does not take these inputs
-        return " ".join(str(error).split()).rstrip(".")[:60]
+    in_teacher, in_student = (min(times, key=lambda name: times[name][part]) for part in (0, 1))
+    torch.compiler.config.cache_key_tag = f"attention teacher={in_teacher} student={in_student}"
+    words = [f"{name} {t:.1f} + {s:.1f} ms" for name, (t, s) in times.items()]
+    words += [f"{name} cannot ({reason})" for name, reason in refused.items()]
+    chosen = (f"{in_teacher} in the teacher, " if teacher else "") + f"{in_student} in the student"
+    line = f"attention {chosen}; attention in a step's teacher + student takes {', '.join(words)}"
+    return Attention(in_teacher, in_student, line)
 
 
 def _milliseconds(

@@ -76,44 +76,53 @@ def test_a_compiled_function_keeps_to_the_pin():
     assert seen == [True, False]
 
 
+def play(monkeypatch, times):
+    """Times by kernel, of teacher and student; a text is why it cannot."""
+
+    def milliseconds(name, *_, backward):
+        if isinstance(times[name], str):
+            raise RuntimeError(times[name])
+        return times[name][backward]
+
+    monkeypatch.setattr(attention_module, "_milliseconds", milliseconds)
+
+
 def test_auto_on_a_cpu_times_nothing(monkeypatch):
-    monkeypatch.setattr(attention_module, "_times", lambda *_: pytest.fail("timed"))
+    play(monkeypatch, {})
     assert choose_attention("auto", STACK, [STACK], 2, torch.float32, CPU) is UNPINNED
 
 
-def test_a_named_kernel_is_tried_and_pinned():
-    found = choose_attention("flash", STACK, [STACK, STACK], 2, torch.float32, CPU)
-    assert (found.teacher, found.student) == ("flash", "flash")
+@pytest.mark.parametrize(
+    ("teacher", "settings", "line"),
+    [
+        (STACK, [], "attention flash in the teacher, flash in the student; "),
+        (None, ["objective=pixels"], "attention flash in the student; "),  # only the student is timed and told
+    ],
+)
+def test_a_named_kernel_is_tried_and_pinned(teacher, settings, line):
+    found = choose_attention("flash", teacher, [STACK, STACK], 2, torch.float32, CPU)
+    assert found.student == "flash"
+    assert found.line.startswith(line)
     assert torch.compiler.config.cache_key_tag == "attention teacher=flash student=flash"
-    config, models = small(*SMALL, "train.attention=math")
-    assert tuned_step(config, models, CPU, 2).lines[0].startswith("attention math in the teacher, math in the student")
+    config, models = small(*SMALL, "train.attention=math", *settings)
+    assert tuned_step(config, models, CPU, 2).lines[0].startswith(line.replace("flash", "math"))
 
 
 def test_a_kernel_that_cannot_is_refused_in_a_line(monkeypatch):
-    monkeypatch.setattr(
-        attention_module, "_milliseconds", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("No kernel."))
-    )
-    text = (
-        r'train\.attention = "cudnn": it cannot compute torch\.float32 heads of 16 on this cpu \(No kernel\); use "au'
-    )
+    play(monkeypatch, {"cudnn": "No kernel."})
+    text = r'train\.attention = "cudnn": it cannot compute torch\.float32 heads of 16 on this cpu \(No kernel\); use'
     with pytest.raises(CommandError, match=text):
         choose_attention("cudnn", STACK, [STACK], 2, torch.float32, CPU)
 
 
 def test_the_fastest_of_each_network_wins(monkeypatch):
-    times = {"flash": (1.0, 9.0), "cudnn": (2.0, 5.0), "efficient": "no kernel"}
-    monkeypatch.setattr(attention_module, "_times", lambda name, *_: times[name])
-    found = choose_attention("auto", STACK, [STACK], 2, torch.bfloat16, torch.device("cuda"))
+    gpu = torch.device("cuda")
+    play(monkeypatch, {"flash": (1.0, 9.0), "cudnn": (2.0, 5.0), "efficient": "no kernel"})
+    found = choose_attention("auto", STACK, [STACK], 2, torch.bfloat16, gpu)
     assert (found.teacher, found.student) == ("flash", "cudnn")
     assert found.line.endswith("flash 1.0 + 9.0 ms, cudnn 2.0 + 5.0 ms, efficient cannot (no kernel)")
-
-
-def test_without_a_teacher_only_the_student_is_timed_and_told():
-    found = choose_attention("flash", None, [STACK], 2, torch.float32, CPU)
-    assert found.student == "flash"
-    assert found.line.startswith("attention flash in the student; ")
-    config, models = small(*SMALL, "train.attention=math", "objective=pixels")
-    assert tuned_step(config, models, CPU, 2).lines[0].startswith("attention math in the student; ")
+    play(monkeypatch, dict.fromkeys(("flash", "cudnn", "efficient"), "no kernel"))
+    assert choose_attention("auto", STACK, [STACK], 2, torch.bfloat16, gpu) is UNPINNED
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -12,7 +12,6 @@ from collections import Counter
 
 import pytest
 
-from salt_wds.train.meters import Clock
 from salt_wds.train.progress import InputBound, Progress
 
 RUN = """
@@ -69,6 +68,7 @@ def test_lines_elsewhere_even_on_a_full_disk(tmp_path, monkeypatch):
 # --- input-bound --------------------------------------------------------------------------------------------------
 
 DECODING = Counter(read=1.0, decode=20.0, crop=5.0)
+READING, AUGMENTING = Counter(DECODING, read=30.0), Counter(DECODING, augment=40.0)
 
 
 def warnings(shares, watch=None, ms=DECODING):
@@ -97,27 +97,11 @@ def test_not_at_every_interval_again():
         (8, ["webm"], DECODING, "are the limit: pack with --frames mjpeg or y4m"),
         (8, ["mjpeg"], DECODING, "are the limit: pack with --frames y4m"),
         (8, ["y4m"], DECODING, "are the limit: use more cores"),
-        (
-            4,
-            ["webm"],
-            Counter(read=30.0, decode=20.0, crop=5.0),
-            "check the drive with python -m shard_tools.bench shards",
-        ),
-        (4, ["webm"], Counter(read=1.0, decode=20.0, augment=40.0), "the run's own stages are the limit"),
+        (4, ["webm"], READING, "check the drive with python -m shard_tools.bench shards"),
+        (4, ["webm"], AUGMENTING, "the run's own stages are the limit"),
         (0, ["webm"], DECODING, "set data.num_workers"),
     ],
 )
 def test_the_remedy_is_for_what_limits(workers, extensions, ms, remedy):
     (warning,) = filter(None, warnings([0.5] * 4, InputBound(workers, 8, extensions, "shards"), ms))
     assert remedy in warning
-
-
-def test_time_for_something_else_does_not_count(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("salt_wds.train.meters.time.perf_counter", lambda: now[0])
-    clock = Clock()
-    clock.add(8, 1.0, {})
-    now[0] = 10.0
-    clock.exclude(6.0)
-    assert clock.rates()["clips_per_sec"] == 2.0
-    assert clock.rates()["data_wait_share"] == 0.25

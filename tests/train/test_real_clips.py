@@ -23,6 +23,17 @@ def shards(real_clips, run_module, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def train(run_module, tmp_path):
+    """`train(configuration, *settings)`: train in a folder `run` as a user does; the process and the folder."""
+
+    def train(config, *settings):
+        words = [word for setting in (*settings, f"train.run_dir={tmp_path / 'run'}") for word in ("--set", setting)]
+        return run_module("salt_wds.train", "--config", f"configs/{config}.toml", *words, timeout=900), tmp_path / "run"
+
+    return train
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
 def test_plain_webdataset_and_gnu_tar_read_the_shards(shards):
     files = sorted(str(path) for path in shards.glob("*.tar"))
@@ -34,12 +45,9 @@ def test_plain_webdataset_and_gnu_tar_read_the_shards(shards):
         subprocess.run(["tar", "tf", file], check=True, capture_output=True)
 
 
-def test_two_hundred_steps_cut_the_masked_loss(shards, run_module, tmp_path):
-    run_module(
-        "salt_wds.train", "--config", "configs/tiny.toml", "--set", f"data.shards={shards}",
-        "--set", f"train.run_dir={tmp_path / 'run'}", timeout=400,
-    )  # fmt: skip
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+def test_two_hundred_steps_cut_the_masked_loss(shards, train):
+    _, run_dir = train("tiny", f"data.shards={shards}")
+    lines = read_metrics(run_dir / "metrics.jsonl")
     first, last = lines[0], lines[-1]
     print(f"loss {first['loss']:.4f} -> {last['loss']:.4f}, R2 {first['r2']:+.3f} -> {last['r2']:+.3f}")
     assert (first["step"], last["step"]) == (1, 200)
@@ -48,20 +56,18 @@ def test_two_hundred_steps_cut_the_masked_loss(shards, run_module, tmp_path):
     assert last["failures"] == 0
 
 
-def test_the_full_size_run_takes_two_steps_on_a_cpu(shards, run_module, tmp_path):
+def test_the_full_size_run_takes_two_steps_on_a_cpu(shards, train):
     precision = "fp32" if multiplies_bf16_slowly(torch.device("cpu")) else "bf16"  # that took 6 minutes a step
-    overrides = (
-        f"data.shards={shards}", "teacher.weights=random", "data.batch_size=2", "data.num_workers=1",
-        "train.compile=off", "train.steps=2", f"train.precision={precision}", f"train.run_dir={tmp_path / 'run'}",
+    done, run_dir = train(
+        "base", f"data.shards={shards}", "teacher.weights=random", "data.batch_size=2", "data.num_workers=1",
+        "train.compile=off", "train.steps=2", f"train.precision={precision}",
     )  # fmt: skip
-    arguments = [word for override in overrides for word in ("--set", override)]
-    done = run_module("salt_wds.train", "--config", "configs/base.toml", *arguments, timeout=900)
     assert "8 x 14 x 14 = 1568 tokens" in done.stdout
     assert "UNTRAINED" in done.stderr
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2]
 
 
-def test_three_damaged_videos_are_named_on_the_way(real_clips, run_module, tmp_path):
+def test_three_damaged_videos_are_named_on_the_way(real_clips, run_module, train, tmp_path):
     """Packing names the three it can see; a fourth that only the decoder can see is named in training."""
     root = tmp_path / "videos"
     shutil.copytree(real_clips, root)
@@ -81,15 +87,7 @@ def test_three_damaged_videos_are_named_on_the_way(real_clips, run_module, tmp_p
     assert {truncated, noise, empty} <= {f.key for f in failures} <= {truncated, noise, empty, wrecked}
     run_module("shard_tools.verify", root / "shards")
 
-    run_dir = tmp_path / "run"
-    overrides = (
-        f"data.shards={root / 'shards'}",
-        f"train.run_dir={run_dir}",
-        "train.steps=8",
-        "data.max_failure_rate=1.0",
-    )
-    arguments = [word for override in overrides for word in ("--set", override)]
-    run_module("salt_wds.train", "--config", "configs/tiny.toml", *arguments)
+    _, run_dir = train("tiny", f"data.shards={root / 'shards'}", "train.steps=8", "data.max_failure_rate=1.0")
     named, _ = ledger.read(run_dir / "failures" / "rank0.jsonl")
     assert {f.key for f in named} <= {wrecked}
     if wrecked not in {f.key for f in failures}:

@@ -130,7 +130,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_in_a_line(make_config, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_rank_that_waits_for_others_says_so_and_can_be_stopped(make_config, number):
     (process,) = start_ranks(1, arguments(make_config()), size=2)
     said: list[str] = []

@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import av
 import xxhash
 
 from shard_tools.format.dataset import index_name
@@ -14,6 +13,7 @@ from shard_tools.format.index import read_index
 from shard_tools.format.sample import FRAME_TIERS, SampleInfo, parse_sample
 from shard_tools.verify.problems import Problem
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
+from shard_tools.video.ffmpeg import UNREADABLE, error_text
 from shard_tools.video.packets import Packets
 
 _LEAVE = "again, or leave it: training skips the video, and names it"
@@ -67,8 +67,8 @@ def _decoding_error(frames: bytes | Packets | list[memoryview], ext: str, info: 
         found = sum(1 for _ in get_decoder(ext)(frames, info, None).pictures)
     except DecodeError as error:
         return str(error)
-    except av.FFmpegError as error:
-        return f"cannot be decoded to its end: {error.strerror or error}"
+    except UNREADABLE as error:
+        return f"cannot be decoded to its end: {error_text(error)}"
     return None if found == info.num_frames else f"{found} frames can be decoded, the index says {info.num_frames}"
 
 

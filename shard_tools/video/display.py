@@ -20,7 +20,7 @@ from shard_tools.video.bitstream import vp9_key_frame
 from shard_tools.video.ffmpeg import BadVideoError, Planes, padded_packet
 
 # FFmpeg's numbers (libavutil/pixfmt.h). Colour that nothing is said of counts as bt601 limited, as in swscale.
-_UNSPECIFIED, _FULL_RANGE = 2, 2
+_RGB, _UNSPECIFIED, _FULL_RANGE = 0, 2, 2
 _MATRICES = {1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 _REFUSED = {
     0: "gbr", 8: "ycgco", 10: "bt2020c", 11: "smpte2085", 12: "chroma-derived-nc", 13: "chroma-derived-c",
@@ -60,9 +60,9 @@ def first_display(context: av.VideoCodecContext, packets: Sequence[av.Packet], h
     if context.codec.canonical_name == "vp9" and header is not None and not _POSE_ROLL.search(header):
         found = vp9_key_frame(bytes(packets[0])) if packets else None
         if found is not None:
-            return _display(found.width, found.height, found.matrix, said, found.is_full, None, None)
+            return _display(found.width, found.height, found.matrix, said, found.is_full, None, (0, False))
     frame = _first_frame(context, packets)
-    return None if frame is None else _display_of(context, said, frame.side_data.get("DISPLAYMATRIX"))
+    return None if frame is None else _display_of(context, said, _orientation(frame))
 
 
 def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> av.VideoFrame | None:
@@ -76,50 +76,61 @@ def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) ->
     return None
 
 
-def _display_of(context: av.VideoCodecContext, said: tuple[int, int, int], side_data: object | None) -> Display:
-    """What a decoder says after its first frame, and the display matrix of that.
+def _display_of(context: av.VideoCodecContext, said: tuple[int, int, int], turned: tuple[int, bool]) -> Display:
+    """What a decoder says after its first frame, and the orientation of that.
 
     `said` are the container's numbers of matrix, range and transfer, used where the codec says nothing.
     """
     pixels, width, height = context.format, context.width, context.height
     assert pixels is not None
     matrix, transfer = context.colorspace, _HDR.get(context.color_trc)
+    if matrix == _RGB and len(pixels.components) <= 2:  # as grey PNG says
+        matrix = _UNSPECIFIED
     is_full = (context.color_range or said[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
     if pixels.is_rgb or pixels.has_palette:  # planes_of converts it, in this way
-        return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, said[2]), False, transfer, side_data)
-    return _display(width, height, matrix, said, is_full, transfer, side_data)
+        return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, said[2]), False, transfer, turned)
+    return _display(width, height, matrix, said, is_full, transfer, turned)
 
 
 def _display(
     width: int, height: int, matrix: int, said: tuple[int, int, int], is_full: bool, transfer: str | None,
-    side_data: object | None,
+    turned: tuple[int, bool],
 ) -> Display:  # fmt: skip
     matrix, transfer = said[0] if matrix == _UNSPECIFIED else matrix, transfer or _HDR.get(said[2])
     if matrix not in _MATRICES:
         name = _REFUSED.get(matrix, f"number {matrix}")
         raise BadVideoError(f"its colour matrix is {name}, which is not supported; re-encode it as bt709")
-    rotation, mirrored = (0, False) if side_data is None else _orientation(bytes(cast(bytes, side_data)))
+    rotation, mirrored = turned
     width, height = (height, width) if rotation % 180 else (width, height)
     return Display(width, height, _MATRICES[matrix], "full" if is_full else "limited", transfer, rotation, mirrored)
 
 
-def _orientation(matrix: bytes) -> tuple[int, bool]:
-    """Degrees clockwise, and whether it is mirrored before, as a display matrix says.
+def _orientation(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Degrees clockwise, and whether the frame is mirrored before, as its display matrix says.
 
     The matrix is ((a, b, u), (c, d, v), (x, y, w)) and takes a pixel (p, q) to (a p + c q, b p + d q). Like ffmpeg, it
     is read to a degree, its scale does not count, and a matrix of zeros says nothing.
     """
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    try:
+        matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))  # a buffer
+    except ValueError:  # beside it is something of which PyAV does not know the kind, such as a camera's EXIF
+        return _quarter_turns(-frame.rotation), False
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     across, down = math.hypot(a, c), math.hypot(b, d)
     if not across or not down:
         return 0, False
     mirrored = a * d < b * c
-    degrees = round(math.degrees(math.atan2(b / down, a / across))) + 180 * mirrored
+    return _quarter_turns(round(math.degrees(math.atan2(b / down, a / across))) + 180 * mirrored), mirrored
+
+
+def _quarter_turns(degrees: int) -> int:
     if degrees % 90:
         raise BadVideoError(
             f"its frames are to be turned by {degrees % 360} degrees, which is no multiple of 90; re-encode it upright"
         )
-    return degrees % 360, mirrored
+    return degrees % 360
 
 
 def turn(planes: Planes, rotation: int, mirrored: bool) -> Planes:

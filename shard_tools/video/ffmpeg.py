@@ -21,8 +21,19 @@ _BT601, _LIMITED_RANGE = 5, 1  # FFmpeg's numbers of the colour that RGB is conv
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the size, rounded up; uint8
 
 
+# What a damaged or unheard-of file may raise: FFmpeg's errors, and PyAV's where it does not know what FFmpeg found.
+UNREADABLE = (av.FFmpegError, ValueError, ArithmeticError, LookupError, NotImplementedError)
+
+
 class BadVideoError(Exception):
     """A video that cannot be used; the message says why."""
+
+
+def error_text(error: Exception) -> str:
+    """The reason in one of the errors of UNREADABLE."""
+    if isinstance(error, av.FFmpegError):
+        return str(error.strerror or error)
+    return f"{type(error).__name__}: {error}"
 
 
 def open_video(payload: bytes) -> av.container.InputContainer:

@@ -223,8 +223,14 @@ def _read_table(path: Path, header: Sequence[str], lines: Iterable[tuple[str, li
         video = _kinetics_file(cells, f"{path}, {place}") if kinetics else next(
             cells[name] for name in _PATH_COLUMNS if name in cells)  # fmt: skip
         rows.append((video, label, SPLIT_WORDS.get(split), place))
-    labels = {label for _, label, _, _ in rows} - {"", "-1"}
-    numbers = not kinetics and all(re.fullmatch(r"\d{1,9}(\.0)?", label) for label in labels)
+    places = {label: place for _, label, _, place in rows if label not in ("", "-1")}
+    others = [label for label in places if not re.fullmatch(r"\d{1,9}(\.0)?", label)]
+    numbers = not kinetics and not others
+    if not kinetics and any(re.fullmatch(r"[-+]?\d+(\.\d*)?", label) for label in places) and others:
+        raise CommandError(
+            f"{path}, {places[others[0]]}: label {one_line(others[0])!r} is not a number from 0, but other labels are "
+            "numbers; give a number or a name to every class (-1 or nothing: no label)"
+        )
     return ListFile(
         path,
         "Kinetics" if kinetics else "table",

@@ -92,12 +92,18 @@ class Packets:
         packet.pts = number
         return packet
 
-    def decode(self, begin: int, end: int, wanted: frozenset[int] | None = None) -> Iterator[av.VideoFrame]:
+    def decode(
+        self, begin: int, end: int, wanted: frozenset[int] | None = None, concealed: bool = False
+    ) -> Iterator[av.VideoFrame]:
         """What a new decoder makes of the packets from `begin` to before `end`, in order of presentation.
 
         Its time stamps are the numbers of the packets. Of other packets than the wanted ones no frame need come out.
 
+        Args:
+            concealed: whether frames count of which FFmpeg had to make up a part, because their packets are damaged.
+
         Raises:
+            DecodeError: a frame is such a one, and they do not count.
             av.FFmpegError: a packet that shows a frame is damaged.
         """
         decoder, found = self.coding.decoder(), False
@@ -115,8 +121,16 @@ class Packets:
                     raise
                 continue  # it has no references: the video begins without a key frame
             found = found or bool(frames)
-            yield from frames
-        yield from decoder.decode(None)
+            yield from self._whole(frames, concealed)
+        yield from self._whole(decoder.decode(None), concealed)
+
+    def _whole(self, frames: list[av.VideoFrame], concealed: bool) -> list[av.VideoFrame]:
+        """The frames; what is made up in one goes on into those that refer to it, and they are not marked."""
+        damaged = next((frame.pts for frame in frames if frame.is_corrupt), None)
+        if damaged is not None and not concealed:
+            number = damaged if self.frame is None else self.frame[damaged]
+            raise DecodeError(f"frame {number} is damaged: FFmpeg has to make up a part of it")
+        return frames
 
     def stretches(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
         """The packets to decode for these ascending frames: begin and end of each stretch.
@@ -142,7 +156,7 @@ class Packets:
         """The wanted frames, ascending and each once, or all of them; there may be fewer if the video ends early.
 
         Raises:
-            DecodeError: a packet does not give its frame.
+            DecodeError: a packet does not give its frame, or a damaged one.
             av.FFmpegError: a packet is damaged.
         """
         if self.frame is None:
@@ -272,7 +286,9 @@ def count_frames(packets: Packets) -> int:
     Raises:
         av.FFmpegError: they have to be decoded, and a packet is damaged.
     """
-    return sum(1 for _ in packets.frames(None)) if packets.num_frames is None else packets.num_frames
+    if packets.num_frames is not None:
+        return packets.num_frames
+    return sum(1 for _ in packets.decode(0, len(packets.start), concealed=True))
 
 
 def resolve(packets: Packets) -> Packets:
@@ -285,7 +301,7 @@ def resolve(packets: Packets) -> Packets:
         return packets
     names: list[int | None] = []
     digests: dict[int | None, str] = {}
-    for found in dataclasses.replace(packets, frame=None).decode(0, len(packets.start)):
+    for found in dataclasses.replace(packets, frame=None).decode(0, len(packets.start), concealed=True):
         names.append(found.pts)
         digests[found.pts] = _digest(found)
     if None in digests or len(digests) < len(names):
@@ -317,7 +333,7 @@ def _gives(packets: Packets, begin: int, wanted: list[int], digests: dict[int | 
     """Whether decoding from `begin` gives the frames of these packets as they are."""
     missing = set(wanted)
     try:
-        for frame in packets.decode(begin, wanted[-1] + 1):
+        for frame in packets.decode(begin, wanted[-1] + 1, concealed=True):
             if frame.pts in missing:
                 if _digest(frame) != digests[frame.pts]:
                     return False

@@ -9,8 +9,8 @@ import av
 
 from shard_tools.format.sample import Video
 from shard_tools.video.completeness import check_filled, check_size
+from shard_tools.video.ffmpeg import UNREADABLE, error_text, open_video, video_streams
 from shard_tools.video.ffmpeg import BadVideoError as BadVideoError
-from shard_tools.video.ffmpeg import open_video, video_streams
 from shard_tools.video.packets import Packets, count_frames, demux, resolve
 
 
@@ -55,5 +55,10 @@ def probe_packets(payload: bytes) -> tuple[Video, Packets]:
             )
             check_filled(payload, container, stream, video, packets)
             return video, packets
-    except av.FFmpegError as error:
-        raise BadVideoError(f"not a readable video: {error.strerror or error}") from error
+    except av.ArgumentError as error:
+        raise BadVideoError(
+            f"FFmpeg finds no video in it, or one in a container that is not accepted ({error_text(error)}); copy it "
+            "into another: ffmpeg -i FILE -c copy NEW.mkv"
+        ) from error
+    except UNREADABLE as error:
+        raise BadVideoError(f"not a readable video: {error_text(error)}") from error

@@ -30,7 +30,7 @@ from shard_tools.format.sample import (
     y4m_frame_bytes,
 )
 from shard_tools.video.decode import DecodeError, VideoInfo, decode_mjpeg, decode_video
-from shard_tools.video.ffmpeg import Planes, fill_frame
+from shard_tools.video.ffmpeg import UNREADABLE, Planes, error_text, fill_frame
 from shard_tools.video.packet_table import to_table
 from shard_tools.video.packets import Packets
 from shard_tools.video.probe import BadVideoError
@@ -120,8 +120,8 @@ def make_payload(
         pictures = _decode(packets, video, encoding.short_side, numbers)
     except DecodeError as error:
         raise BadVideoError(f"cannot be decoded to its end: {error}") from error
-    except av.FFmpegError as error:
-        raise BadVideoError(f"cannot be decoded to its end: {error.strerror or error}") from error
+    except UNREADABLE as error:
+        raise BadVideoError(f"cannot be decoded to its end: {error_text(error)}") from error
     if len(pictures) != (video.num_frames if numbers is None else len(numbers)):
         raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
     height, width = pictures[0][0].shape

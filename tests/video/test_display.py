@@ -360,6 +360,41 @@ def test_rgb_shows_its_colours(codec: str) -> None:
     check_chart(buffer.getvalue())
 
 
+@pytest.mark.parametrize("pix_fmt", ["gray", "monob"])
+def test_grey_png_is_shown_as_grey(pix_fmt: str) -> None:
+    pictures = np.arange(0, 256, 8, np.uint8)[None].repeat(32, 0)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mov") as out:
+        stream = out.add_stream("png", rate=12)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, pix_fmt
+        frame = av.VideoFrame.from_ndarray(pictures, format="gray").reformat(format=pix_fmt)
+        out.mux([*stream.encode(frame), *stream.encode(None)])
+    (planes,), _ = shown(buffer.getvalue())
+    assert (planes[0] == frame.reformat(format="gray").to_ndarray()).all()
+    assert (planes[1] == 128).all()
+
+
+@pytest.mark.parametrize(("orientation", "rotations"), [(1, {0}), (6, {0, 90})])  # FFmpeg before 8 does not read it
+def test_a_camera_may_write_exif_into_its_jpegs(orientation: int, rotations: set[int]) -> None:
+    tag = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0) + bytes(4)
+    segment = b"\xff\xe1" + struct.pack(">H", len(tag) + 8) + b"Exif\0\0" + tag
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = *SIZE, "yuvj420p", Fraction(1, 12)
+    jpeg = bytes((encoder.encode(fill_frame(picture(0), "yuvj420p")) + encoder.encode(None))[0])
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="avi") as out:
+        stream = out.add_stream("mjpeg", rate=12)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuvj420p"
+        for number in range(3):
+            packet = av.Packet(jpeg[:2] + segment + jpeg[2:])
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 12)
+            out.mux(packet)
+    video = probe(buffer.getvalue())
+    assert video.num_frames == 3
+    assert video.rotation in rotations
+    assert len(shown(buffer.getvalue())[0]) == 3
+
+
 @pytest.mark.parametrize(("number", "name"), [(8, "ycgco"), (10, "bt2020c"), (14, "ictcp")])
 def test_other_matrices_are_refused_by_name(number: int, name: str) -> None:
     assert f"matrix is {name}" in refused(encode([picture(0)], "matroska", colour=(number, 1, 2)))

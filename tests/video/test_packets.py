@@ -17,7 +17,8 @@ import xxhash
 
 from shard_tools.format.sample import PacketTable
 from shard_tools.video.packet_table import from_table, to_table
-from shard_tools.video.packets import SPLIT, Packets, read_packets, resolve
+from shard_tools.video.packets import SPLIT, DecodeError, Packets, read_packets, resolve
+from shard_tools.video.probe import probe_packets
 
 Video = Callable[[str], bytes]
 
@@ -216,6 +217,23 @@ CHANGES = {
     "not base64": lambda size: {"extradata": "?"},
     "a hash too many": lambda size: {"chunk_xxh3": column([1] * 99)},
 }
+
+
+def test_frames_that_are_made_up_fail_every_clip_that_they_are_part_of(video: Video) -> None:
+    payload = video("closed.mp4")
+    _, packets = probe_packets(payload)
+    assert packets.offset is not None
+    assert packets.frame is not None
+    key = int(np.flatnonzero(packets.start)[1])
+    first = int(packets.frame[key])
+    at = int(packets.offset[key] + packets.size[key] // 2)
+    damaged = payload[:at] + bytes(200) + payload[at + 200 :]
+    shown, found = probe_packets(damaged)
+    assert shown.num_frames == packets.num_frames
+    assert len(list(found.frames(range(first - 8, first - 4)))) == 4
+    for numbers in ([first], [first + 5], None):
+        with pytest.raises(DecodeError, match=f"frame {first} is damaged"):
+            list(found.frames(numbers))
 
 
 def column(values: list[int]) -> str:

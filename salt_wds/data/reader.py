@@ -1,7 +1,7 @@
 """Bytes of samples out of shards: `pread` at indexed offsets, checked against the hashes taken when they were packed.
 
-Of the storage tier "source" the whole file is read if it is small, and otherwise the chunks with the packets that the
-wanted frames need; of "mjpeg" and "y4m" only the wanted frames. Their places and hashes are in KEY.json.
+In the storage tier "source", a small file is read as a whole, and of a large one only the chunks with the packets that
+the wanted frames need. In "mjpeg" and "y4m" only the wanted frames are read. Offsets and hashes are in KEY.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TRANSIENT = frozenset(
 )
 _FIRST_PAUSE_S = 0.05  # before the first retry; doubled each time
 _MAX_OPEN = 64  # shards
-_KEY_FRAME_DISTANCE = 512 << 10  # bytes that are read ahead before the first wanted frame of a long video
+_KEY_FRAME_DISTANCE = 512 << 10  # bytes to prefetch before the first wanted frame of a long video, for its key frame
 
 Content = TypeVar("Content")
 
@@ -42,7 +42,7 @@ class Reader:
 
     Args:
         retries: of a read whose failure may be transient.
-        whole: give video files as they are, for a decoder that opens the container itself.
+        whole: return whole video files, for a decoder that opens the container itself.
     """
 
     def __init__(self, catalog: Catalog, retries: int, whole: bool = False) -> None:
@@ -64,9 +64,9 @@ class Reader:
     ) -> tuple[dict[str, Any], bytes | Packets | Iterator[bytes]]:
         """A sample's JSON (empty if it has none) and its payload, checked against their hashes.
 
-        The payload is the whole file, or its packets if KEY.json has a table of them; in the frame tiers an iterator
-        over the bytes of each wanted frame, which reads when asked, so that a frame is still in the processor's cache
-        when it is decoded.
+        The payload is the whole file, or its packets if KEY.json has a table of them. In the frame tiers it is an
+        iterator over the bytes of each wanted frame. It reads on demand, so that a frame is still in the processor's
+        cache when it is decoded.
 
         Args:
             numbers: the wanted frames, ascending, each once; other frames may be missing.
@@ -126,7 +126,7 @@ class Reader:
         return payload
 
     def _read_chunks(self, shard: int, row: Row, spans: Sequence[tuple[int, int]], hashes: Sequence[int]) -> memoryview:
-        """A buffer for the whole payload, of which only these spans of chunks are filled: the rest takes no memory."""
+        """A buffer of the payload's size in which only these spans of chunks are filled; the rest takes no memory."""
         content = np.empty(row.payload_size, np.uint8)
         for first, end in spans:
             start, stop = first * CHUNK_BYTES, min(end * CHUNK_BYTES, row.payload_size)
@@ -176,7 +176,7 @@ class Reader:
 
 
 def _chunks(packets: Packets, numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """First and end of each run of chunks that decoding these frames needs."""
+    """The runs of chunks that decoding these frames needs: first and end (exclusive) of each."""
     assert packets.offset is not None
     runs: list[tuple[int, int]] = []
     for begin, end in packets.stretches(numbers):

@@ -57,14 +57,14 @@ _SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation"
 
 
 def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names: list[str] | None, workers: int) -> int:
-    """Index the tars of a folder and report what they hold; the exit code.
+    """Index the tars of a folder and report what they hold; returns the exit code.
 
     Args:
         source: folder of the tars, which are only read.
         out: receives the indexes and dataset.json, and links to the tars if it is another folder.
-        split: of tars whose name does not say one.
+        split: for tars whose name gives none.
         ext: extension of the video; None takes the first video of each sample.
-        names: of the classes, in order; None takes the labels themselves.
+        names: class names in order; None takes the labels themselves.
         workers: tars read at once.
     """
     tars = _find_tars(source)
@@ -81,7 +81,7 @@ def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names:
     for note, count in sum((scan.notes for scan in scans), Counter[str]()).items():
         print(one_line(f"{count:,} {note}"))
     warnings = [f"warning: {scan.file} {scan.warning}" for scan in scans if scan.warning]
-    _print_some(warnings, f"{len(warnings)} tars without the mark; fetch again those that were cut")
+    _print_some(warnings, f"{len(warnings)} tars lack the end-of-archive mark; fetch those again that were cut short")
     return _report(out, dataset, failures)
 
 
@@ -188,7 +188,7 @@ def scan_tars(job: ScanJob, tars: list[str], workers: int) -> list[Scan]:
 
 
 def _scan_crashing(job: ScanJob, tar: str) -> Scan:
-    """Scan a tar that killed its process: the videos that do so are found, each tried in a process of its own."""
+    """Scan a tar that killed its process, after trying each of its videos in a process of its own."""
     trials = run_local(functools.partial(try_payload, job, tar), payload_places(job, tar), workers=1)
     crashing = frozenset(place[0] for place, outcome in trials if isinstance(outcome, WorkerDiedError))
     [(_, outcome)] = run_local(functools.partial(scan_tar, job, crashing=crashing), [tar], workers=1)
@@ -228,7 +228,7 @@ def _assemble(
 
 
 def _plan_hash(shards: dict[str, list[ShardInfo]], classes: Sequence[str], ext: str | None) -> str:
-    """The hash of what decides the samples: the tars, and how they were read."""
+    """The hash of what determines the samples: the tars, and how they were read."""
     lines = [f"{split} {info.file} {info.xxh3} {info.samples}" for split, infos in shards.items() for info in infos]
     return xxhash.xxh3_128_hexdigest(repr((lines, list(classes), ext)).encode())
 
@@ -241,7 +241,10 @@ def _commit(
     links: dict[Path, Path],
     old: Dataset | None,
 ) -> None:
-    """Write what has changed, dataset.json last; until then, old hashes in it tell the loader of new indexes."""
+    """Write the files that have changed, dataset.json last.
+
+    Until then the loader refuses new indexes, because the hashes in the old dataset.json do not match them.
+    """
     before = {info.file for info in old.shards} if old else set()
     for file in before - indexes.keys():
         if _is_our_index(out / index_name(file), True):
@@ -277,6 +280,6 @@ def _named(failure: Failure) -> str:
 
 
 def _print_some(lines: Sequence[str], summary: str) -> None:
-    """The first lines and a summary on stderr, where there are lines."""
+    """Print the first lines and a summary to stderr; nothing if there are no lines."""
     for line in [*lines[:_SHOWN], summary] if lines else ():
         print(one_line(line), file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Scan one tar of another tool: one read gives its index rows, its hash, and the samples that cannot be used.
+"""Scan one tar of another tool: one pass gives its index rows, its hash, and the samples that cannot be used.
 
-Labels can only be numbered when those of all tars are known: a scan keeps them as they are in the tar, for
-`number_labels` and `numbered_rows`. The same tar gives the same index, so `repair` can make it again.
+Labels can be numbered only when those of all tars are known. So a scan keeps them as they are in the tar, and
+`number_labels` and `numbered_rows` number them. The same tar gives the same index, so `repair` can make it again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ScanJob:
 
 @dataclass
 class Scan:
-    """What one tar holds. `rows` is None if it is damaged; `exts` has the extensions of videos."""
+    """The content of one tar. `rows` is None if the tar is damaged; `exts` has the extensions of its videos."""
 
     file: str
     bytes: int = 0
@@ -78,7 +78,7 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
     scan, hasher = Scan(file), xxhash.xxh3_64()
     rows: dict[str, dict[str, Any]] = {}
     found: dict[str, set[str]] = {}  # the extensions of every key
-    apart: dict[str, int] = {}  # where the keys go on whose members are not adjacent
+    apart: dict[str, int] = {}  # keys whose members are not adjacent, and where they continue
     try:
         if not (job.folder / file).is_file():
             raise OSError("not a file (a folder, pipe or device, or a link to nothing)")
@@ -119,7 +119,7 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
 
 
 def _failure(job: ScanJob, scan: Scan, error: Exception, message: str, key: str | None, offset: int | None) -> Failure:
-    """The record of what is left out. It has no time or process: the same tars give the same file."""
+    """The record of what is left out. It has no time or process, so the same tars give the same file."""
     return Failure(
         stage="pack",
         dataset=job.dataset,
@@ -148,7 +148,7 @@ def try_payload(job: ScanJob, file: str, place: tuple[int, int]) -> None:
         opened.seek(place[0])
         try:
             job.probe(opened.read(place[1]))
-        except BadVideoError:  # scanning the tar will say so
+        except BadVideoError:  # the scan reports it
             return
 
 
@@ -164,7 +164,7 @@ def _size_limit(chosen: str | None, sample: Sample, ext: str) -> int:
 
 
 def _row(job: ScanJob, scan: Scan, sample: Sample, crashing: frozenset[int]) -> dict[str, Any]:
-    """The index row of a sample; that only one of several videos is used is a failure of the others."""
+    """The index row of a sample. If only one of several videos is used, a failure records the others."""
     if sample.refusal is not None:
         raise _Unusable(sample.refusal)
     parts = {part.ext: part for part in sample.parts}
@@ -224,7 +224,10 @@ def _json(scan: Scan, part: Part | None) -> tuple[Part | None, dict[str, Any]]:
 
 
 def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | None, str | None]:
-    """A sample's label as number or text: its .cls member, or "label" or "cls" in its JSON; None twice without one."""
+    """A sample's label as number or text, the other None; both None without a label.
+
+    It comes from the .cls member, or from "label" or "cls" in the JSON.
+    """
     said: Any = next((record[name] for name in ("label", "cls") if record.get(name) is not None), None)
     if cls is not None:
         try:
@@ -235,7 +238,7 @@ def _label(scan: Scan, cls: Part | None, record: dict[str, Any]) -> tuple[int | 
             return int(said), None
     if isinstance(said, str):
         if not is_normalized("NFC", said):
-            scan.notes["labels spelled with combining characters (NFD): each is of the class that is spelled NFC"] += 1
+            scan.notes["labels in Unicode form NFD: taken for the same text in NFC"] += 1
         return None, normalize("NFC", said.encode(errors="replace").decode().strip()) or None
     if isinstance(said, int) and not isinstance(said, bool):
         return said, None
@@ -297,7 +300,7 @@ def numbered_rows(table: pa.Table, classes: Sequence[str]) -> list[dict[str, Any
 
 
 def index_again(folder: Path, dataset: Dataset, info: ShardInfo) -> bytes | None:
-    """The index of a tar as dataset.json has its hash; None if the tar gives no such index.
+    """The index of a tar, made again to match its hash in dataset.json; None if the tar gives no such index.
 
     dataset.json does not say which of several videos was chosen (`ScanJob.ext`), so each is tried.
     """

@@ -1,10 +1,9 @@
 """Read tars that other tools wrote: every member, and the samples that webdataset makes of them.
 
-The standard library's tarfile parses the headers, as it does for webdataset. What it lacks is added here. It stops
-silently at a damaged header; here damage is an error with its offset. It follows whatever a header says; here links,
-devices, names that lead out of the folder, and extensions that change a member's size are refused with a reason.
-Names in a PAX or GNU extension are taken, as GNU tar, tarfile and webdataset take them. Nothing is extracted, and
-nothing unpickled.
+The standard library's tarfile parses the headers, as it does for webdataset. What it lacks is added here. tarfile
+stops silently at a damaged header; here damage is an error with its offset. tarfile trusts every header; here links,
+devices, names that lead out of the folder, and extensions that change a member's size are refused with a reason. Names
+in PAX and GNU extensions are accepted, as in GNU tar, tarfile and webdataset. Nothing is extracted or unpickled.
 
 Sources: POSIX.1-2024, pax interchange format; GNU tar manual, "Basic Tar Format"; webdataset/tariterators.py.
 """
@@ -58,8 +57,8 @@ class TarStream:
     """A tar as a file object for tarfile, read once from start to end.
 
     Args:
-        update: receives every byte, so seeking reads on, and a hash sees what tarfile skips. None: data that nobody
-            takes is not read.
+        update: receives every byte, such as the update method of a hash; seeking then reads what tarfile skips. None:
+            data that is not taken is not read.
     """
 
     def __init__(self, file: BinaryIO, update: Callable[[bytes], Any] | None = None) -> None:
@@ -114,7 +113,7 @@ def iter_members(stream: TarStream) -> Iterator[Entry]:
     """Every member in order, links and folders included. After each, the caller may take its data from the stream.
 
     Raises:
-        ShardDamage: at the first place where the structure is broken, or where there is data behind the end.
+        ShardDamage: at the first place where the structure is broken, or where there is data after the end.
     """
     types: list[bytes] = []  # of one member's headers: extensions first, its own last
 
@@ -150,12 +149,12 @@ def iter_members(stream: TarStream) -> Iterator[Entry]:
         raise ShardDamage(
             "bad_header",
             mark,
-            "there is data behind the end-of-archive mark, where readers "
+            "there is data after the end-of-archive mark, where readers "
             "stop; if tars were joined by cat, extract it with tar --ignore-zeros, and write it again",
         )
     if stream.total - start < 2 * BLOCK:
         stream.warning = (
-            f"ends at byte {stream.total} without the end-of-archive mark of two zero blocks: it may be cut"
+            f"ends at byte {stream.total} without the end-of-archive mark of two zero blocks: it may be cut short"
         )
 
 
@@ -168,13 +167,13 @@ def _check_structure(tar: tarfile.TarFile, info: tarfile.TarInfo, types: list[by
     if sum(kind in _EXTENSIONS for kind in types) > 1:
         raise damaged("bad_header", "has two extension headers for its name")
     if (key := _harmful_record(tar.pax_headers)) is not None:
-        raise damaged("bad_header", f"is behind a PAX header that changes the {key} of all members")
+        raise damaged("bad_header", f"follows a PAX header that changes the {key} of all members")
     if info.size < 0 or tar.offset < info.offset_data:
         raise damaged("bad_header", "has a negative size")
     if info.size and info.type in tarfile.SUPPORTED_TYPES and not info.isreg():
         raise damaged("bad_header", "has data, and is of a type that has none")
     if tar.offset > total:
-        raise damaged("truncated", f"should hold {info.size} bytes, the file ends before")
+        raise damaged("truncated", f"should hold {info.size} bytes, but the file ends before")
 
 
 def _refusal(info: tarfile.TarInfo, block: bytes) -> str | None:

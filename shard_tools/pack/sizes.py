@@ -1,8 +1,8 @@
-"""How many bytes each source will take in a storage tier, which is what shards are planned with.
+"""Predict how many bytes each source takes in a storage tier; `pack` plans its shards with these sizes.
 
-A file of the tier source keeps its size. For frame tiers some of the videos, chosen by hash, are probed, and a few of
-their frames encoded: that gives their bytes. The others grow as those do that have about the same size. All of this
-depends on the files alone, so that every machine and every slice makes the same plan.
+In the tier source a file keeps its size. For frame tiers, some videos, chosen by hash, are measured: they are probed,
+and a few of their frames are encoded. Every other video is assumed to grow like measured videos of about the same size.
+All of this depends on the files alone, so that every machine and every slice makes the same plan.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from shard_tools.video.sources import Source
 from shard_tools.video.tiers import Encoding, make_payload
 
 MOST, _MOST_BYTES = 256, 4 << 30  # videos to measure, and their bytes
-_FRAMES, _LAST = 3, 48  # frames of a video to encode, up to this number: a long video costs no more than a short one
-_NEIGHBOURS = 16
-_STEPS = 4  # in an octave, to which a JPEG's bytes are rounded
-_TABLE_BYTES = {"mjpeg": 26, "y4m": 19}  # that KEY.json takes for a frame
+# Frames of a video to encode, and the last one of them: a long video then costs no more than a short one.
+_FRAMES, _LAST = 3, 48
+_NEIGHBOURS = 16  # measured videos whose growth another video is assumed to have
+_STEPS = 4  # steps per factor of two, to which the bytes of a video as mjpeg are rounded
+_TABLE_BYTES = {"mjpeg": 26, "y4m": 19}  # in KEY.json for each frame
 
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
 
@@ -47,7 +48,7 @@ def predict_sizes(
     root: Path, sources: Sequence[Source], source_bytes: dict[str, int], encoding: Encoding, execute: Executor,
     workers: int,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes that each source will take, by key; 0 for a missing file, and for one that was measured and is none."""
+    """Predicted bytes of each source, by key; 0 for a missing file, and for a measured one that cannot be packed."""
     if encoding.tier == "source":
         return source_bytes
     there = [source for source in choose(sources) if source_bytes[source.key]][:MOST]
@@ -60,7 +61,7 @@ def predict_sizes(
 
 
 def measure(root: Path, encoding: Encoding, source: Source) -> int:
-    """Bytes that one video takes in a frame tier, from a few of its frames; 0 if it cannot be packed."""
+    """Bytes of one video in a frame tier, extrapolated from a few frames; 0 if it cannot be packed."""
     try:
         data = read_file(root / source.path)
         video, packets = probe_packets(data)
@@ -75,14 +76,17 @@ def measure(root: Path, encoding: Encoding, source: Source) -> int:
 
 
 def _rounded(measured: dict[str, int]) -> dict[str, int]:
-    """Sizes in coarse steps with nearly the same sum: another FFmpeg makes slightly other JPEGs, but the same plan."""
+    """Sizes rounded to coarse steps, with nearly the same sum.
+
+    Another version of FFmpeg makes slightly different JPEGs, and still the same plan.
+    """
     steps = {key: 2 ** (round(math.log2(size) * _STEPS) / _STEPS) if size else 0 for key, size in measured.items()}
     factor = round(sum(measured.values()) / max(sum(steps.values()), 1), 2)
     return {key: round(size * factor) for key, size in steps.items()}
 
 
 def _scale(source_bytes: dict[str, int], measured: dict[str, int]) -> dict[str, int]:
-    """The measured sizes; the others grow as the measured files with the most similar bytes do."""
+    """All sizes: the measured ones, and for other files the growth of measured files of the most similar size."""
     known = sorted((source_bytes[key], size) for key, size in measured.items() if size)
     if not known:
         return dict.fromkeys(source_bytes, 0)

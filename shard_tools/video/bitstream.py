@@ -1,7 +1,7 @@
 """What the first bytes of a packet say: whether it shows a frame, and whether decoding may begin with it.
 
-Containers say less, and not always the truth: hidden frames of VP8 and VP9 are packets as all others, and H.264 is
-marked as a key frame where decoding recovers only gradually.
+Containers say less, and are sometimes wrong: they do not mark hidden frames of VP8 and VP9, and they mark H.264 packets
+as key frames from which decoding recovers only gradually.
 Sources: RFC 6386 9.1 (VP8), VP9 Bitstream Specification 6.2 and Annex B, ITU-T H.264 and H.265 7.3.
 """
 
@@ -11,12 +11,21 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-# A packet's bytes, and whether its container marks it as a key frame -> whether it shows a frame, and whether decoding
-# may begin with it (None: perhaps). None as a whole: only a decoder knows.
+# Takes a packet's bytes, and whether its container marks it as a key frame. Returns whether it shows a frame, and
+# whether decoding may begin with it (None: perhaps). Returns None if only a decoder knows.
 Inspector = Callable[[memoryview, bool], "tuple[bool, bool | None] | None"]
 
 _WITH_CHROMA_FORMAT = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}  # H.264 profiles
-_VP9_MATRICES = (2, 5, 1, 6, 7, 9, None, None)  # FFmpeg's numbers; of RGB and what is reserved none
+_VP9_MATRICES = (
+    2,
+    5,
+    1,
+    6,
+    7,
+    9,
+    None,
+    None,
+)  # VP9's colour spaces as FFmpeg's numbers; None for RGB and reserved values
 
 
 def get_inspector(codec: str, extradata: bytes) -> Inspector | None:
@@ -55,7 +64,7 @@ def _vp9(data: memoryview, key: bool) -> tuple[bool, bool] | None:
 
 
 class KeyFrame(NamedTuple):
-    """What a VP9 key frame says: size, FFmpeg's number of its matrix (2: nothing), and whether its range is full."""
+    """Size and colour in the header of a VP9 key frame; `matrix` is FFmpeg's number (2: unspecified)."""
 
     width: int
     height: int
@@ -64,10 +73,10 @@ class KeyFrame(NamedTuple):
 
 
 def vp9_key_frame(data: bytes) -> KeyFrame | None:
-    """Of a packet with a key frame of profile 0; None if it is another."""
+    """The header of a packet that begins with a key frame of profile 0; None for any other packet."""
     if len(data) < 9 or data[0] & 0xFC != 0x80 or data[1:4] != b"\x49\x83\x42":
         return None
-    bits = int.from_bytes(data[4:9], "big")  # 3 of colour space, 1 of range, twice 16 of a size less one, 4 more
+    bits = int.from_bytes(data[4:9], "big")  # 3 bits colour space, 1 range, 16 width - 1, 16 height - 1, 4 more
     matrix = _VP9_MATRICES[bits >> 37]
     return (
         None
@@ -97,7 +106,7 @@ def _superframe(data: memoryview) -> list[int]:
 def _h264(length: int, data: memoryview, key: bool) -> tuple[bool, bool | None] | None:
     for start in units(data, length):
         kind = data[start] & 31
-        if kind in (1, 2, 5):  # a slice, partitioned, of an IDR picture
+        if kind in (1, 2, 5):  # slice, slice partition A, slice of an IDR picture
             is_first = kind != 2 and data[start + 1] & 0x80
             return (True, kind == 5 or (None if key else False)) if is_first else None
     return None
@@ -106,21 +115,21 @@ def _h264(length: int, data: memoryview, key: bool) -> tuple[bool, bool | None] 
 def _hevc(length: int, data: memoryview, key: bool) -> tuple[bool, bool | None] | None:
     for start in units(data, length):
         kind, layer = data[start] >> 1 & 63, (data[start] & 1) << 5 | data[start + 1] >> 3
-        if kind < 32 and not layer:  # a slice; 16 to 21 of a picture that refers to no other
-            is_broken = 16 <= kind <= 18  # a link, after which pictures are dropped
+        if kind < 32 and not layer:  # a slice; 16 to 21: of a picture that refers to no other (IRAP)
+            is_broken = 16 <= kind <= 18  # a broken link (BLA), after which pictures are dropped
             return (True, 16 <= kind <= 21) if data[start + 2] & 0x80 and not is_broken else None
     return None
 
 
 def _length_bytes(extradata: bytes, at: int) -> int:
-    """Bytes of a unit's length, which extradata of the MP4 kind says at byte `at`; 0 for start codes."""
+    """Size in bytes of a NAL unit's length field, from byte `at` of MP4 extradata; 0 if units have start codes."""
     is_mp4 = len(extradata) > at and (extradata[0] == 1 or extradata[:3] > b"\0\0\1")
     return (extradata[at] & 3) + 1 if is_mp4 else 0
 
 
 def units(data: memoryview, length: int) -> Iterator[int]:
-    """Where the units of a packet begin; `length` is the number of bytes of their lengths, 0 for start codes."""
-    at, end = 0, len(data) - 2  # a unit of a picture has three bytes at least
+    """The offsets of the NAL units in a packet; `length` is the size of their length fields, 0 for start codes."""
+    at, end = 0, len(data) - 2  # a unit with picture data has at least three bytes
     if length:
         while (start := at + length) < end:
             yield start
@@ -132,8 +141,8 @@ def units(data: memoryview, length: int) -> Iterator[int]:
 
 
 def _may_have_fields(extradata: bytes) -> bool:
-    """Whether a picture may be coded as two fields, each in a packet of its own, for all that extradata says."""
-    if extradata[:1] == b"\1":  # of the MP4 kind: its first parameter set has a length of two bytes at byte 6
+    """Whether the extradata (H.264) allows a picture to be coded as two fields in separate packets."""
+    if extradata[:1] == b"\1":  # MP4 (avcC): a length of two bytes at byte 6, then the first parameter set
         starts: Iterator[int] = iter((8,))
     else:
         starts = units(memoryview(extradata), 0)
@@ -147,7 +156,7 @@ def _may_have_fields(extradata: bytes) -> bool:
 
 
 def _sps_has_fields(sps: bytes) -> bool:
-    """Whether frame_mbs_only_flag is 0. Raises ValueError where that would take longer to read."""
+    """Whether frame_mbs_only_flag is 0. Raises ValueError if the SPS ends early or has scaling matrices."""
     data = sps.replace(b"\0\0\3", b"\0\0")
     bits = iter(f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}")
 

@@ -1,6 +1,6 @@
-"""Whether a video file is whole: neither cut short, nor mostly bytes that belong to nothing.
+"""Check that a video file is whole: that it is not cut short, and that most of its bytes belong to packets.
 
-FFmpeg reads such files without an error, and gives the frames that are left.
+FFmpeg reads damaged files without an error, and gives the remaining frames. docs/videos.md explains the limits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"meta")
 )
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-_LEAST = 0.75  # of the declared duration in frames, and of the bytes in packets; less of both is a failure
+_LEAST = 0.75  # share of the declared duration shown, and share of the bytes in packets; less of both is damage
 _LEAST_ALONE = 0.5  # of the bytes, if no duration is declared
 _PACKET_OVERHEAD = 32  # bytes of a container for each packet, its place in tables included
 _FILE_OVERHEAD = 4 << 10  # bytes of headers, tags and padding
 
-# The cells of MPEG-TS: their sizes as broadcast, with time stamps (.m2ts), with error correction; their first byte.
-_CELLS, _CELL_MARK = (188, 192, 204), 0x47
+# Transport packets of MPEG-TS: sizes as broadcast, with time stamps (.m2ts), with error correction; the sync byte.
+_TS_SIZES, _TS_SYNC = (188, 192, 204), 0x47
 
 
 def check_size(payload: bytes) -> None:
@@ -39,15 +39,15 @@ def check_size(payload: bytes) -> None:
 def check_filled(
     payload: bytes, container: av.container.InputContainer, stream: av.VideoStream, video: Video, packets: Packets
 ) -> None:
-    """Refuse a file whose frames show much less than its duration, and whose packets fill much less than its size.
+    """Refuse a file whose frames last much less than its duration, and whose packets fill much less than its size.
 
-    One alone is no sign: clips cut from longer videos keep the old duration, sound may last longer than pictures, and
-    containers hold padding, metadata and what an edit list cuts away.
+    One of these alone is no sign of damage: clips cut from longer videos keep the old duration, sound may outlast the
+    pictures, and containers hold padding, metadata and material that an edit list removes.
 
     Raises:
         BadVideoError: with all figures.
     """
-    is_transport = container.format.name == "mpegts"  # it declares no duration, FFmpeg measures
+    is_transport = container.format.name == "mpegts"  # declares no duration; FFmpeg's is an estimate
     shown = _seconds_shown(stream, video, packets)
     declared = None if is_transport else _duration(container, stream)
     if declared is not None and shown >= _LEAST * declared:
@@ -55,25 +55,25 @@ def check_filled(
     enough = (_LEAST_ALONE if declared is None else _LEAST) * (len(payload) - _FILE_OVERHEAD)
     filled = int(packets.size.sum())
     if filled < enough:
-        filled = _bytes_of_cells(payload) if is_transport else _bytes_of_packets(payload)
+        filled = _bytes_of_ts_packets(payload) if is_transport else _bytes_of_packets(payload)
     if filled >= enough:
         return
-    lasting = "" if declared is None else f" ({shown:.2f} s) of the {declared:.2f} s that it declares"
+    lasting = "" if declared is None else f" last {shown:.2f} s of the declared {declared:.2f} s"
     raise BadVideoError(
-        f"damaged: {video.num_frames} frames{lasting}; packets fill {filled} of its {len(payload)} bytes, and the rest "
-        "is nothing that FFmpeg knows; copy the file again"
+        f"damaged: {video.num_frames} frames{lasting}; packets fill {filled} of its {len(payload)} bytes, and FFmpeg "
+        "cannot read the rest; copy the file again"
     )
 
 
 def _seconds_shown(stream: av.VideoStream, video: Video, packets: Packets) -> float:
-    """By the rate that the container says, or by the usual time between packets, whichever is longer."""
+    """How long the frames last, by the frame rate or by the median time between packets, whichever is longer."""
     times = np.sort([packet.dts for packet in packets.content if packet.dts is not None])
     step = float(np.median(np.diff(times)) * stream.time_base) if len(times) > 1 else 0.0
     return video.num_frames * max(step, 1 / video.fps if video.fps else 0.0)
 
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
-    """Seconds that the container declares, the shorter of the stream's and its own; None if it does not."""
+    """The declared seconds, of the stream or of the container, whichever is shorter; None if neither is declared."""
     said = []
     if stream.duration and stream.time_base:
         said.append(float(stream.duration * stream.time_base))
@@ -82,14 +82,14 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     return min(said, default=None)
 
 
-def _bytes_of_cells(payload: bytes) -> int:
-    """Bytes of the cells of MPEG-TS that another one follows."""
-    marks = np.frombuffer(payload, np.uint8) == _CELL_MARK
-    return max(size * int(np.count_nonzero(marks[:-size] & marks[size:])) for size in _CELLS)
+def _bytes_of_ts_packets(payload: bytes) -> int:
+    """Bytes of the transport packets that another one follows."""
+    marks = np.frombuffer(payload, np.uint8) == _TS_SYNC
+    return max(size * int(np.count_nonzero(marks[:-size] & marks[size:])) for size in _TS_SIZES)
 
 
 def _bytes_of_packets(payload: bytes) -> int:
-    """Bytes of the packets of all streams and of attached files, with what a container needs for them."""
+    """Bytes of the packets of all streams and of attached files, with the container's overhead for each packet."""
     with open_video(payload) as container:
         attached = [stream.codec_context for stream in container.streams if stream.type == "attachment"]
         filled = sum(len(context.extradata or b"") for context in attached if context is not None)
@@ -97,7 +97,7 @@ def _bytes_of_packets(payload: bytes) -> int:
 
 
 def declared_size(payload: bytes) -> int | None:
-    """Bytes that a Matroska/WebM, MP4/MOV, AVI or ASF file declares to have at least; None if it does not.
+    """The least size in bytes that a Matroska/WebM, MP4/MOV, AVI or ASF file declares; None if it declares none.
 
     FFmpeg reads a file that was cut short without an error, and container durations are often wrong (clips cut from
     longer videos keep the old one). Only the lengths of the top-level elements are reliable.

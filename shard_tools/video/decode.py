@@ -29,7 +29,7 @@ _DECORD_COLOUR = COLOURS.index(("bt601", "limited"))  # of the conversion back f
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What decoding needs to know in advance: number of frames, size in pixels of the upright picture.
+    """What decoding needs to know in advance: the number of frames, and the size in pixels of the upright picture.
 
     `colour` is an index into COLOURS, `rotation` and `mirrored` are those of `Video` (format/sample.py); if the colour
     is None, all three are taken from the video file.
@@ -49,7 +49,7 @@ class VideoInfo:
 
 
 class Decoded(NamedTuple):
-    """The colour (index into COLOURS), and a picture for each wanted frame, decoded on demand."""
+    """The colour (index into COLOURS) and the pictures of the wanted frames, which are decoded on demand."""
 
     colour: int
     pictures: Iterator[Planes]
@@ -82,7 +82,7 @@ def get_decoder(ext: str, name: str = "pyav") -> Decoder:
 def payload_frames(
     payload: bytes, ext: str, sample: SampleInfo, numbers: Sequence[int] | None
 ) -> bytes | Packets | list[memoryview]:
-    """What a decoder takes of a payload: a video file or its packets, or the bytes of each wanted frame.
+    """The input of a decoder for a payload: a video file, its packets, or the bytes of each wanted frame.
 
     Raises:
         DecodeError: the table of packets is damaged.
@@ -129,7 +129,7 @@ def decode_video(payload: bytes | Packets, info: VideoInfo, numbers: Sequence[in
 def _with_display(info: VideoInfo, shown: Display) -> VideoInfo:
     colour = COLOURS.index((shown.matrix, shown.range))
     if (info.width, info.height) == (shown.height, shown.width) != (shown.width, shown.height):
-        return dataclasses.replace(info, colour=colour)  # indexed by format version 1, with the size as it lies
+        return dataclasses.replace(info, colour=colour)  # indexed by format version 1, with the size before rotation
     return dataclasses.replace(info, colour=colour, rotation=shown.rotation, mirrored=shown.mirrored)
 
 
@@ -150,7 +150,7 @@ def _ends_early(found: int, info: VideoInfo) -> DecodeError:
 def decode_with_decord(payload: bytes, info: VideoInfo, numbers: Sequence[int] | None) -> Decoded:
     """Decode a video file with decord, whose RGB is converted back to YUV (bt601 limited).
 
-    Of the ways in which a file says that its frames are to be turned decord knows some: these files go to FFmpeg.
+    decord applies only some kinds of rotation, so FFmpeg decodes rotated and mirrored videos.
 
     Raises:
         DecodeError: the video has fewer frames than its index says.

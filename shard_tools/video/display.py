@@ -1,7 +1,7 @@
-"""How the frames of a video are shown: their colour, and how they are turned upright.
+"""How the frames of a video are shown: their colour, rotation and mirroring.
 
-Both come from the first decoded frame, because containers, codecs and single frames may say them: the display matrix of
-MP4 and Matroska and the display orientation of H.264 and HEVC all arrive there, as they do in ffmpeg and players.
+These come from the first decoded frame, because containers, codecs and single frames may all state them. The display
+matrix of MP4 and Matroska and the display orientation of H.264 and HEVC both arrive there, as in ffmpeg and players.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from shard_tools.video.bitstream import vp9_key_frame
 from shard_tools.video.ffmpeg import BadVideoError, Planes, padded_packet
 
-# FFmpeg's numbers (libavutil/pixfmt.h). Colour that nothing is said of counts as bt601 limited, as in swscale.
+# FFmpeg's numbers (libavutil/pixfmt.h). Unspecified colour counts as bt601 limited, as in swscale.
 _RGB, _UNSPECIFIED, _FULL_RANGE = 0, 2, 2
 _MATRICES = {1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 _REFUSED = {
@@ -27,8 +27,8 @@ _REFUSED = {
     14: "ictcp", 15: "ipt-c2", 16: "ycgco-re", 17: "ycgco-ro",
 }  # fmt: skip
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
-# Matroska's element that says that pictures are to be turned, ProjectionPoseRoll, and the first byte of its size, which
-# is 4 or 8 in one to eight bytes.
+# ProjectionPoseRoll, Matroska's element for rotation, and the first byte of its size, which is 4 or 8 written in one to
+# eight bytes.
 _POSE_ROLL = re.compile(rb"\x76\x75[\x84\x88\x40\x20\x10\x08\x04\x02\x01]")
 _TURNS = {90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
@@ -46,15 +46,15 @@ class Display(NamedTuple):
 
 
 def first_display(context: av.VideoCodecContext, packets: Sequence[av.Packet], header: bytes | None) -> Display | None:
-    """Of the first frame that can be decoded; None if there is none.
+    """How a video is shown, by its first decodable frame; None if no frame can be decoded.
 
     Args:
-        context: of the stream in its container, which alone knows what the container says; it is used up.
-        header: of Matroska, what stands before the first packet. VP9 cannot say that its pictures are to be turned; if
-            the header does not either, no frame is decoded, which would take as long as all else that packing does.
+        context: the stream's own codec context, which alone has what the container states; not usable afterwards.
+        header: of a Matroska file, the bytes before the first packet. VP9 itself has no rotation. If the header has
+            none either, no frame of VP9 is decoded, which would take as long as the rest of packing.
 
     Raises:
-        BadVideoError: an angle or a matrix that cannot be applied.
+        BadVideoError: the angle or the colour matrix is not supported.
     """
     said = context.colorspace, context.color_range, context.color_trc
     if context.codec.canonical_name == "vp9" and header is not None and not _POSE_ROLL.search(header):
@@ -69,7 +69,7 @@ def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) ->
     context.thread_type, context.thread_count = "NONE", 1
     for packet in packets:
         with contextlib.suppress(av.FFmpegError):  # a video may begin with packets that lack their references
-            # a copy, because decoders drop the frame of a packet that an edit list discards
+            # a copy without flags, because decoders drop the frames of packets that an edit list discards
             if frames := context.decode(padded_packet(memoryview(packet))) or context.decode(None):
                 return frames[0]
         context.flush_buffers()
@@ -77,17 +77,17 @@ def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) ->
 
 
 def _display_of(context: av.VideoCodecContext, said: tuple[int, int, int], turned: tuple[int, bool]) -> Display:
-    """What a decoder says after its first frame, and the orientation of that.
+    """How a video is shown, by a decoder's state after its first frame and the orientation of that frame.
 
-    `said` are the container's numbers of matrix, range and transfer, used where the codec says nothing.
+    `said` has the container's numbers of matrix, range and transfer, for what the codec leaves unspecified.
     """
     pixels, width, height = context.format, context.width, context.height
     assert pixels is not None
     matrix, transfer = context.colorspace, _HDR.get(context.color_trc)
-    if matrix == _RGB and len(pixels.components) <= 2:  # as grey PNG says
+    if matrix == _RGB and len(pixels.components) <= 2:  # grey PNG is marked as RGB
         matrix = _UNSPECIFIED
     is_full = (context.color_range or said[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
-    if pixels.is_rgb or pixels.has_palette:  # planes_of converts it, in this way
+    if pixels.is_rgb or pixels.has_palette:  # planes_of converts it to bt601 limited
         return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, said[2]), False, transfer, turned)
     return _display(width, height, matrix, said, is_full, transfer, turned)
 
@@ -106,14 +106,14 @@ def _display(
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[int, bool]:
-    """Degrees clockwise, and whether the frame is mirrored before, as its display matrix says.
+    """The rotation in degrees clockwise, and whether the picture is mirrored before it, by the display matrix.
 
-    The matrix is ((a, b, u), (c, d, v), (x, y, w)) and takes a pixel (p, q) to (a p + c q, b p + d q). Like ffmpeg, it
-    is read to a degree, its scale does not count, and a matrix of zeros says nothing.
+    The matrix is ((a, b, u), (c, d, v), (x, y, w)) and takes a pixel (p, q) to (a p + c q, b p + d q). As in ffmpeg,
+    the angle is rounded to a degree, the scale is ignored, and a matrix of zeros means no rotation.
     """
     try:
         matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))  # a buffer
-    except ValueError:  # beside it is something of which PyAV does not know the kind, such as a camera's EXIF
+    except ValueError:  # the frame has side data of a kind that PyAV does not know, such as a camera's EXIF
         return _quarter_turns(-frame.rotation), False
     if matrix is None:
         return 0, False
@@ -127,9 +127,7 @@ def _orientation(frame: av.VideoFrame) -> tuple[int, bool]:
 
 def _quarter_turns(degrees: int) -> int:
     if degrees % 90:
-        raise BadVideoError(
-            f"its frames are to be turned by {degrees % 360} degrees, which is no multiple of 90; re-encode it upright"
-        )
+        raise BadVideoError(f"its rotation of {degrees % 360} degrees is not a multiple of 90; re-encode it upright")
     return degrees % 360
 
 

@@ -1,4 +1,4 @@
-"""Open the bytes of a video file with FFmpeg (PyAV), and take the planes out of its frames."""
+"""FFmpeg through PyAV: open the bytes of a video file, make decoders, and get the planes of frames."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-# By default FFmpeg also takes still pictures for videos, and playlists, which open other files.
+# By default FFmpeg also opens still pictures as videos, and playlists, which open other files.
 _FORMATS = "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"
-# Opening would decode a frame of every stream, with threads: that takes four times as long as reading all packets.
+# No codecs: otherwise opening decodes a frame of every stream, which takes four times as long as reading all packets.
 _OPTIONS = {"format_whitelist": _FORMATS, "codec_whitelist": "none"}
-# Of H.264: wait as long as its level allows for a frame that is presented first, in place of guessing.
+# H.264: hold frames back as long as the level allows, instead of guessing the reordering delay.
 _DECODER_OPTIONS = {"h264": {"strict": "1"}}
 _BT601, _LIMITED_RANGE = 5, 1  # FFmpeg's numbers of the colour that RGB is converted to
 
@@ -49,14 +49,14 @@ def open_video(payload: bytes) -> av.container.InputContainer:
 
 
 def video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
-    """The streams that are videos: not pictures attached to one, as a cover is. The first is the video."""
+    """The video streams without attached pictures such as covers; the first is the one that is used."""
     streams = container.streams.video
     return [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
 
 
 @dataclass(frozen=True)
 class Coding:
-    """What a decoder must know of a stream beside its packets: AVCodecParameters, as far as it depends on them.
+    """What a decoder needs besides the packets: the relevant part of FFmpeg's AVCodecParameters.
 
     `codec` is the name of FFmpeg's decoder.
     """
@@ -71,7 +71,7 @@ class Coding:
 
     @classmethod
     def of(cls, context: av.VideoCodecContext) -> Coding:
-        """What the container says of a stream."""
+        """The parameters of a stream, by its codec context."""
         try:
             tag = context.codec_tag.strip("\0")
         except UnicodeDecodeError:  # not ASCII, which PyAV expects: no decoder knows such a tag

@@ -16,10 +16,10 @@ _MOST_CLASSES = 100_000  # by number
 
 
 def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Sequence[str]) -> SourceSet:
-    """The videos that list files name, and those that they do not.
+    """The videos that list files name; the other videos are noted.
 
-    A row means the video whose path ends with what the row says, with or without a suffix. A row without a video keeps
-    the path that it should have: packing reports it as missing.
+    A row matches the video whose path ends with the path in the row, with or without a suffix. A row without a video
+    keeps the path that the video should have, and packing reports it as missing.
 
     Args:
         ignored: folders in `root` whose videos are left out.
@@ -50,9 +50,9 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
             elif not fitting:
                 found.note("entry whose path is not below ROOT", where)
             elif len(fitting) > 1:
-                found.note("entry that several videos fit, left out", f"{where} ({', '.join(fitting)})")
+                found.note("entry that matches several videos, left out", f"{where} ({', '.join(fitting)})")
             elif fitting[0] in entries:
-                found.note("entry whose video has one already", where)
+                found.note("second entry for one video, left out", where)
             elif fitting[0].split("/")[0] not in ignored:
                 entries[fitting[0]] = split, None if row.label is None else labels[row.label]
     missing = sorted(entries.keys() - videos.paths)
@@ -68,7 +68,7 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
 
 
 def _below(prefixes: Sequence[str], video: str) -> str | None:
-    """The path of a row below the root, normalised; None if it leads elsewhere. `prefixes` are paths of the root."""
+    """A row's path relative to the root, normalised; None if it leads outside. `prefixes` are paths of the root."""
     if not video or "\0" in video:
         return None
     name = video.replace("\\", "/")  # a list that was made on Windows
@@ -89,9 +89,9 @@ class _Videos:
             self._by_name.setdefault(posixpath.basename(plain), []).append((plain, path))
 
     def ending_with(self, name: str, split: str) -> list[str]:
-        """The videos that a row may mean: with this very path, or else those whose path ends so.
+        """The videos that a row may mean: the one with exactly this path, or else those whose path ends with it.
 
-        Of several, the one in a folder of the split, and the one with the suffix of the row.
+        Among several, those in a folder of the split and then those with the suffix of the row take precedence.
         """
         wanted = _plain(name)
         same_name = self._by_name.get(posixpath.basename(wanted), [])
@@ -113,9 +113,9 @@ def _plain(path: str) -> str:
 
 
 def _classes(lists: Sequence[ListFile]) -> tuple[list[str], dict[int | str, str]]:
-    """The class names by number, and the name of each label in the rows.
+    """The class names by number, and the class name of each label in the rows.
 
-    In the order of a file of names; without one, numbers stand for themselves, and names are sorted.
+    A file of class names gives the order. Without one, numbers are kept, and names are sorted.
     """
     given = next((each for each in lists if each.names is not None), None)
     labels: dict[int | str, str] = {}
@@ -132,7 +132,7 @@ def _classes(lists: Sequence[ListFile]) -> tuple[list[str], dict[int | str, str]
         name = next(label for label in labels if isinstance(label, str))
         raise CommandError(
             f"{lists[0].path}: some labels are numbers, such as {numbers[0]}, and others names, such as {name}; add a "
-            "file with the names of the classes, or use one of both"
+            "file with the names of the classes, or use one kind"
         )
     return [str(number) for number in range(max(numbers) + 1)], labels
 
@@ -143,8 +143,8 @@ def _class_name(row: Row, label: int | str, of: ListFile, given: ListFile | None
     if names is None:
         if of.kind == "UCF101" and isinstance(label, int):
             raise CommandError(
-                f"{where}: has the number of a class, but no classInd.txt with the names is beside it; add --labels "
-                "classInd.txt, or make a CSV with the columns path,label of it"
+                f"{where}: has a class number, but there is no classInd.txt with the names beside it; add --labels "
+                "classInd.txt, or make a CSV with the columns path,label"
             )
         if isinstance(label, int) and not 0 <= label < _MOST_CLASSES:
             raise CommandError(
@@ -153,15 +153,15 @@ def _class_name(row: Row, label: int | str, of: ListFile, given: ListFile | None
         return unicodedata.normalize("NFC", str(label))
     name = label if isinstance(label, str) else names[label] if 0 <= label < len(names) else ""
     if name not in names or (of.kind == "UCF101" and folder_of(row.video) != name):
-        raise CommandError(f"{where}: its class is not that of {given and given.path}; are both of one data set?")
+        raise CommandError(f"{where}: its class does not match {given and given.path}; are both from one data set?")
     return name
 
 
 def _split_of_file(of: ListFile, lists: Sequence[ListFile]) -> str:
-    """The split that a file's name says; train for a single list that says none."""
+    """The split in a file's name; train for a single list whose name has none."""
     split = split_named(of.path.stem)
     if split is None and any(row.split is None for row in of.rows) and sum(bool(each.rows) for each in lists) > 1:
         raise CommandError(
-            f"{of.path}: neither its rows nor its name say the split; put train, val or test in the name"
+            f"{of.path}: neither its rows nor its name give the split; put train, val or test in the name"
         )
     return split or "train"

@@ -30,7 +30,7 @@ from shard_tools.video.sources import (
 )
 
 LAYOUTS = ("auto", "ssv2", "folders")
-CLASS, IGNORE = "class", "ignore"  # what a folder may be said to be, beside a split
+CLASS, IGNORE = "class", "ignore"  # what --split-folder may call a folder, besides a split
 _SHOWN = 3
 
 
@@ -54,7 +54,7 @@ def find_sources(
     Args:
         layout: one of LAYOUTS; "auto" is ssv2 if its label files are there, else folders.
         exclude: the output folder, which is never taken for input.
-        labels: list files; then they say which videos there are, and no layout does.
+        labels: list files, which replace the layout.
         split_folders: folders in `root` and their meaning (a split, CLASS or IGNORE), where their names do not say it.
 
     Raises:
@@ -66,9 +66,9 @@ def find_sources(
     said = dict(split_folders)
     for name in said:
         if not (root / name).is_dir() or "/" in name:
-            raise CommandError(f"--split-folder {name}: no such folder in {root}; name one that stands there")
+            raise CommandError(f"--split-folder {name}: no such folder in {root}; name one that is there")
     if labels and layout in ("ssv2", "folders"):
-        raise CommandError(f"--layout {layout}: with --labels, the lists say what there is; leave one of both out")
+        raise CommandError(f"--layout {layout}: --labels replaces the layout; leave one of them out")
     label_files = ssv2.label_files(root)
     if layout == "ssv2" and not label_files and not labels:
         raise CommandError(f"{root}: no train.json, labels/train.json or {ssv2.PREFIX}train.json; try --layout folders")
@@ -77,7 +77,7 @@ def find_sources(
     elif label_files and layout != "folders":
         found = ssv2.find_ssv2(root, label_files)
         if said:
-            raise CommandError("--split-folder: in layout ssv2, label files say the splits; try --layout folders")
+            raise CommandError("--split-folder: in layout ssv2, label files give the splits; try --layout folders")
     else:
         found = _find_folders(root, exclude, said)
     if not found.sources:
@@ -94,11 +94,11 @@ def find_sources(
 
 
 def _ignored(said: Mapping[str, str]) -> list[str]:
-    """The folders that are left out, where list files say all else."""
+    """The folders that are left out, if there are list files; they leave no other choice."""
     for name, meaning in said.items():
         if meaning != IGNORE:
             raise CommandError(
-                f"--split-folder {name}={meaning}: with --labels, the lists say that; only ignore is left"
+                f"--split-folder {name}={meaning}: with --labels, the lists decide that; only =ignore is allowed"
             )
     return list(said)
 
@@ -109,7 +109,7 @@ def _ignored(said: Mapping[str, str]) -> list[str]:
 def _find_folders(root: Path, exclude: Path, said: Mapping[str, str]) -> SourceSet:
     found = SourceSet("folders")
     paths = find_videos(root, exclude, found)
-    folders: dict[str, set[str]] = {}  # in the root -> those in it that lead to videos
+    folders: dict[str, set[str]] = {}  # folder in the root -> its subfolders that hold videos
     for parts in (path.split("/")[:-1] for path in paths):
         if parts:
             folders.setdefault(parts[0], set()).update(parts[1:2])
@@ -141,8 +141,8 @@ def _find_folders(root: Path, exclude: Path, said: Mapping[str, str]) -> SourceS
 def _meanings(root: Path, folders: Mapping[str, set[str]], said: Mapping[str, str], found: SourceSet) -> dict[str, str]:
     """What each folder in the root is: a split, CLASS or IGNORE.
 
-    All are splits, or none is. Where some are named for a split and others are not, the user has to say which is meant.
-    Beside others, a longer name such as `training_dog` counts only if it has classes below.
+    Either all are splits, or none is. If only some are named for a split, the user has to decide. Beside folders that
+    are not, a longer name such as `training_dog` counts as a split only if it has subfolders.
     """
     open_ = [name for name in folders if name not in said]
     named = {name: split for name in open_ if (split := split_named(name))}

@@ -1,4 +1,4 @@
-"""Read the list files that public data sets come with. The content says which kind a file is.
+"""Read the list files of public data sets: videos, classes and splits. The content decides which kind a file is.
 
 table      CSV (also with tabs or semicolons) or parquet with the columns path, label and perhaps split
 Kinetics   CSV with youtube_id, time_start, time_end, and perhaps label and split; videos ID_000012_000022.mp4
@@ -43,17 +43,17 @@ _Lines = Sequence[tuple[str, "re.Match[str]"]]
 
 
 class Row(NamedTuple):
-    """One video of a list: the end of its path, its class as a number from 0 or a name, and where this is said."""
+    """One video of a list: the end of its path, its class (a number from 0, or a name), and its place in the file."""
 
     video: str
     label: int | str | None
-    split: str | None  # None: the file's name says it, if anything
+    split: str | None  # None: the file's name may give it
     place: str  # such as "line 3"
 
 
 @dataclass
 class ListFile:
-    """What a list file says. `names` are of the classes in order, in files that hold nothing else."""
+    """The content of a list file. `names` has the class names in order, in files that hold nothing else."""
 
     path: Path
     kind: str
@@ -62,10 +62,11 @@ class ListFile:
 
 
 def read_list_files(files: Sequence[Path]) -> list[ListFile]:
-    """What list files say, with those in folders and patterns, and the files of class names beside them.
+    """Read list files, also those in folders and patterns, and the files of class names beside them.
 
     Raises:
-        CommandError: no such file, of no known kind, or a bad line; lists of different splits of one data set.
+        CommandError: a file is missing, of no known kind, or has a bad line; or lists of several published splits
+            (such as trainlist01 and trainlist02) are given.
     """
     paths: list[Path] = []
     for file in files:
@@ -81,8 +82,8 @@ def read_list_files(files: Sequence[Path]) -> list[ListFile]:
         numbers = {match[2]: path.name for path in paths if (match := kind.fullmatch(path.stem))}
         if len(numbers) > 1:
             raise CommandError(
-                f"{paths[0].parent}: {', '.join(sorted(numbers.values()))} are lists of different splits; name those "
-                f"of one, such as --labels '{paths[0].parent}/*{min(numbers)}.txt'"
+                f"{paths[0].parent}: {', '.join(sorted(numbers.values()))} belong to different published splits; "
+                f"give those of one, such as --labels '{paths[0].parent}/*{min(numbers)}.txt'"
             )
     return [_read(path) for path in paths]
 
@@ -108,10 +109,12 @@ def _read(path: Path) -> ListFile:
             matches = []
             for place, line in lines:
                 if (match := pattern.fullmatch(line)) is None:
-                    raise CommandError(f"{path}, {place}: {one_line(line)[:80]!r} is not like the lines before it")
+                    raise CommandError(
+                        f"{path}, {place}: {one_line(line)[:80]!r} does not have the form of the first line"
+                    )
                 matches.append((place, match))
             return read(path, matches)
-    raise CommandError(f"{path}: no list of videos that is known ({_KINDS})")
+    raise CommandError(f"{path}: not a known kind of video list ({_KINDS})")
 
 
 # --- lines of text ------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class _Dive:
 
 
 def _read_diving(path: Path) -> ListFile:
-    expected = "the list of Diving48, objects with vid_name and label, or of its class names"
+    expected = "the list of Diving48, objects with vid_name and label, or its class names"
     content: list[Any] = read_json(path, list[_Dive | list[str] | str], expected)
     if all(isinstance(entry, _Dive) for entry in content):
         rows = [Row(dive.vid_name, dive.label, None, f"entry {number}") for number, dive in enumerate(content)]
@@ -198,7 +201,7 @@ def _read_parquet(path: Path) -> ListFile:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: not a readable parquet file ({one_line(error)[:200]}); fetch it again") from None
     if not _is_table([name.lower() for name in header]):
-        raise CommandError(f"{path}: no list of videos that is known ({_KINDS})")
+        raise CommandError(f"{path}: not a known kind of video list ({_KINDS})")
     rows = enumerate(zip(*columns, strict=True))
     return _read_table(
         path, header, ((f"row {number}", ["" if _is_null(v) else str(v) for v in row]) for number, row in rows)
@@ -210,7 +213,7 @@ def _is_null(value: object) -> bool:
 
 
 def _read_table(path: Path, header: Sequence[str], lines: Iterable[tuple[str, list[str]]]) -> ListFile:
-    """The rows of a table; without a label where it is empty, or -1 among numbers."""
+    """The rows of a table. An empty label, or -1 among numbers, means no label."""
     names = [name.strip().lower() for name in header]
     kinetics = set(_KINETICS_COLUMNS) <= set(names)
     rows = []

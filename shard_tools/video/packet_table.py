@@ -1,4 +1,4 @@
-"""Packets in KEY.json: a compact table that says where each lies in the payload, and gives them back, checked."""
+"""The compact table of packets in KEY.json: write it, and read it back with checks. docs/format.md describes it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shard_tools.video.ffmpeg import Coding
 from shard_tools.video.packets import Packets
 
 CHUNK_BYTES = 64 << 10
-# From this size on a payload's chunks have hashes, so that training reads only those it needs.
+# Payloads of at least this size have a hash for each chunk, so that training reads only the chunks it needs.
 LEAST_CHUNKED = 1 << 20
 _KINDS = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}
 _CODING = [field.name for field in dataclasses.fields(Coding)]
 
 
 def to_table(packets: Packets, payload: bytes) -> PacketTable | str:
-    """What KEY.json says of the packets of a payload: the table, or in a word why there is none."""
+    """The table of a payload's packets for KEY.json, or the reason why there is none."""
     if packets.offset is None or packets.frame is None:
         return packets.reason
     coding, number = packets.coding, np.arange(len(packets.frame))
@@ -41,7 +41,7 @@ def to_table(packets: Packets, payload: bytes) -> PacketTable | str:
 
 
 def from_table(table: PacketTable, payload_size: int, num_frames: int) -> Packets:
-    """The packets of a payload, which is to be their `content`.
+    """The packets that a table describes; the caller sets their `content` to the payload.
 
     Raises:
         ValueError: the table contradicts itself, the payload's size or its number of frames.
@@ -52,11 +52,13 @@ def from_table(table: PacketTable, payload_size: int, num_frames: int) -> Packet
     ends = np.cumsum(gaps + size) + table.first
     offset = ends - size
     _check(size.min() > 0 and offset.min() >= 0, "a size or an offset is negative")
-    _check(ends.max() <= payload_size, f"a packet ends behind the payload's {payload_size} bytes")
+    _check(ends.max() <= payload_size, f"a packet ends after the payload's {payload_size} bytes")
     steps, absent = _numbers(table.frames, count)
     frame = np.where(absent, -1, steps + np.arange(count))
     shown = np.count_nonzero(frame >= 0)
-    _check(frame.min() >= -1 and shown == frame.max() + 1 == num_frames, f"its frames are not {num_frames}")
+    _check(
+        frame.min() >= -1 and shown == frame.max() + 1 == num_frames, f"it does not show {num_frames} frames, each once"
+    )
     bits = np.unpackbits(np.frombuffer(_bytes(table.starts), np.uint8)).view(bool)
     _check(len(bits) == count + -count % 8 and bits[0] and not bits[count:].any(), "its starts are damaged")
     chunk_hashes(table.chunk_xxh3, payload_size)
@@ -67,7 +69,7 @@ def from_table(table: PacketTable, payload_size: int, num_frames: int) -> Packet
 
 
 def chunk_hashes(text: str, payload_size: int) -> list[int]:
-    """XXH3-64 of each chunk of the payload, by `chunk_xxh3`; empty if it is read whole.
+    """The hashes in `chunk_xxh3`, one for each chunk of the payload; empty if the payload is read as a whole.
 
     Raises:
         ValueError: their number contradicts the payload's size.
@@ -80,7 +82,10 @@ def chunk_hashes(text: str, payload_size: int) -> list[int]:
 
 
 def _column(values: np.ndarray, absent: np.ndarray | None = None) -> str | int:
-    """The values as base64 of integers of the fewest bytes, whose least value stands for absent ones; or all in one."""
+    """The values as base64 of the narrowest integers that hold them, or as one integer if all are equal.
+
+    The lowest value of the integer type stands for absent values.
+    """
     least, most = int(values.min()), int(values.max())
     if least == most and (absent is None or not absent.any()):
         return least
@@ -94,7 +99,7 @@ def _column(values: np.ndarray, absent: np.ndarray | None = None) -> str | int:
 
 
 def _numbers(column: str | int, count: int) -> tuple[np.ndarray, np.ndarray | bool]:
-    """The values of a column, and which of them are absent."""
+    """The values of a column, and a mask of the absent ones."""
     if isinstance(column, int):
         return np.full(count, column, np.int64), False
     data = _bytes(column)

@@ -2,8 +2,8 @@
 
 `pack` demuxes a file once and writes this down in KEY.json, so that training never opens a container; a payload without
 such a table is demuxed in memory. Packets are fed to decoders with their own number for a time stamp, so each frame
-that comes out says which packet it came from. Where time stamps and the first bytes of the packets leave no doubt,
-frames are numbered by their times; otherwise the video is decoded once, and what comes out is what exists.
+that comes out says which packet it came from. Frames are numbered by their time stamps if those and the first bytes of
+the packets leave no doubt. Otherwise the video is decoded once, and the frames that come out are numbered.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from shard_tools.video.bitstream import get_inspector
 from shard_tools.video.display import Display, first_display
 from shard_tools.video.ffmpeg import BadVideoError, Coding, open_video, padded_packet, planes_of, video_streams
 
-# How far behind FFmpeg's position the bytes of a packet begin: Matroska's is that of the element around them.
+# A packet's bytes begin at most this far after FFmpeg's position, which in Matroska is that of the enclosing block.
 _HEADER = 64
-# Decoders that leave out frames to which no frame refers. In HEVC a frame of a higher temporal layer may refer to them.
+# Decoders for which skip_frame = NONREF is safe. In HEVC, frames of a higher temporal layer may refer to skipped ones.
 _SKIPPING = ("h264", "mpeg1video", "mpeg2video")
 _PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
 
@@ -44,16 +44,16 @@ class Packets:
     """The packets of one video stream, in decoding order.
 
     Attributes:
-        coding: what a decoder must know beside the packets.
-        frame: (n,) number of the frame that each shows, in order of presentation; -1: none (hidden, cut away by an edit
-            list or without a reference, second field). None: frames are counted as they come out.
-        start: (n,) bool, whether decoding may begin there: every frame from this packet's on is exact.
+        coding: the decoder's parameters.
+        frame: (n,) number of the frame that each packet shows, in presentation order; -1 if it shows none (hidden, cut
+            by an edit list, without its reference, second field). None: only decoding tells which frames exist.
+        start: (n,) bool, whether decoding may begin there: the packet's frame and all later frames come out exactly.
         size: (n,) bytes.
-        offset: (n,) where each begins in the payload; None if they do not lie there in one piece.
-        content: the payload, or the packets as they were demuxed.
-        display: how the frames are shown; None for a table, and where no frame can be decoded.
+        offset: (n,) where each begins in the payload; None if a packet does not lie there in one piece.
+        content: the payload, or the demuxed packets.
+        display: how the frames are shown; None if the packets come from a table, or if no frame can be decoded.
         reason: why there can be no table; empty if there can.
-        sure: whether the frames, and all places where decoding may begin, are known.
+        sure: whether `frame` and `start` are final; if not, `resolve` finds them by decoding.
     """
 
     coding: Coding
@@ -68,12 +68,12 @@ class Packets:
 
     @functools.cached_property
     def num_frames(self) -> int | None:
-        """Frames that exist; None if only decoding all of it tells."""
+        """The number of frames; None if only decoding the whole video tells."""
         return None if self.frame is None else int(self.frame.max(initial=-1)) + 1
 
     @functools.cached_property
     def places(self) -> np.ndarray:
-        """(frames,) the packet of each frame; -1: it has none."""
+        """(frames,) number of the packet that shows each frame; -1 if there is none."""
         assert self.frame is not None
         places = np.full(self.num_frames or 0, -1)
         shown = np.flatnonzero(self.frame >= 0)
@@ -81,7 +81,7 @@ class Packets:
         return places
 
     def packet(self, number: int) -> av.Packet:
-        """A packet for a decoder, its number for a time stamp."""
+        """A packet for a decoder; its time stamp is its number."""
         if isinstance(self.content, list):
             packet = self.content[number]
         else:
@@ -95,19 +95,19 @@ class Packets:
     def decode(
         self, begin: int, end: int, wanted: frozenset[int] | None = None, concealed: bool = False
     ) -> Iterator[av.VideoFrame]:
-        """What a new decoder makes of the packets from `begin` to before `end`, in order of presentation.
+        """The frames of the packets `begin` to `end` (exclusive) from a new decoder, in presentation order.
 
-        Its time stamps are the numbers of the packets. Of other packets than the wanted ones no frame need come out.
+        The time stamp of a frame is the number of its packet. Frames of packets that are not `wanted` may be missing.
 
         Args:
-            concealed: whether frames count of which FFmpeg had to make up a part, because their packets are damaged.
+            concealed: accept frames with error concealment, of which FFmpeg made up a part because packets are damaged.
 
         Raises:
-            DecodeError: a frame is such a one, and they do not count.
+            DecodeError: a frame has error concealment, and `concealed` is false.
             av.FFmpegError: a packet that shows a frame is damaged.
         """
         decoder, found = self.coding.decoder(), False
-        spare = None  # packets whose frames are not wanted; the second field of a frame shows none of its own
+        spare = None  # packets whose frames are not wanted; not second fields, which show no frame of their own
         if wanted is not None and self.frame is not None and self.coding.codec in _SKIPPING:
             spare = self.frame >= 0
             spare[list(wanted)] = False
@@ -119,13 +119,13 @@ class Packets:
             except av.FFmpegError:
                 if found if self.frame is None else self.frame[number] >= 0:
                     raise
-                continue  # it has no references: the video begins without a key frame
+                continue  # its references are missing: the video begins without a key frame
             found = found or bool(frames)
             yield from self._whole(frames, concealed)
         yield from self._whole(decoder.decode(None), concealed)
 
     def _whole(self, frames: list[av.VideoFrame], concealed: bool) -> list[av.VideoFrame]:
-        """The frames; what is made up in one goes on into those that refer to it, and they are not marked."""
+        """The frames, checked for concealment. It spreads into frames that refer to these, and those are not marked."""
         damaged = next((frame.pts for frame in frames if frame.is_corrupt), None)
         if damaged is not None and not concealed:
             number = damaged if self.frame is None else self.frame[damaged]
@@ -133,9 +133,9 @@ class Packets:
         return frames
 
     def stretches(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """The packets to decode for these ascending frames: begin and end of each stretch.
+        """The ranges of packets to decode for these ascending frames: begin and end (exclusive) of each.
 
-        What lies between two stretches is skipped, because decoding may begin behind it.
+        Packets between two ranges are skipped, because decoding may begin at the next range.
         """
         assert self.frame is not None
         wanted, starts = np.array(numbers), np.flatnonzero(self.start)
@@ -153,7 +153,7 @@ class Packets:
         return found
 
     def frames(self, numbers: Sequence[int] | None) -> Iterator[av.VideoFrame]:
-        """The wanted frames, ascending and each once, or all of them; there may be fewer if the video ends early.
+        """The frames with these numbers (ascending, each once), or all frames; fewer if the video ends early.
 
         Raises:
             DecodeError: a packet does not give its frame, or a damaged one.
@@ -177,7 +177,7 @@ class Packets:
                     yield frame
                     number = next(wanted, None)
         if number is not None:
-            raise DecodeError(f"its packet gives no frame {number}, there should be {self.num_frames}")
+            raise DecodeError(f"frame {number} of {self.num_frames} does not come out of its packet")
 
 
 # --- demuxing -----------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def read_packets(payload: bytes) -> Packets:
 
 
 def demux(container: av.container.InputContainer, stream: av.VideoStream, payload: bytes) -> Packets:
-    """The packets of a stream of a container that was just opened; frames are numbered if nothing is in doubt."""
+    """The packets of a stream in a container that was just opened; `sure` says whether all frames are numbered."""
     demuxed = [packet for packet in container.demux(stream) if packet.size]
     context = stream.codec_context
     coding = Coding.of(context)
@@ -215,7 +215,7 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     shown, clean = _inspect(context, demuxed)
     frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] else None
     if frame is not None and context.has_b_frames and (np.diff(frame[frame >= 0]) > 0).all():
-        frame = None  # AVI has no times of presentation: those of decoding stand for them
+        frame = None  # AVI has no presentation times; FFmpeg gives decoding times instead
     start = np.array(clean or [False] * len(demuxed), bool)
     start[:1] = True
     sure = frame is not None and None not in clean
@@ -223,7 +223,7 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
 
 
 def _offsets(payload: bytes, packets: list[av.Packet]) -> tuple[np.ndarray | None, str]:
-    """Where the bytes of each packet lie in the payload; or why packets cannot be taken from there."""
+    """The offset of each packet in the payload, or None and the reason why packets cannot be read from there."""
     offsets: list[int] = []
     behind = 0
     for packet in packets:
@@ -241,7 +241,7 @@ def _offsets(payload: bytes, packets: list[av.Packet]) -> tuple[np.ndarray | Non
 
 
 def _find(payload: bytes, content: bytes, start: int) -> int:
-    """Where the bytes of a packet begin, behind a header at `start`; -1 if they are not there in one piece."""
+    """The offset of a packet's bytes after a header at `start`; -1 if they are not there in one piece."""
     head = content[:8]  # searching for all of it takes longer
     at = payload.find(head, start, start + _HEADER)
     while at >= 0 and not payload.startswith(content, at):
@@ -250,7 +250,10 @@ def _find(payload: bytes, content: bytes, start: int) -> int:
 
 
 def _inspect(context: av.VideoCodecContext, packets: list[av.Packet]) -> tuple[list[bool], list[bool | None]]:
-    """Whether each packet shows a frame, and is a clean start (None: perhaps); empty if only a decoder knows."""
+    """Whether each packet shows a frame, and whether decoding may begin there (None: perhaps).
+
+    Both lists are empty if only a decoder knows.
+    """
     inspector = get_inspector(context.codec.canonical_name, context.extradata or b"")
     if inspector is None or context.field_order not in _PROGRESSIVE:
         return [], []
@@ -266,7 +269,7 @@ def _inspect(context: av.VideoCodecContext, packets: list[av.Packet]) -> tuple[l
 
 
 def _number_by_time(packets: list[av.Packet], shown: list[bool]) -> np.ndarray | None:
-    """The rank of each packet's time among those that are shown; None if time stamps leave a doubt."""
+    """The number of each packet's frame, by the order of their time stamps; None if these are not conclusive."""
     times = [packet.pts for packet in packets]
     if None in times:
         return None
@@ -281,10 +284,10 @@ def _number_by_time(packets: list[av.Packet], shown: list[bool]) -> np.ndarray |
 
 
 def count_frames(packets: Packets) -> int:
-    """Frames that exist.
+    """The number of frames; decodes the whole video if nothing else tells.
 
     Raises:
-        av.FFmpegError: they have to be decoded, and a packet is damaged.
+        av.FFmpegError: a packet that has to be decoded is damaged.
     """
     if packets.num_frames is not None:
         return packets.num_frames
@@ -292,10 +295,10 @@ def count_frames(packets: Packets) -> int:
 
 
 def resolve(packets: Packets) -> Packets:
-    """The same with frames and starts that were in doubt found by decoding all of it.
+    """The same packets with final `frame` and `start`; decodes the whole video if they are not known.
 
     Raises:
-        av.FFmpegError: a packet behind the first frame is damaged.
+        av.FFmpegError: a packet after the first frame is damaged.
     """
     if packets.sure:
         return packets
@@ -313,9 +316,9 @@ def resolve(packets: Packets) -> Packets:
 
 
 def _exact_starts(packets: Packets, frame: np.ndarray, start: np.ndarray, digests: dict[int | None, str]) -> np.ndarray:
-    """Those of the starts from which every frame that needs them is what decoding from the beginning gives.
+    """The starts that are exact: decoding from them gives the same frames as decoding from the beginning.
 
-    From the last to the first, so that it is known how far decoding from each has to be exact.
+    It goes from the last start to the first, because a start has to be exact only up to the next exact one.
     """
     number, exact = np.arange(len(frame)), np.zeros_like(start)
     following = len(frame)  # the next start that is exact
@@ -330,7 +333,7 @@ def _exact_starts(packets: Packets, frame: np.ndarray, start: np.ndarray, digest
 
 
 def _gives(packets: Packets, begin: int, wanted: list[int], digests: dict[int | None, str]) -> bool:
-    """Whether decoding from `begin` gives the frames of these packets as they are."""
+    """Whether decoding from `begin` gives the expected frames of the wanted packets."""
     missing = set(wanted)
     try:
         for frame in packets.decode(begin, wanted[-1] + 1, concealed=True):

@@ -1,6 +1,7 @@
-"""Probe a video: what a decoder needs to know of it, or why it cannot be used; docs/videos.md lists the cases.
+"""Probe a video: find what a decoder needs to know, or why the video cannot be used. docs/videos.md lists the cases.
 
-A probe finds every packet, decodes the first frame, and the others only where time stamps leave in doubt which exist.
+A probe finds every packet and decodes the first frame. It decodes the other frames only if time stamps do not say which
+frames exist.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from shard_tools.video.packets import Packets, count_frames, demux, resolve
 
 
 def probe(payload: bytes) -> Video:
-    """What a decoder needs to know of the video in `payload` (the bytes of a whole file).
+    """What a decoder needs to know about the video in `payload`, the bytes of a whole file.
 
     Raises:
-        BadVideoError: empty, not a video, without frames, cut short, mostly garbage, or to be shown in a way that is
-            not supported.
+        BadVideoError: empty, not a video, without frames, cut short, mostly garbage, or with a rotation or colour
+            matrix that is not supported.
     """
     return probe_packets(payload)[0]
 
 
 def probe_packets(payload: bytes) -> tuple[Video, Packets]:
-    """The same, and the packets of the video.
+    """What `probe` returns, and the packets of the video.
 
     Raises:
         BadVideoError: as for `probe`.

@@ -1,4 +1,4 @@
-"""A picture made of frames and lines of text, in any script for which a font is installed."""
+"""A picture made of video frames and lines of text, in any script for which a font is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from shard_tools.common.cli import one_line
 
 INK, FAINT = "#1a1a1a", "#707070"
-# Tried for each character in this order, as far as they are installed.
+# The first of these that is installed and has the character is used.
 _FONTS = (
     *("DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari"),
     *("WenQuanYi Zen Hei", "Droid Sans Fallback", "Unifont"),
@@ -31,7 +31,7 @@ class Sheet:
         self.width, self.height, self._margin = width, height, margin
         self._figure = Figure(figsize=(width / 100, height / 100), dpi=100)
         self._canvas = FigureCanvasAgg(self._figure)
-        self.pixels = np.full((height, width, 3), 255, np.uint8)  # what is drawn, below the text
+        self.pixels = np.full((height, width, 3), 255, np.uint8)  # drawn below the text
 
     def write(self, x: float, baseline: float, text: str, size: float = 8.6, **style: Any) -> float:
         """Write a line of text, cut off at the right margin; returns where it ends."""
@@ -41,7 +41,9 @@ class Sheet:
         style = {"color": INK, "family": self._family, "parse_math": False, **style}
         item = self._figure.text(x, self.height - baseline, one_line(text), size=size, transform=None, **style)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # a character of no font becomes an empty box
+            warnings.filterwarnings(
+                "ignore", message=".*[Gg]lyph.*"
+            )  # a character that no font has becomes an empty box
             renderer = self._canvas.get_renderer()
             while (box := item.get_window_extent(renderer)).width > room and len(item.get_text()) > 2:
                 length = min(int(len(item.get_text()) * room / box.width), len(item.get_text()) - 2)
@@ -49,7 +51,7 @@ class Sheet:
         return box.x1
 
     def paste(self, x: int, y: int, picture: np.ndarray) -> None:
-        """Put a picture (height, width, 3) uint8 RGB with its upper left corner there."""
+        """Paste a picture, uint8 RGB (height, width, 3), with its upper left corner at (x, y)."""
         self.pixels[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
 
     def png(self) -> bytes:

@@ -16,13 +16,13 @@ from shard_tools.common.cli import CommandError, one_line
 from shard_tools.format.dataset import DATASET_FILE
 from shard_tools.format.sample import make_key
 
-# What FFmpeg may read (_OPTIONS in ffmpeg.py), by the suffixes that such files have. In any case: .MTS, .Mp4.
+# Suffixes of the containers that FFmpeg may read (_FORMATS in ffmpeg.py). Case does not matter: .MTS, .Mp4.
 VIDEO_SUFFIXES = frozenset(
     (".webm", ".mkv", ".mp4", ".m4v", ".mov", ".qt", ".f4v", ".3gp", ".3g2", ".avi", ".divx", ".mpg", ".mpeg", ".mpe",
      ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".ogv", ".ogm", ".wmv", ".asf", ".flv", ".mxf", ".rm",
      ".rmvb")
 )  # fmt: skip
-# The words by which people call the splits.
+# Words that stand for a split in the names of files and folders.
 SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "validate": "validation", "valid": "validation", "val": "validation",
@@ -49,11 +49,11 @@ class Source(NamedTuple):
 
 @dataclass
 class SourceSet:
-    """The videos found, the class names by label, and what the user should know of.
+    """The videos found, the class names by label, and notes for the user.
 
     Attributes:
-        notes: what was left out, or may not be as it was meant: reason -> names.
-        passed_over: files that are no videos, counted by suffix.
+        notes: what was left out or may be a mistake: reason -> names.
+        passed_over: files that are not videos, counted by suffix.
     """
 
     layout: str
@@ -67,11 +67,11 @@ class SourceSet:
             self.notes.setdefault(reason, []).extend(names)
 
     def pass_over(self, name: str) -> None:
-        """Count a file that is no video."""
+        """Count a file that is not a video."""
         self.passed_over[os.path.splitext(name)[1].lower()] += 1
 
     def add_videos(self, entries: Sequence[tuple[str, str, str | None]]) -> None:
-        """Add (path, split, class name) of videos whose key is made of their path."""
+        """Add videos by (path, split, class name); their keys are made from their paths."""
         labels = {name: number for number, name in enumerate(self.classes)}
         keys = [make_key(os.path.splitext(path)[0].replace("/", "_")) for path, _, _ in entries]
         taken = Counter(keys)
@@ -83,10 +83,10 @@ class SourceSet:
 
 
 def split_named(name: str) -> str | None:
-    """The split that a file or folder is named for, by the one word in its name that stands for a split.
+    """The split in the name of a file or folder; None if it names none, or several.
 
-    Words are runs of letters, in any case: `Train`, `videos_val`, `k400-test`, `train2017`; "list" ends a word, as in
-    `trainlist01`. A name that speaks of two splits (`train_val`) is named for none.
+    A word in the name has to be one of SPLIT_WORDS. Words are runs of letters, in any case: `Train`, `videos_val`,
+    `k400-test`, `train2017`. "list" ends a word, as in `trainlist01`. `train_val` names two splits.
     """
     words = re.findall(r"[^\W\d_]+", name.lower().replace("list", " "))
     splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
@@ -99,11 +99,11 @@ def is_video(name: str) -> bool:
 
 
 def find_videos(root: Path, exclude: Path, found: SourceSet, known: Collection[Path] = ()) -> list[str]:
-    """The paths of all videos below `root`, sorted. What else lies there is counted in `found`.
+    """The sorted paths of all videos below `root`. Other files are counted in `found`.
 
     Args:
         exclude: a folder that is not looked into, like hidden ones and packed data sets.
-        known: files that are read for another purpose, and not counted.
+        known: files that are read for another purpose, such as label files; they are not counted.
     """
     paths = []
     others = {path.resolve() for path in known}

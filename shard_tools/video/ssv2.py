@@ -24,13 +24,13 @@ def label_files(root: Path) -> dict[str, Path]:
     for name in (*SPLITS, "labels"):
         for folder in (root / "labels", root, root / "annotations"):
             for path in (folder / f"{name}.json", folder / f"{PREFIX}{name}.json"):
-                if name not in found and os.path.lexists(path):  # if it is no file, reading it will say so
+                if name not in found and os.path.lexists(path):  # if it is not a file, reading it reports that
                     found[name] = path
     return found if set(SPLITS) & set(found) else {}
 
 
 def find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
-    """The videos that the label files name, and those that they do not."""
+    """The videos that the label files name; the other videos are noted."""
     found = SourceSet("ssv2")
     folders = [folder for folder in (root / "20bn-something-something-v2", root / "videos", root) if folder.is_dir()]
     videos = _videos_by_id(root, folders, found)

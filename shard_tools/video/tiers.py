@@ -83,7 +83,7 @@ class Payload:
     frame_xxh3: tuple[str, ...] | None = None
 
     def sample_info(self, source: Source, data: bytes) -> SampleInfo:
-        """What KEY.json says of this payload, made of the source file with the bytes `data`."""
+        """The content of KEY.json for this payload, which was made from a source file with the bytes `data`."""
         return SampleInfo(
             key=source.key,
             split=source.split,
@@ -108,7 +108,7 @@ def make_payload(
         data: the file's bytes.
         ext: the file's extension, without dot.
         video, packets: the result of `probe_packets`.
-        numbers: of the frames to take, in a frame tier; None takes all.
+        numbers: in a frame tier, the frames to encode; None for all.
 
     Raises:
         BadVideoError: the video cannot be decoded to its end.
@@ -125,7 +125,7 @@ def make_payload(
     if len(pictures) != (video.num_frames if numbers is None else len(numbers)):
         raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
     height, width = pictures[0][0].shape
-    video = dataclasses.replace(video, width=width, height=height, rotation=0, mirrored=False)  # they lie upright now
+    video = dataclasses.replace(video, width=width, height=height, rotation=0, mirrored=False)  # upright now
     return _to_mjpeg(pictures, video, encoding.quality) if encoding.tier == "mjpeg" else _to_y4m(pictures, video)
 
 
@@ -228,7 +228,7 @@ def to_jpeg_colour(planes: Planes, video: Video) -> Planes:
 
 @functools.cache
 def _to_bt601(matrix: str) -> list[list[float]]:
-    """(3, 3): what to multiply Y, Cb, Cr of a matrix with for those of bt601, to six digits."""
+    """The (3, 3) matrix that converts Y, Cb, Cr of a colour matrix to those of bt601, to six decimals."""
 
     def to_rgb(red: float, blue: float) -> np.ndarray:
         green = 1 - red - blue

@@ -338,7 +338,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "pax-global-path": (lambda v: global_path() + member("bad.webm", v), "changes the path of all members"),
     "link-with-data": (lambda v: header("bad.webm", 512, b"2") + bytes(512), "of a type that has none"),
     "checksum": (lambda v: b"X" + member("bad.webm", v)[1:], "not a tar header"),
-    "data-behind-the-end": (lambda v: bytes(2 * BLOCK) + member("bad.webm", v), "behind the end-of-archive mark"),
+    "data-behind-the-end": (lambda v: bytes(2 * BLOCK) + member("bad.webm", v), "after the end-of-archive mark"),
 }  # fmt: skip
 
 

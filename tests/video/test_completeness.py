@@ -73,7 +73,7 @@ def test_all_figures_are_named(cases: Path) -> None:
     with pytest.raises(BadVideoError) as error:
         probe(payload)
     assert re.match(
-        r"damaged: 2 frames \(0\.17 s\) of the 3\.50 s that it declares; packets fill \d{4} of its 57698 bytes",
+        r"damaged: 2 frames last 0\.17 s of the declared 3\.50 s; packets fill \d{4} of its 57698 bytes",
         str(error.value),
     )
 

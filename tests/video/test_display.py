@@ -220,7 +220,7 @@ def test_vp9_in_matroska_is_turned(tmp_path: Path) -> None:
     ("matrix", "degrees"), [((0.7071, 0.7071, -0.7071, 0.7071), 45), ((0.7071, -0.7071, 0.7071, 0.7071), 315)]
 )
 def test_another_angle_is_refused_by_name(matrix: tuple[float, ...], degrees: int) -> None:
-    assert f"turned by {degrees} degrees" in refused(with_matrix(encode([picture(0)]), *matrix))
+    assert f"rotation of {degrees} degrees" in refused(with_matrix(encode([picture(0)]), *matrix))
 
 
 @pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (2, 0, 0, 2), (1, 0.001, -0.001, 1)])

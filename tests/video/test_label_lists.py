@@ -80,7 +80,7 @@ def test_hmdb51(root: Path) -> None:
     assert placed(found) == {"wave/a_1.avi": ("train", "wave"), "wave/b_2.avi": ("test", "wave"),
                              "brush_hair/d#_0.avi": ("test", "brush_hair")}  # fmt: skip
     assert found.notes["in no split of the list"] == ["c_3.avi"]
-    with pytest.raises(CommandError, match=r"are lists of different splits; .*--labels '.*splits/\*1\.txt'"):
+    with pytest.raises(CommandError, match=r"belong to different published splits; .*--labels '.*splits/\*1\.txt'"):
         listed(root, "splits")
     for path in splits.glob("*2.txt"):
         path.unlink()
@@ -173,8 +173,8 @@ def test_rows_and_videos_that_do_not_match_are_told(root: Path) -> None:
     assert found.notes == {
         "left out by --split-folder": ["extra/1.mp4"],
         "class spelled in two Unicode forms, packed as one": [composed],
-        "entry whose video has one already": ["list.csv line 3: 1.mp4", "list.csv line 4: a/1"],
-        "entry that several videos fit, left out": ["list.csv line 5: 2 (a/2.mp4, b/2.avi, b/2.mp4)",
+        "second entry for one video, left out": ["list.csv line 3: 1.mp4", "list.csv line 4: a/1"],
+        "entry that matches several videos, left out": ["list.csv line 5: 2 (a/2.mp4, b/2.avi, b/2.mp4)",
                                                     "list.csv line 7: b/2 (b/2.avi, b/2.mp4)"],
         "entry whose path is not below ROOT": ["list.csv line 9: ../root/a/2.mp4", "list.csv line 10: /etc/passwd",
                                                "list.csv line 11: "],
@@ -199,16 +199,16 @@ def test_list_files_below_the_root_are_not_passed_over(root: Path) -> None:
 # --- bad files ------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "unknown": ("hello\n", r"bad\.txt: no list of videos that is known \(a CSV, .*Kinetics.*UCF101.*HMDB51.*Diving48"),
-    "no header": ("a/1.mp4,run\n", "no list of videos that is known"),
-    "no label column": ("path,split\na/1.mp4,train\n", "no list of videos that is known"),
-    "empty": ("", "no list of videos that is known"),
+    "unknown": ("hello\n", r"bad\.txt: not a known kind of video list \(a CSV, .*Kinetics.*UCF101.*HMDB51.*Diving48"),
+    "no header": ("a/1.mp4,run\n", "not a known kind of video list"),
+    "no label column": ("path,split\na/1.mp4,train\n", "not a known kind of video list"),
+    "empty": ("", "not a known kind of video list"),
     "a short row": ("path,label,split\na/1.mp4,x,train\na/1.mp4,x\n", "line 3: 2 values, the header has 3"),
     "a quote left open": ('path,label\na/1.mp4,"x\n\n', r"line \d: unexpected end of data"),
     "another split": ("path,label,split\na/1.mp4,x,holdout\n", "line 2: split 'holdout' is none of train, "),
     "times": (HEADER + "x,abc,soon,12,train\n", "line 2: times 'soon' and '12' are not seconds"),
-    "mixed lines": ("A/a.avi 1\nhello\n", "line 2: 'hello' is not like the lines before it"),
-    "no names": ("A/a.avi 1\n", r"line 1: has the number of a class, but no classInd\.txt"),
+    "mixed lines": ("A/a.avi 1\nhello\n", "line 2: 'hello' does not have the form of the first line"),
+    "no names": ("A/a.avi 1\n", r"line 1: has a class number, but there is no classInd\.txt"),
     "numbers out of order": ("1 A\n3 B\n", "not 1 to 2 in order"),
     "HMDB51 without its name": ("a.avi 1\n", "CLASS_test_split1"),
     "not text": (b"\xff\xfe\x00", "not UTF-8"),
@@ -240,8 +240,8 @@ def test_lists_that_do_not_go_together_are_refused(root: Path) -> None:
           l__csv="path,label\nA/1,x\n", trainlist01__txt="A/1.avi 2\n", classInd__txt="1 A\n2 B\n")  # fmt: skip
     for files, says in {
         ("n.csv", "m.csv"): "some labels are numbers, such as 0, and others names, such as x",
-        ("m.csv", "l.csv"): r"l\.csv: neither its rows nor its name say the split",
-        ("trainlist01.txt",): r"trainlist01\.txt, line 1: its class is not that of .*classInd\.txt",
+        ("m.csv", "l.csv"): r"l\.csv: neither its rows nor its name give the split",
+        ("trainlist01.txt",): r"trainlist01\.txt, line 1: its class does not match .*classInd\.txt",
         ("nothing.csv",): r"--labels .*nothing\.csv: no such file",
     }.items():
         with pytest.raises(CommandError, match=says):
@@ -252,5 +252,5 @@ def test_options_that_a_list_makes_void_are_refused(root: Path) -> None:
     write(root, "a/1.mp4", l__csv="path,label\n1,x\n")
     with pytest.raises(CommandError, match="--split-folder a=train: with --labels"):
         listed(root, "l.csv", said=("a=train",))
-    with pytest.raises(CommandError, match="--layout folders: with --labels"):
+    with pytest.raises(CommandError, match="--layout folders: --labels replaces the layout"):
         find_sources(root, "folders", root / "shards", [root.parent / "l.csv"])

@@ -175,5 +175,5 @@ def test_a_folder_named_like_a_suffix_is_not_a_video(tmp_path: Path, name: str) 
 
 def test_the_layout_can_be_chosen(tmp_path: Path) -> None:
     assert found(ssv2(tmp_path), "folders").classes == ["20bn-something-something-v2"]
-    with pytest.raises(CommandError, match="in layout ssv2, label files say the splits"):
+    with pytest.raises(CommandError, match="in layout ssv2, label files give the splits"):
         find_sources(tmp_path, "auto", tmp_path / "shards", split_folders=[("labels", "ignore")])

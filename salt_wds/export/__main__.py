@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         "salt_wds.export",
         "Write the encoder of a run as safetensors, config.json and a model card; salt_wds.load_encoder(OUT) loads it.",
-        exit_codes="0 written, with the run's tokens; 1 the tokens differ, nothing is written; 2 usage, no run or no "
+        exit_codes="0 written; 1 the tokens differ, nothing is written; 2 usage, no run or no "
         "checkpoint; 130 interrupted",
         page="encoder",
     )

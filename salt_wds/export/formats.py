@@ -21,7 +21,7 @@ from salt_wds.runs.checkpoint import save_tensors
 from shard_tools.common.cli import CommandError
 
 TIMM_FILE, PROGRAM_FILE = "timm_vit.safetensors", "encoder.pt2"
-_TOLERANCE = 1e-3  # of a token, which a norm has brought to a scale of 1
+_TOLERANCE = 1e-3  # of tokens, which the final norm has brought to a scale of 1
 
 
 class ParityError(Exception):
@@ -51,8 +51,8 @@ def write_timm(encoder: VideoEncoder, path: Path) -> str:
     config = encoder.config
     if config.positions == "sincos":
         raise CommandError(
-            "--timm: in VideoMAE's fixed table places and times cannot be told apart, and an image has no time; use "
-            "--transformers"
+            "--timm: VideoMAE's fixed table does not separate space from time, so it has no positions for an image; "
+            "use --transformers"
         )
     arguments = image_vit_arguments(config.student, config.grid)
     save_tensors(timm_state(encoder), path)

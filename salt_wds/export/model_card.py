@@ -1,6 +1,6 @@
 """The README.md of an exported encoder: a model card with its origin, terms and measured quality.
 
-Everything in it is read from the run. What cannot be found is named as missing, not left out. The text stands in
+Everything in it is read from the run. What cannot be found is named as missing, not left out. The text is in
 model_card.md.j2.
 """
 
@@ -23,7 +23,7 @@ from salt_wds.runs.metrics import read_metrics
 from salt_wds.runs.probe_results import read_probes
 from shard_tools.format.dataset import Dataset, DatasetError, read_dataset
 
-UNKNOWN = "unknown"  # as model hubs write a licence that is not stated
+UNKNOWN = "unknown"  # how model hubs write a licence that is not stated
 _METRICS = {
     "loss": "masked loss in training",
     "r2": "R2 of the masked tokens (0: predicting the mean)",

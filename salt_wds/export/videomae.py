@@ -1,6 +1,6 @@
-"""An encoder as a folder that plain transformers loads: `VideoMAEModel.from_pretrained(OUT)`, `AutoModel`.
+"""Write an encoder as a folder that plain transformers loads with `VideoMAEModel` or `AutoModel`.
 
-That model knows VideoMAE's fixed positions only, and plain blocks: an encoder that has more is refused.
+That model has only VideoMAE's fixed positions and plain blocks. An encoder with anything else is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def write_transformers(encoder: VideoEncoder, folder: Path) -> dict[str, str]:
-    """Write the folder of transformers' VideoMAEModel over an export; returns a description of each file.
+    """Replace the files of an export by those of transformers' VideoMAEModel; returns a description of each file.
 
     Raises:
         CommandError: the encoder has positions or layers that VideoMAEModel lacks.
@@ -85,7 +85,7 @@ def _videomae_config(encoder: VideoEncoder) -> VideoMAEConfig:
 
 def _tensors(encoder: VideoEncoder) -> dict[str, Tensor]:
     """The encoder's tensors by their names in transformers."""
-    norm, published = {}, {}  # `published`: by their names in OpenGVLab's VideoMAEv2
+    norm, published = {}, {}  # `published` has the names of OpenGVLab's VideoMAEv2
     for name, tensor in encoder.network.state_dict().items():
         stem = name.removesuffix("qkv.bias")
         if name.startswith("norm."):

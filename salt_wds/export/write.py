@@ -1,6 +1,6 @@
 """Write an exported encoder: weights, config.json, model card and extra formats, each compared with the run's encoder.
 
-The folder is written beside and renamed, so OUT holds a whole export or what it held before.
+A temporary folder is written and renamed, so OUT holds either the whole export or what it held before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def export_run(
 
     Args:
         ema: export the moving average of the student's parameters.
-        extras: files to write besides, of `formats.FORMATS`.
+        extras: additional files to write, from `formats.FORMATS`.
         overwrite: replace an earlier export in `out`.
         transformers: write the folder of transformers' VideoMAEModel in place of our own.
 

@@ -29,7 +29,7 @@ from shard_tools.common.cli import CommandError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "salt-wds-encoder"
-TRANSFORMERS_KEY = "salt_wds"  # of our facts in the config.json of an encoder for transformers
+TRANSFORMERS_KEY = "salt_wds"  # key of our own entries in the config.json of an encoder for transformers
 COLOUR = (
     "RGB in 0..1, minus mean, divided by std; YUV video is converted by its own matrix and range, or as bt601 limited "
     "where it names none"
@@ -56,7 +56,7 @@ class EncoderConfig(Section):
     depth: PositiveInt
     heads: PositiveInt
     positions: Literal["learned", "sincos"] = "learned"
-    """Whether the file has tables of positions, or VideoMAE's fixed one is used; files of 0.1.0 have them."""
+    """learned: the weights hold position tables, as in 0.1.0. sincos: VideoMAE's fixed table is used."""
     tubelet: Literal[2] = 2
     patch: Literal[16] = 16
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -224,7 +224,7 @@ def is_export(folder: Path) -> bool:
 
 
 def is_written_by_export(folder: Path) -> bool:
-    """The same, or an encoder in the form that transformers loads."""
+    """Whether a folder holds an exported encoder, in our own form or in that of transformers."""
     return is_export(folder) or TRANSFORMERS_KEY in read_table(folder / CONFIG_FILE)
 
 

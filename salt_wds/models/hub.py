@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, with an answer within seconds where there is no network."""
+"""Files from the Hugging Face hub, with an error within seconds if there is no network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def fetch(repository: str, files: tuple[str, ...], key: str, remedy: str) -> lis
     """Files of a repository: from the local cache if they are there, otherwise downloaded.
 
     Args:
-        key: the setting that asked for them; `remedy`: what to do without the hub. Both are for the message.
+        key: the setting that asked for them, for the error message.
+        remedy: what to do without the hub, for the error message.
 
     Raises:
         CommandError: they are not in the cache, and the hub does not give them.

@@ -1,4 +1,4 @@
-"""Tables of positions: VideoMAE's fixed one, those of the predictor, and the start of the student's learned ones.
+"""Position tables: VideoMAE's fixed table, the predictor's, and the initial values of the student's learned ones.
 
 Shapes: (t, h, w) grid of tokens, N = t * h * w tokens, D or P width.
 """
@@ -28,8 +28,9 @@ def position_table(native: Grid, grid: Grid, width: int) -> Tensor:
 
 
 def temporal_table(t: int, width: int) -> Tensor:
-    """(t, 1, D): sinusoids of the time at the scale of timm's positions; their mean over time is 0, so that an inflated
-    model starts from its own positions.
+    """(t, 1, D): sinusoids of time at the scale of timm's positions.
+
+    Their mean over time is 0, so that an inflated model starts from the positions of its image model.
     """
     table = _sinusoid(t, width)
     table = table - table.mean(dim=0)

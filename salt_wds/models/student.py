@@ -2,10 +2,10 @@
 
 Encoder: timm's VisionTransformer without class token. Its 2D patch embedding is inflated to two frames, its position
 table repeats over time and a temporal table is added, so it starts as the image model on every frame. With positions =
-"sincos" it has VideoMAE's fixed table instead, and then transformers' VideoMAEModel can take its weights.
+"sincos" it has VideoMAE's fixed table instead, so that transformers' VideoMAEModel can load its weights.
 mode = "visible": the encoder sees visible tokens only and a narrow predictor regresses the masked ones from them
 (SALT, arXiv 2509.24317; V-JEPA, arXiv 2404.08471). mode = "dense": mask tokens are part of the encoder's input and a
-linear head regresses (as SimMIM, arXiv 2111.09886); simpler, and every block sees all N tokens.
+linear head regresses (as SimMIM, arXiv 2111.09886); this is simpler, and every block sees all N tokens.
 
 Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens, V visible, K masked,
 D width of the encoder, P width of the predictor.
@@ -122,9 +122,9 @@ class Student(nn.Module):
         self.compile_blocks("off")
 
     def compile_blocks(self, mode: str) -> None:
-        """Compile each block for itself in this mode of torch.compile; "off" undoes it.
+        """Compile each block on its own in this mode of torch.compile; "off" undoes it.
 
-        For FSDP2, whose hooks around the blocks cannot be part of a graph. All blocks of one size share a graph.
+        It is for FSDP2, whose hooks around the blocks cannot be part of a graph. All blocks of one size share a graph.
         """
         for block in self._blocks():
             block.__dict__.pop("forward", None)
@@ -226,11 +226,11 @@ class Predictor(nn.Module):
 
 
 class QueryKeyValue(nn.Linear):
-    """timm's product for query, key and value, without a gradient for the key's bias.
+    """timm's joint projection to query, key and value, without a gradient for the key's bias.
 
-    That bias adds the same number to all scores of a query, which softmax removes (BEiT and VideoMAE have none), so its
-    gradient is only rounding error. AdamW divides by the size of gradients and would turn it into whole steps that
-    differ with the number of ranks.
+    That bias adds the same number to all scores of a query, which softmax removes (BEiT and VideoMAE have none). So its
+    gradient is only rounding error. AdamW normalises gradients by their size, so it would turn this error into full
+    steps that differ with the number of ranks.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -239,7 +239,10 @@ class QueryKeyValue(nn.Linear):
 
 
 def _fix_key_biases(blocks: Iterable[nn.Module]) -> None:
-    """Only in timm's plain attention: elsewhere, such as with normalised keys, the bias may matter."""
+    """Replace the qkv layers of timm's plain attention by QueryKeyValue.
+
+    Other kinds of attention are left alone: with normalised keys, for example, the bias matters.
+    """
     for block in blocks:
         attention = getattr(block, "attn", None)
         if type(attention) is Attention and type(attention.k_norm) is nn.Identity and attention.qkv.bias is not None:

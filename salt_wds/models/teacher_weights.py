@@ -2,7 +2,7 @@
 
 They come in two layouts, OpenGVLab's (VideoMAEv2) and Hugging Face's, under several prefixes. A key that is missing,
 unknown or of another shape is an error: lenient loaders have zeroed the query and value biases of such checkpoints in
-silence (embeddings-benchmark/mteb#5094). Nothing in a file is ever executed.
+silence (embeddings-benchmark/mteb#5094). Loading never executes code from a file.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def load_videomae(weights: str) -> tuple[VideoMAEModel, Grid]:
 
 
 def build_videomae(sizes: dict[str, Any], source: str, seed: int = 0) -> VideoMAEModel:
-    """transformers' model with random weights from `seed`, but for its position table, which is cut to one token.
+    """transformers' model with random weights from `seed`; its position table, which is not used, has one token.
 
     Args:
-        sizes: by the names of VideoMAEConfig; `source`, for the message, is where they stand.
+        sizes: by the names of VideoMAEConfig.
+        source: where the sizes come from, for the error message.
 
     Raises:
         CommandError: the heads do not divide the width.
@@ -62,8 +63,8 @@ def build_videomae(sizes: dict[str, Any], source: str, seed: int = 0) -> VideoMA
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if width % heads:
         raise CommandError(f"{source}: {heads} heads do not divide a width of {width}")
-    # The table is not used, and transformers computes it slowly, number by number. With mean pooling there is no norm
-    # after the last block.
+    # transformers computes the table slowly, number by number, so it gets the least size. With mean pooling the model
+    # has no norm after the last block.
     unused = {"image_size": PATCH, "num_frames": TUBELET, "use_mean_pooling": True}
     config = VideoMAEConfig.from_dict({**sizes, **unused}, attn_implementation="sdpa")
     with torch.random.fork_rng(devices=[]):
@@ -149,7 +150,7 @@ _BEFORE_5 = {".attention.q_bias": ".attention.query.bias", ".attention.v_bias": 
 
 
 def map_keys(state: dict[str, Any], file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the encoder under the names of transformers 5, and the sizes that their shapes show.
+    """The encoder's tensors under the names of transformers 5, and the sizes that follow from their shapes.
 
     What comes after the blocks is left out; keys without a counterpart keep their names.
 
@@ -242,7 +243,7 @@ _UNSUPPORTED: dict[str, Any] = {
 
 
 def _sizes(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
-    """What the shapes show, by the names of VideoMAEConfig."""
+    """The sizes that follow from the tensors' shapes, by the names of VideoMAEConfig."""
     kernel = tensors.get(f"{_PROJECTION}weight")
     hidden = tensors.get("encoder.layer.0.intermediate.dense.weight")
     if kernel is None or hidden is None or kernel.shape[1:] != (3, TUBELET, PATCH, PATCH):
@@ -262,9 +263,9 @@ def _sizes(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
 
 
 def stated_sizes(config_file: Path) -> dict[str, Any]:
-    """What config.json states, by the names of VideoMAEConfig.
+    """The sizes that config.json states, by the names of VideoMAEConfig.
 
-    It goes before the shapes: 12 blocks beside a file that was cut to 10 are an error, not a teacher of 10 blocks.
+    They override the shapes: if it states 12 blocks and the file has 10, that is an error, not a teacher of 10 blocks.
 
     Raises:
         CommandError: it is not that of a VideoMAE encoder.

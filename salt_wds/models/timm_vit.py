@@ -1,4 +1,4 @@
-"""timm's image ViT, from which the student's encoder is made: the model for one frame, published weights, inflation.
+"""timm's image ViT, from which the student's encoder is made: create it, load published weights, inflate it.
 
 Shapes: B clips, T frames, H x W pixels, (t, h, w) grid of tokens, N = t * h * w tokens.
 """
@@ -100,7 +100,7 @@ def load_image_weights(vit: VisionTransformer, config: StudentConfig, grid: Grid
 
 
 def inflate(conv: nn.Conv2d) -> nn.Conv3d:
-    """A 2D patch embedding over two frames, half the kernel on each: on a static clip it equals the 2D one."""
+    """A 2D patch embedding inflated to two frames, half the kernel on each; on a static clip it equals the 2D one."""
     size = (TUBELET, PATCH, PATCH)
     inflated = nn.Conv3d(conv.in_channels, conv.out_channels, size, size, bias=conv.bias is not None)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def inflate(conv: nn.Conv2d) -> nn.Conv3d:
 
 
 def tubelets(video: Tensor) -> Tensor:
-    """Video (B, 3, T, H, W) cut into what one token sees: (B, N, 3, 2, 16, 16), by time, row and column."""
+    """Video (B, 3, T, H, W) cut into tubelets, one per token: (B, N, 3, 2, 16, 16), by time, row and column."""
     b, c, frames, height, width = video.shape
     t, h, w = frames // TUBELET, height // PATCH, width // PATCH
     cut = video.reshape(b, c, t, TUBELET, h, PATCH, w, PATCH).permute(0, 2, 4, 6, 1, 3, 5, 7)

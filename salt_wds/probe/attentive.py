@@ -1,9 +1,9 @@
-"""Attentive probes: a learned query looks at all tokens of a frozen encoder, and a linear layer names the class.
+"""Attentive probes: a learned query attends to all tokens of a frozen encoder, and a linear layer predicts the class.
 
 With one block it is the attentive classifier of V-JEPA (arXiv 2404.08471, facebookresearch/jepa): query +
 CrossAttention(query, LayerNorm(tokens)), then + MLP(LayerNorm(.)), then linear. With four it is that of V-JEPA 2 (arXiv
 2506.09985, facebookresearch/vjepa2): tokens pass three self-attention blocks first, and the cross-attention has no
-output projection. Both are in src/models/attentive_pooler.py there. Parameters have the published names.
+output projection. Both repositories define it in src/models/attentive_pooler.py; parameters have the same names here.
 
 Shapes: P probes, B clips, N tokens, D width, H heads, E = D / H, C classes.
 """
@@ -31,7 +31,7 @@ class AttentiveClassifier(nn.Module):
         width: D, a multiple of `heads`.
         heads: H.
         classes: C.
-        blocks: 1, or 4: of these the last is the cross-attention.
+        blocks: 1 or 4; the last one is the cross-attention.
     """
 
     def __init__(self, width: int, heads: int, classes: int, blocks: int) -> None:
@@ -58,7 +58,7 @@ class _Pooler(nn.Module):
         for depth in range(1, blocks):
             depths |= {f"blocks.{depth - 1}.attn.proj": depth, f"blocks.{depth - 1}.mlp.fc2": depth}
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):  # smaller the deeper it adds to the residual
+            if isinstance(module, nn.Linear):  # the deeper a layer adds to the residual stream, the smaller
                 std = _INIT_STD / math.sqrt(2 * depths[name]) if name in depths else _INIT_STD
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
@@ -86,12 +86,12 @@ class _CrossAttentionBlock(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    """Attention of one query to the normalised tokens.
+    """Attention of one query over the normalised tokens.
 
     The query is the same for every clip, so the norm's scale g and the key and value matrices move from the N tokens to
-    the one query: q . W_k (g x) = (g W_k^T q) . x, and sum_n a_n W_v (g x_n) = W_v (g sum_n a_n x_n). That is the same
-    result for E times less work per token, so many probes cost less than the encoder. What adds the same to the scores
-    of all tokens (the norm's shift, the key's bias) has no effect.
+    the one query: q . W_k (g x) = (g W_k^T q) . x, and sum_n a_n W_v (g x_n) = W_v (g sum_n a_n x_n). The result is
+    the same for E times less work per token, so many probes cost less than the encoder. Terms that add the same number
+    to the scores of all tokens (the norm's shift, the key's bias) have no effect.
     """
 
     def __init__(self, width: int, heads: int, *, projected: bool) -> None:
@@ -114,7 +114,7 @@ class _CrossAttention(nn.Module):
 
 
 def make_probes(count: int, width: int, classes: int, config: HeadsConfig) -> nn.ModuleList:
-    """`count` classifiers that start from the same weights, those of `config.seed`."""
+    """`count` classifiers with the same initial weights, drawn with `config.seed`."""
     probes = []
     with torch.random.fork_rng(devices=[]):
         for _ in range(count):
@@ -124,7 +124,7 @@ def make_probes(count: int, width: int, classes: int, config: HeadsConfig) -> nn
 
 
 def probe_optimizer(probes: nn.ModuleList, grid: Sequence[tuple[float, float]]) -> torch.optim.AdamW:
-    """AdamW with a learning rate and a weight decay for each probe; see `update`.
+    """AdamW with its own learning rate and weight decay for each probe; `update` makes a step.
 
     With one block, norms and biases do not decay, as in V-JEPA; with four all parameters do, as in V-JEPA 2.
     """

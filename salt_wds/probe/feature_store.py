@@ -6,8 +6,8 @@ What is kept is a small data set that says what it holds:
                        tokens.f16      fp16 (M, N, D), row after row
                        rows.parquet    key, label and position of every row
 
-Each of these folders appears whole or not at all. Features of anything else than what is asked for (another step, other
-clips, other crops) are refused, and the error names the difference.
+Each of these folders appears whole or not at all. Features of something else than requested (another step, other clips,
+other crops) are refused, and the error names the difference.
 
 Shapes: M rows, N tokens, D width.
 """
@@ -62,7 +62,7 @@ class FeatureStore:
         self._views, self._limit = views, limit
 
     def describe(self, part: Part) -> str:
-        """A line for the start of a probe: what happens to the features that it learns from."""
+        """A line for the start of a probe: whether the features it learns from are kept or recomputed."""
         size = f"{self._bytes(part) / 1e9:.2f} GB (fp16) for {self._views} views of {part.catalog.num_samples:,} clips"
         if self._limit is None:
             return f"features  kept in {self._folder}: {size}"
@@ -79,7 +79,7 @@ class FeatureStore:
             yield from self._extract(part, self._encoders)
 
     def epochs(self, part: Part, epochs: int, seed: int) -> Iterator[Features]:
-        """A part with random views, epoch after epoch, each in an order of its own, the same for every encoder."""
+        """All epochs of a part with random views; each has its own order, which is the same for every encoder."""
         if self.keeps(part):
             for table in self._tables(part):
                 yield from table.shuffled(
@@ -139,7 +139,7 @@ class Table:
             yield self._take(np.arange(start, min(start + batch_size, len(self.labels))), 0.0)
 
     def shuffled(self, batch_size: int, epochs: int, views: int, samples: int, seed: int) -> Iterator[Features]:
-        """Epoch after epoch: each has one view of every sample, in an order of its own that depends on `seed` alone.
+        """All epochs: each has one view of every sample, in its own order, which depends on `seed` alone.
 
         Args:
             views: random views of a sample that there are; epochs use them in turn.

@@ -1,4 +1,4 @@
-"""Train many probes on features; choose one by clips that were held back, and measure it on others. Neighbours vote.
+"""Train many probes on features, choose one on held-back clips, and measure it on others. Also the k-NN vote.
 
 Shapes: B clips of a batch, M clips of a split, N tokens, D width, P probes, C classes.
 """
@@ -17,12 +17,12 @@ from salt_wds.probe.attentive import make_probes, probe_optimizer, update
 from salt_wds.probe.config import HeadsConfig
 from salt_wds.probe.features import Features
 
-_AT_ONCE = 32  # clips in one pass through a probe: gradients of a batch add up
+_AT_ONCE = 32  # clips in one pass through a probe; gradients accumulate over a batch
 _QUERIES_AT_ONCE = 1024  # so that their similarities to a large bank fit into memory
 
 
 def train_probes(features: Iterable[Features], config: HeadsConfig, epochs: int, classes: int) -> dict[str, Trained]:
-    """Train all probes of `config.grid` on the features of each encoder, in one pass; by encoder."""
+    """Train all probes of `config.grid` in one pass over the features; returns them by encoder."""
     trained: dict[str, Trained] = {}
     for batch in features:
         if batch.encoder not in trained:
@@ -70,7 +70,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Measured:
-    """The outcome of a pass over a split. Clips of which no view could be read are left out.
+    """The outcome of a pass over a split. Clips without a readable view are left out.
 
     labels (M,) int64; pooled (M, D), see `pooled`; probabilities (M, P, C), or (M, 0, C) without probes. The last two
     are means over the views of a clip. All on the CPU.
@@ -85,7 +85,7 @@ class Measured:
 def measure(
     features: Iterable[Features], samples: int, views: int, classes: int, trained: Mapping[str, Trained] | None = None
 ) -> dict[str, Measured]:
-    """Measure a pass over a split; by encoder.
+    """Average features and predictions over the views of each clip of a split; returns them by encoder.
 
     Args:
         samples: of the split.
@@ -174,5 +174,5 @@ def choose(measured: Measured) -> int:
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The confusion table, (C, C) int64: clips of the row's class that were predicted as the column's."""
+    """The confusion matrix, (C, C) int64: clips of the row's class that were predicted as the column's."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)

@@ -1,7 +1,7 @@
 """Probe a run: the same probes on frozen features of its student, its teacher and an encoder of random weights.
 
-The probes are attentive classifiers over a grid of learning rates and weight decays, nearest neighbours, and the time's
-arrow: whether a clip runs backwards. Clips held back from the training split choose which classifier of the grid is
+The probes are attentive classifiers over a grid of learning rates and weight decays, nearest neighbours, and the arrow
+of time: whether a clip runs backwards. Clips held back from the training split choose which classifier of the grid is
 reported; the evaluation split has no part in the choice.
 """
 
@@ -187,7 +187,7 @@ def open_encoders(
 
 
 def _loader_config(run_config: Config, config: ProbeConfig) -> Config:
-    """The run's configuration with the loader's settings of the probe."""
+    """The run's configuration with the data settings of the probe."""
     settings = {name: getattr(config.data, name) for name in _LOADER_SETTINGS}
     if config.data.frame_stride is not None:
         settings["frame_stride"] = config.data.frame_stride

@@ -29,7 +29,7 @@ _PUBLISHED = {
     "probe.lrs": (5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
     "probe.weight_decays": (0.01, 0.1, 0.4, 0.8),
 }
-_CLIP = ("num_frames", "frame_stride", "size")  # these are the run's
+_CLIP = ("num_frames", "frame_stride", "size")  # read from the run's configuration
 _ALWAYS = (
     "a probe sees one segment at a time, and probabilities are averaged; published: both segments' tokens at once",
     "a clip has every data.frame_stride-th frame; published: frames evenly over 16 x 4, about 4.3 apart",
@@ -39,7 +39,7 @@ _ALWAYS = (
 
 
 def deviations(config: ProbeConfig, run_config: Config, *, kept: bool) -> list[str]:
-    """In what a probe differs from the published protocol, a line each.
+    """The differences between a probe and the published protocol, one line each.
 
     Args:
         run_config: of the run, with the data settings of the probe.

@@ -1,4 +1,4 @@
-"""The results of a probe: numbers of each encoder, NAME.json, a table to print, a picture of the confusion table."""
+"""The results of a probe: numbers of each encoder, NAME.json, a table to print, a picture of the confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 30  # classes that a table lists, and whose names a picture has room fo
 def head_results(
     trained: Trained, held_back: Measured | None, measured: Measured, config: HeadsConfig, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Accuracy of the chosen probe and of all probes, and the confusion table of the chosen one.
+    """Accuracy of the chosen probe and of all probes, and the confusion matrix of the chosen one.
 
     Args:
         held_back: the clips to choose by; None if there is only one probe.
@@ -67,7 +67,7 @@ def neighbour_results(
 def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]) -> str:
     """A table of one row for each encoder, and one of the accuracy by class.
 
-    "top-1" is of the chosen probe, "best" of the probe of the grid that is best on these very clips.
+    "top-1" is the accuracy of the chosen probe; "best" that of the probe that is best on these very clips.
     """
     lines = [
         f"{'':<16}{'top-1':>8}{'+-':>8}{'top-5':>8}{'best':>8}{'k-NN':>8}{'arrow':>8}   "
@@ -92,7 +92,7 @@ def results_table(encoders: Mapping[str, dict[str, Any]], classes: Sequence[str]
 
 
 def plot_confusion(path: Path, encoder: str, result: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Draw the confusion table, each row as shares of its class."""
+    """Draw the confusion matrix; each row shows shares of its class."""
     counts = np.array(result["confusion"])
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     named = len(classes) <= _SHOWN

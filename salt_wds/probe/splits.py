@@ -1,4 +1,4 @@
-"""The clips of a probe: to learn from, to choose by, to measure on; no clip is in two of these parts.
+"""The clips of a probe in three disjoint parts: to learn from, to choose a probe by, and to measure on.
 
 The parts follow from the indices of the data sets, before any video is read.
 """

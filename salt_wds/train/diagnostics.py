@@ -106,7 +106,7 @@ def effective_rank(features_MD: Tensor) -> Tensor:  # noqa: N803
 
 
 def rank_clips(config: Config, width: int) -> int:
-    """Clips whose visible tokens suffice for the effective rank of an encoder of this width."""
+    """The number of clips whose visible tokens suffice for the effective rank of an encoder of this width."""
     return math.ceil(_TOKENS_A_CHANNEL * width / (config.num_tokens - num_masked(config.grid, config.mask)))
 
 

@@ -121,7 +121,7 @@ def join(device: torch.device, data_timeout_s: float, stop: StopSignals) -> Worl
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether it says that another rank died, or did not come within the time-out."""
+    """Whether an error says that another rank died, or did not answer within the time-out."""
     known = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)
     return known and _world_size() > 1 and not isinstance(error, torch.OutOfMemoryError)
 
@@ -156,7 +156,7 @@ def _connect(world: World, timeout: timedelta, stop: StopSignals) -> None:
 
 
 def leave(world: World) -> None:
-    """Close the connections. Not after a rank was lost: closing would wait for it."""
+    """Close the connections. Do not call this after a rank was lost: closing would wait for it."""
     if world.size > 1:
         # torchrun sends SIGTERM to all ranks as soon as one has left; each must still return its own exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -194,9 +194,9 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
 
 @contextmanager
 def gradient_sync(network: nn.Module | None, enabled: bool) -> Iterator[None]:
-    """Whether the ranks average their gradients after the forward and backward pass inside.
+    """Choose whether the ranks average their gradients after the forward and backward pass in this block.
 
-    If not, gradients accumulate on each rank; with FSDP2 unsharded, in fp32.
+    If not, gradients accumulate on each rank (with FSDP2 unsharded, in fp32).
     """
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(enabled)

@@ -106,7 +106,7 @@ def _stack(blocks: nn.ModuleList | nn.Sequential | tuple[nn.Module, ...], width:
 
 
 def _embedding(stack: Stack) -> int:
-    """FLOPs of the patch embedding of a clip, forward."""
+    """FLOPs of a clip's patch embedding in the forward pass."""
     return 2 * stack.tokens * _PATCH_VALUES * stack.width
 
 
@@ -119,9 +119,9 @@ class Utilisation:
 
     workload: Workload
     peak: float | None = None
-    """FLOPs per second of one device that count as 100 %; None where MFU means nothing: on a CPU."""
+    """FLOPs per second of one device that count as 100 %; None on a CPU, where MFU means nothing."""
     source: str = ""
-    """Of the peak."""
+    """Where the peak comes from."""
 
     def mfu(self, clips_per_sec: float, devices: int = 1) -> float | None:
         """MFU at this rate of clips per second over all devices."""
@@ -139,7 +139,7 @@ class Utilisation:
 
 
 def utilisation_of(work: Workload, device: torch.device, dtype: torch.dtype) -> Utilisation:
-    """With the tabled peak for bf16 on a known GPU, and the measured rate of a large matrix product on others."""
+    """Utilisation against the data sheet (bf16 on a known GPU) or the measured rate of a large matrix product."""
     if device.type != "cuda":
         return Utilisation(work)
     name = torch.cuda.get_device_name(device)

@@ -92,7 +92,7 @@ class HeldOutLoss:
 
 @contextlib.contextmanager
 def evaluation_mode(student: nn.Module) -> Iterator[None]:
-    """The student in evaluation mode and not compiled, afterwards as it was."""
+    """Put the student into evaluation mode, not compiled, and restore its mode afterwards."""
     training = student.training
     student.eval()
     try:

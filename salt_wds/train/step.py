@@ -5,8 +5,8 @@
 
 Two compiled parts, because a single one would hand the teacher to the partitioner of the backward pass. Each converts
 the clips itself, which is cheaper than keeping their RGB video. Shapes never change within a run (fixed mask counts,
-full batches), so each part compiles once. FSDP2 puts hooks around every block of the student, at which a graph ends:
-there each block is compiled for itself, and the second part is what lies around them.
+full batches), so each part compiles once. FSDP2 puts hooks around every block of the student, and a graph ends
+at a hook. So each block is compiled on its own, and the second part is what remains around them.
 """
 
 from __future__ import annotations

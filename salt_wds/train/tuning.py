@@ -112,11 +112,11 @@ def _first_that_fits(
     later: int,
     world: World,
 ) -> tuple[Step | None, str]:
-    """A step with as little checkpointing as memory allows, and how that was found; None if none fits.
+    """A step with as little checkpointing as memory allows (None if none fits), and a line about how it was found.
 
     Args:
-        saved: the estimate for each: what cannot fit is not compiled, which takes minutes.
-        later: bytes that AdamW and evaluation will take.
+        saved: estimated bytes of activations for each. What cannot fit is not compiled, because that takes minutes.
+        later: bytes that AdamW and evaluation take after this measurement.
     """
     device, tried = world.device, []
     limit, in_use = _usable_bytes(device), torch.cuda.memory_allocated(device)
@@ -138,11 +138,12 @@ def _first_that_fits(
 
 
 def saved_bytes(work: Workload, clips: int, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
-    """About what a compiled forward pass of the student keeps for the backward pass.
+    """Estimate the bytes that a compiled forward pass of the student keeps for the backward pass.
 
-    Of every block, in widths per token: full keeps the residual stream, in fp32; selective also the output of the first
-    norm, and query, key, value and output of attention; off also the residual stream before the MLP, the output of the
-    second norm, and the MLP's four widths before and after the activation. Once: the predictions and their errors.
+    Each block keeps, in widths per token: with "full" the residual stream, in fp32; with "selective" also the output of
+    the first norm, and query, key, value and output of attention; with "off" also the residual stream before the MLP,
+    the output of the second norm, and the MLP's four widths before and after the activation. The predictions and their
+    errors are added once.
     """
     residuals, others = {"full": (1, 0), "selective": (1, 5), "off": (2, 14)}[checkpointing]
     widths = sum(stack.tokens * stack.width * stack.depth for stack in work.student)
@@ -150,7 +151,7 @@ def saved_bytes(work: Workload, clips: int, checkpointing: Checkpointing, dtype:
 
 
 def _evaluation_bytes(config: Config, work: Workload, clips: int) -> int:
-    """About what an evaluation takes at most, which is not compiled: one block of the widest network, and the video.
+    """Estimate the most bytes that an evaluation takes: one block of the widest network, not compiled, and the video.
 
     The held-out loss and the k-NN probe see a rank's whole share of a batch, the effective rank a few clips.
     """
@@ -167,7 +168,7 @@ def _moment_bytes(trained: Sequence[nn.Parameter]) -> int:
 
 
 def _anywhere(condition: bool, world: World) -> bool:
-    """Whether it holds on any rank, so that all choose alike."""
+    """Whether the condition holds on any rank, so that all ranks choose the same."""
     return bool(world.largest(condition)[0])
 
 

@@ -15,8 +15,8 @@ import xxhash
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dot: webdataset splits at the first; USTAR names end at 100
 FRAME_TIERS = ("mjpeg", "y4m")  # tiers whose frames can be read one by one; also their extensions
 Y4M_FRAME_MARK = b"FRAME\n"
-# Luma weights of red and blue by matrix; everything else of it follows from them. Sources: ITU-R BT.601-7, BT.709-6 and
-# BT.2020-2 (non-constant luminance), SMPTE 240M, FCC 73.682.
+# Luma weights of red and blue by matrix; the rest of the matrix follows from them. Sources: ITU-R BT.601-7, BT.709-6
+# and BT.2020-2 (non-constant luminance), SMPTE 240M, FCC 73.682.
 LUMA_WEIGHTS = {
     "bt601": (0.299, 0.114),
     "bt709": (0.2126, 0.0722),
@@ -50,7 +50,7 @@ class Video:
         width, height: of the upright picture.
         rotation: degrees clockwise that turn decoded frames upright: 0, 90, 180 or 270.
         mirrored: whether they are mirrored left to right before that.
-        transfer: of HDR, "smpte2084" (PQ) or "arib-std-b67" (HLG).
+        transfer: for HDR, "smpte2084" (PQ) or "arib-std-b67" (HLG); otherwise None.
         streams: video streams in the file; this is the first.
     """
 
@@ -67,7 +67,7 @@ class Video:
     streams: int = 1
 
     def to_record(self) -> dict[str, Any]:
-        """What KEY.json says of it: the fields with defaults only where they differ."""
+        """The fields for KEY.json; those with their default value are left out."""
         record = dict(vars(self))
         for name, default in _VIDEO_DEFAULTS:
             if record[name] == default:
@@ -75,7 +75,7 @@ class Video:
         return record
 
     def in_version_1(self) -> Video:
-        """What format version 1 said of the same video."""
+        """The same video as format version 1 described it."""
         width, height = (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
         matrix = "bt709" if self.matrix == "bt709" else "bt601"
         return Video(self.codec, width, height, self.num_frames, self.fps, matrix, self.range)
@@ -99,7 +99,7 @@ class SourceFile:
 class PacketTable:
     """Where each packet of a video file lies, so that it can be decoded without its container; see docs/format.md.
 
-    The first seven are what a decoder must know.
+    The first seven fields are the decoder's parameters.
     """
 
     codec: str
@@ -122,8 +122,8 @@ class PacketTable:
 class SampleInfo:
     """The content of KEY.json.
 
-    `packets` is of tier "source" (a word says why there is no table), the last two are of frame tiers: where each frame
-    lies, and its XXH3-64 as 16 digits.
+    `packets` belongs to tier "source": the table, or the reason why there is none. The last two belong to frame tiers:
+    the offset of each frame, and its XXH3-64 as 16 hex digits.
     """
 
     key: str
@@ -168,7 +168,7 @@ def parse_sample(data: bytes) -> SampleInfo:
     """The content of KEY.json, strictly.
 
     Raises:
-        ValueError: not the JSON of a sample, or of a colour that is none of COLOURS, or turned by another angle.
+        ValueError: not the JSON of a sample, or a colour or rotation that is not stored.
     """
     sample = adapter(SampleInfo).validate_json(data, strict=True)
     if sample.video.rotation not in (0, 90, 180, 270):

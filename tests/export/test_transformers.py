@@ -126,7 +126,7 @@ def test_facts_of_the_run_are_in_the_config_and_an_older_one_is_replaced(run, ou
         ({"arch": "deit3_small_patch16_224"}, ["--transformers"], r"Unexpected key.*encoder\.layer\.0\.ls1\.gamma"),
         ({"arch": "vit_base_patch16_clip_224"}, ["--transformers"], r"Missing key.*projection\.bias"),
         ({"arch": "vit_small_patch16_18x2_224"}, ["--transformers"], "blocks of the kind ParallelThingsBlock"),
-        ({"positions": "sincos"}, ["--timm"], "an image has no time; use --transformers"),
+        ({"positions": "sincos"}, ["--timm"], "no positions for an image; use --transformers"),
     ],
 )
 def test_what_another_tool_cannot_hold_is_refused(tmp_path, settings, options, message):

@@ -122,7 +122,7 @@ def test_a_report_in_a_browser(page, tmp_path):
         assert any(words in text for words in shown), place
     for words in ("Nearest neighbours", "tokens of the teacher", "student of step 20", "Loss", "R2 by position",
                   "Effective rank", "rank 0 worker 1", "Invalid JSON", "50.0 %", "and 18 more", torch.__version__,
-                  "no such picture (the confusion table of the student)"):  # fmt: skip
+                  "no such picture (the confusion matrix of the student)"):  # fmt: skip
         assert words in text, words
     assert readout == "step 30\ntraining: 0.1\nheld out: 0.95"
     assert page.stat().st_size < 3e6

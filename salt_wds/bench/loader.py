@@ -36,6 +36,9 @@ from shard_tools.format.sample import FRAME_TIERS
 from shard_tools.video.decode import DecodeError, get_decoder
 
 _BUSY = ("read", "decode", "crop", "augment", "collate")
+# Key frames are far apart if a clip decodes more than this many times the frames from its first to its last one. Closer
+# key frames save nothing within that span: what the stride leaves out there is decoded anyway.
+_FAR_KEY_FRAMES = 2
 ASSUMPTIONS = (
     "every worker has a core of its own, as fast as one here while its neighbours are idle",
     "memory bandwidth and caches do not slow many workers down (they do: expect less of y4m and mjpeg)",
@@ -70,8 +73,11 @@ def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
             taken, elapsed = _take_for(batches, seconds)
     clips = sum(len(batch["keys"]) for batch in taken)
     ms: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for batch in taken:
         ms.update(batch["ms"])
+        counts.update(batch["counts"])
+    unknown = config.data.decoder == "decord" and not set(loader.catalog.extensions) <= set(FRAME_TIERS)
     return {
         "clips_per_sec": clips / elapsed,
         "ms": {stage: ms[stage] / len(taken) for stage in TIMED},
@@ -84,6 +90,10 @@ def measure_loader(config: Config, seconds: float) -> dict[str, Any]:
         "clip": [config.data.num_frames, config.data.size, config.data.frame_stride],
         "tier": ",".join(loader.catalog.extensions),
         "bytes_a_clip": sum(batch["bytes"] for batch in taken) / clips,
+        "payload_share": counts["payload_read"] / counts["payload"],
+        "used_a_clip": counts["used"] / clips,
+        "decoded_a_clip": None if unknown else counts["decoded"] / clips,
+        "decoded_per_used": None if unknown else counts["decoded"] / counts["used"],
         "failures": loader.policy.total,
     }
 
@@ -183,10 +193,18 @@ def loader_table(result: dict[str, Any]) -> str:
             + f"; {ms['wait']:.2f} ms waiting for a free slot",
             f"taking    {result['taking_ms']:8.2f} ms per clip, in the training process",
             f"drive     {gigabytes:8.3f} GB/s ({result['bytes_a_clip'] / 1e3:.0f} kB a clip, tier {result['tier']})",
+            f"decoded   {_decoded(result)}; {result['payload_share']:.0%} of the payload read",
             f"start     {result['first_batch_s']:8.2f} s to the first batch; {result['failures']} failures",
             f"verdict   {_verdict(result, busy)}",
         )
     )
+
+
+def _decoded(result: dict[str, Any]) -> str:
+    if result["decoded_per_used"] is None:
+        return "decord does not say how many frames"
+    decoded, used = result["decoded_a_clip"], result["used_a_clip"]
+    return f"{result['decoded_per_used']:8.2f} frames for each one used ({decoded:.0f} a clip, {used:.0f} used)"
 
 
 def _verdict(result: dict[str, Any], busy: float) -> str:
@@ -202,6 +220,13 @@ def _verdict(result: dict[str, Any], busy: float) -> str:
         return "reading limits: check the drive (python -m shard_tools.bench), or choose a tier with fewer bytes"
     if result["tier"] in FRAME_TIERS:
         return "decoding and cropping limit: raise data.num_workers, up to the cores"
+    frames, _, stride = result["clip"]
+    spanned, decoded = (frames - 1) * stride + 1, result["decoded_a_clip"] or 0
+    if decoded > _FAR_KEY_FRAMES * spanned:
+        return (
+            f"decoding limits: a clip decodes {decoded:.0f} frames on average to use {result['used_a_clip']:.0f}: "
+            "key frames are far apart; pack with --frames mjpeg or y4m, or re-encode the sources with closer key frames"
+        )
     return "decoding limits: raise data.num_workers up to the cores, or pack with --frames mjpeg or y4m"
 
 

@@ -55,8 +55,8 @@ class BatchMaker:
 
         A batch has: number; worker and slot, where clips and masks lie; colour (B,) int64, index into COLOURS; label
         (B,) int64, -1 for none; substituted (B,) bool, where a substitute or a blank stands; keys; shards; positions;
-        failures on the way; bytes read; ms, see TIMED. One that cannot be filled has number, failures and `unfillable`,
-        the reason.
+        failures on the way; bytes read; counts, see SamplePipeline.take_counts; ms, see TIMED. One that cannot be
+        filled has number, failures and `unfillable`, the reason.
         """
         pipeline, slots = self._pipeline, itertools.cycle(range(self._spec.slots.array.shape[1]))
         requests = self._requests(start)
@@ -100,6 +100,7 @@ class BatchMaker:
             "positions": [sample["position"] for sample in samples],
             "failures": self._take_failures(),
             "bytes": size,
+            "counts": pipeline.take_counts(),
             "ms": {stage: 1e3 * seconds.get(stage, 0.0) / spec.local_batch for stage in TIMED},
         }
 

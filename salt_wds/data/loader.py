@@ -44,7 +44,7 @@ class Loader:
 
     A batch is a dict; shapes: clips (B, T, S*S*3//2) uint8, planes Y, U and V of each frame; mask (B, N) int16, visible
     then masked tokens; colour and label (B,) int64; substituted (B,) bool. Beside them: number, keys, shards,
-    positions, failures, bytes, ms (see BatchMaker.batches).
+    positions, failures, bytes, counts, ms (see BatchMaker.batches).
 
     Args:
         ledger_path: where failed samples are recorded. Its records of an earlier part of the run still apply.

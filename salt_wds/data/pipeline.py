@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -83,6 +83,7 @@ class SamplePipeline:
         self.clock = StageClock()
         self.reader = Reader(spec.catalog, spec.data.read_retries, whole=spec.data.decoder == "decord")
         self.failures: list[Failure] = []
+        self._counts: Counter[str] = Counter()
         self._spec, self._worker = spec, worker
         self._order = make_order(spec.catalog, spec.data, spec.seed, spec.views)
         self._decoders = {ext: get_decoder(ext, spec.data.decoder) for ext in spec.catalog.extensions}
@@ -134,6 +135,16 @@ class SamplePipeline:
         """Note in the in-flight table what is being done."""
         self._status["stage"] = STAGES.index(stage)
 
+    def take_counts(self) -> Counter[str]:
+        """Counts since the last call.
+
+        `used` and `decoded`: distinct frames of the clips, and frames decoded for them (decord does not tell: as many);
+        `payload` and `payload_read`: bytes of the samples' payloads, and how many of them were read.
+        """
+        counts, self._counts = self._counts, Counter()
+        counts["payload_read"], self.reader.payload_read = self.reader.payload_read, 0
+        return counts
+
     def _guarded(self, name: str, function: Callable[[Sample], Sample]) -> Callable[[Sample], Sample | None]:
         """The stage, shown in the in-flight table and timed; a sample that fails is recorded and left out (None)."""
 
@@ -160,6 +171,7 @@ class SamplePipeline:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
         if self._spec.unreadable.get((sample["position"], sample["attempt"])) == name:
             raise UnreadableBeforeError("it could not be read earlier in this run, see the ledger")
+        self._counts["payload"] += sample["row"].payload_size
         sample["json"], sample["payload"] = self.reader.read(sample["shard"], sample["row"], sample["distinct_frames"])
         self._record_recovered_read(sample)
         return sample
@@ -174,6 +186,8 @@ class SamplePipeline:
         clock.switch("crop")
         write_clip(clock.timed("decode", decoded.pictures), sample["frames"], sample["crop"], sample["clip"])
         self._record_recovered_read(sample)
+        used = len(sample["distinct_frames"])
+        self._counts.update(used=used, decoded=used if decoded.packets is None else decoded.packets.decoded)
         sample["colour"] = decoded.colour
         return sample
 

@@ -50,6 +50,7 @@ class Reader:
         self._open: dict[int, int] = {}
         self._recovered: Exception | None = None
         self.bytes_read = 0
+        self.payload_read = 0  # of these bytes, those of payloads
 
     def prefetch(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
         """Have the kernel read these frames of a sample ahead, so that the drive works while we decode."""
@@ -120,7 +121,7 @@ class Reader:
         return json.loads(data)
 
     def _read_payload(self, shard: int, row: Row) -> bytes:
-        payload = self._pread(shard, row.payload_offset, row.payload_size)
+        payload = self._pread_payload(shard, row, 0, row.payload_size)
         if xxhash.xxh3_64_intdigest(payload) != row.xxh3_payload:
             raise self._mismatch(shard, row, row.ext)
         return payload
@@ -130,7 +131,7 @@ class Reader:
         content = np.empty(row.payload_size, np.uint8)
         for first, end in spans:
             start, stop = first * CHUNK_BYTES, min(end * CHUNK_BYTES, row.payload_size)
-            data = memoryview(self._pread(shard, row.payload_offset + start, stop - start))
+            data = memoryview(self._pread_payload(shard, row, start, stop))
             for chunk in range(first, end):
                 at = chunk * CHUNK_BYTES - start
                 if xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES]) != hashes[chunk]:
@@ -144,7 +145,7 @@ class Reader:
 
     def _read_frame(self, shard: int, row: Row, record: dict[str, Any], number: int) -> bytes:
         start, end = frame_span(record, number, row.payload_size)
-        frame = self._pread(shard, row.payload_offset + start, end - start)
+        frame = self._pread_payload(shard, row, start, end)
         if xxhash.xxh3_64_hexdigest(frame) != record["frame_xxh3"][number]:
             raise self._mismatch(shard, row, f"{row.ext} frame {number}")
         return frame
@@ -154,6 +155,11 @@ class Reader:
             f"{row.key}.{part}: its bytes are not those that were packed; "
             f"check: python -m shard_tools.verify {self._catalog.part(shard).folder}"
         )
+
+    def _pread_payload(self, shard: int, row: Row, start: int, end: int) -> bytes:
+        data = self._pread(shard, row.payload_offset + start, end - start)
+        self.payload_read += len(data)
+        return data
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         data = os.pread(self._file(shard), size, offset)

@@ -49,10 +49,14 @@ class VideoInfo:
 
 
 class Decoded(NamedTuple):
-    """The colour (index into COLOURS) and the pictures of the wanted frames, which are decoded on demand."""
+    """The colour (index into COLOURS) and the pictures of the wanted frames, which are decoded on demand.
+
+    `packets` are those that the pictures come from; None for frame tiers and decord.
+    """
 
     colour: int
     pictures: Iterator[Planes]
+    packets: Packets | None = None
 
 
 # decoder(payload, info, numbers): `payload` as payload_frames gives it; `numbers` are the wanted frames, ascending and
@@ -123,7 +127,7 @@ def decode_video(payload: bytes | Packets, info: VideoInfo, numbers: Sequence[in
             raise _ends_early(0, info)
         info = _with_display(info, packets.display)
     assert info.colour is not None
-    return Decoded(info.colour, _pictures(packets, info, COLOURS[info.colour][1], numbers))
+    return Decoded(info.colour, _pictures(packets, info, COLOURS[info.colour][1], numbers), packets)
 
 
 def _with_display(info: VideoInfo, shown: Display) -> VideoInfo:

@@ -54,6 +54,7 @@ class Packets:
         display: how the frames are shown; None if the packets come from a table, or if no frame can be decoded.
         reason: why there can be no table; empty if there can.
         sure: whether `frame` and `start` are final; if not, `resolve` finds them by decoding.
+        decoded: frames that decoders have given so far, wanted or not.
     """
 
     coding: Coding
@@ -65,6 +66,7 @@ class Packets:
     display: Display | None = None
     reason: str = ""
     sure: bool = True
+    decoded: int = 0
 
     @functools.cached_property
     def num_frames(self) -> int | None:
@@ -125,11 +127,15 @@ class Packets:
         yield from self._whole(decoder.decode(None), concealed)
 
     def _whole(self, frames: list[av.VideoFrame], concealed: bool) -> list[av.VideoFrame]:
-        """The frames, checked for concealment. It spreads into frames that refer to these, and those are not marked."""
+        """The frames, counted and checked for concealment.
+
+        Concealment spreads into frames that refer to these, and those are not marked.
+        """
         damaged = next((frame.pts for frame in frames if frame.is_corrupt), None)
         if damaged is not None and not concealed:
             number = damaged if self.frame is None else self.frame[damaged]
             raise DecodeError(f"frame {number} is damaged: FFmpeg has to make up a part of it")
+        self.decoded += len(frames)
         return frames
 
     def stretches(self, numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -46,8 +46,26 @@ def test_loader_figures_belong_together(measure, dataset):
     assert result["taking_ms"] > 0
     assert result["bytes_a_clip"] > 1000
     assert (result["workers"], result["batch_size"], result["tier"], result["failures"]) == (2, 4, "webm", 0)
+    assert result["decoded_per_used"] == pytest.approx(result["decoded_a_clip"] / result["used_a_clip"])
+    assert (result["used_a_clip"], result["payload_share"]) == (8, 1)
     text = bench.loader_table(result)
     assert text.splitlines()[-1].startswith("verdict ")
+
+
+@pytest.mark.parametrize(("decoded", "far"), [(118, True), (62, False), (None, False)])
+def test_verdict_knows_key_frames_that_are_far_apart(decoded, far):
+    ms = {"read": 1.0, "decode": 20.0, "crop": 1.0, "augment": 0.0, "collate": 0.1, "wait": 0.0}
+    result = {
+        "clips_per_sec": 40.0, "limit_clips_per_sec": 50.0, "share_of_limit": 0.8, "ms": ms, "taking_ms": 0.1,
+        "first_batch_s": 1.0, "workers": 1, "prefetch": 2, "batch_size": 4, "clip": [16, 224, 2], "tier": "mp4",
+        "bytes_a_clip": 1e5, "payload_share": 0.04, "failures": 0, "used_a_clip": 16.0, "decoded_a_clip": decoded,
+        "decoded_per_used": None if decoded is None else decoded / 16,
+    }  # fmt: skip
+    text = bench.loader_table(result)
+    assert "4% of the payload read" in text
+    assert ("7.38 frames for each one used (118 a clip, 16 used)" in text) == far
+    assert ("a clip decodes 118 frames on average to use 16: key frames are far apart" in text) == far
+    assert ("decord does not say" in text) == (decoded is None)
 
 
 def test_workers_add_up_until_the_training_process_limits():

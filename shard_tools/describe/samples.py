@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import xxhash
 from av.video.reformatter import ColorRange
 
 from shard_tools.format.sample import COLOURS, SampleInfo, SourceFile, parse_sample
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
-from shard_tools.video.ffmpeg import Planes, fill_frame
+from shard_tools.video.ffmpeg import UNREADABLE, Planes, error_text, fill_frame
 from shard_tools.video.probe import BadVideoError, probe
 
 _MATRIX = {"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7, "fcc": 4}  # FFmpeg's numbers
@@ -81,8 +80,8 @@ def read_frames(folder: Path, row: dict[str, Any], sample: SampleInfo, numbers: 
         return tuple(to_rgb(planes, *COLOURS[decoded.colour]) for planes in decoded.pictures)
     except DecodeError as error:
         raise SampleError(str(error)) from None
-    except av.FFmpegError as error:
-        raise SampleError(f"cannot be decoded: {error.strerror or error}") from None
+    except UNREADABLE as error:
+        raise SampleError(f"cannot be decoded: {error_text(error)}") from None
 
 
 def to_rgb(planes: Planes, matrix: str, colour_range: str) -> np.ndarray:

@@ -96,10 +96,10 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class PacketTable:
-    """Where each packet of a video file lies, so that it can be decoded without its container; see docs/format.md.
+class Coding:
+    """What a decoder needs besides the packets: the relevant part of FFmpeg's AVCodecParameters.
 
-    The first seven fields are the decoder's parameters.
+    `codec` is the name of FFmpeg's decoder; `extradata` is in base64.
     """
 
     codec: str
@@ -109,6 +109,12 @@ class PacketTable:
     pix_fmt: str | None
     bits: int
     extradata: str
+
+
+@dataclass(frozen=True)
+class PacketTable(Coding):
+    """Where each packet of a video file lies, so that it can be decoded without its container; see docs/format.md."""
+
     count: int
     first: int
     gaps: str | int

@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import cv2
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from shard_tools.pack.pack_shard import read_source
 from shard_tools.pack.plan import SAMPLE_BYTES, Plan
 from shard_tools.pack.sizes import MOST, choose
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
+from shard_tools.video.ffmpeg import UNREADABLE
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import SOURCE, TIERS, Encoding, Payload
@@ -135,7 +135,7 @@ def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: d
             info = payload.sample_info(source, data)
             packing = time.thread_time() - start
             clips.append(Measured(len(data), packing, *clip_seconds(info, payload)))
-        except (OSError, BadVideoError, DecodeError, av.FFmpegError) as error:
+        except (OSError, BadVideoError, DecodeError, *UNREADABLE) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             failed.setdefault(source.path, one_line(reason))
     return clips

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import xxhash
 
 from shard_tools.common.processes import WorkerDiedError
 from shard_tools.pack.pack_shard import NOT_THE_SOURCES_FAULT, read_file
-from shard_tools.video.decode import DecodeError
 from shard_tools.video.probe import BadVideoError, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import Encoding, make_payload
@@ -68,7 +66,7 @@ def measure(root: Path, encoding: Encoding, source: Source) -> int:
         last = min(video.num_frames - 1, _LAST)
         numbers = sorted({last * n // (_FRAMES - 1) for n in range(_FRAMES)}) if encoding.tier == "mjpeg" else [0]
         payload = make_payload(data, "", video, packets, encoding, numbers)
-    except (OSError, BadVideoError, DecodeError, av.FFmpegError) as error:
+    except (OSError, BadVideoError) as error:
         if isinstance(error, OSError) and error.errno in NOT_THE_SOURCES_FAULT:
             raise
         return 0

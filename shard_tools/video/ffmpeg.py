@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
-from dataclasses import dataclass
 from typing import cast
 
 import av
 import numpy as np
 from av.stream import Disposition
+
+from shard_tools.format.sample import Coding
 
 # By default FFmpeg also opens still pictures as videos, and playlists, which open other files.
 _FORMATS = "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"
@@ -54,46 +56,32 @@ def video_streams(container: av.container.InputContainer) -> list[av.VideoStream
     return [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
 
 
-@dataclass(frozen=True)
-class Coding:
-    """What a decoder needs besides the packets: the relevant part of FFmpeg's AVCodecParameters.
+def coding_of(context: av.VideoCodecContext) -> Coding:
+    """The parameters of a stream, by its codec context."""
+    try:
+        tag = context.codec_tag.strip("\0")
+    except UnicodeDecodeError:  # not ASCII, which PyAV expects: no decoder knows such a tag
+        tag = ""
+    extradata = base64.b64encode(context.extradata or b"").decode()
+    size = context.width, context.height
+    return Coding(context.name, tag, *size, context.pix_fmt, context.bits_per_coded_sample, extradata)
 
-    `codec` is the name of FFmpeg's decoder.
-    """
 
-    codec: str
-    tag: str
-    width: int
-    height: int
-    pix_fmt: str | None
-    bits: int
-    extradata: bytes
+def decoder_options(codec: str) -> dict[str, str]:
+    """Options of the decoder of this name."""
+    return _DECODER_OPTIONS.get(codec, {})
 
-    @classmethod
-    def of(cls, context: av.VideoCodecContext) -> Coding:
-        """The parameters of a stream, by its codec context."""
-        try:
-            tag = context.codec_tag.strip("\0")
-        except UnicodeDecodeError:  # not ASCII, which PyAV expects: no decoder knows such a tag
-            tag = ""
-        size = context.width, context.height
-        return cls(context.name, tag, *size, context.pix_fmt, context.bits_per_coded_sample, context.extradata or b"")
 
-    @property
-    def options(self) -> dict[str, str]:
-        """Options of the decoder."""
-        return _DECODER_OPTIONS.get(self.codec, {})
-
-    def decoder(self) -> av.VideoCodecContext:
-        """A new decoder, in one thread: parallel work is done by processes."""
-        decoder = frame_decoder(self.codec, self.options)
-        decoder.codec_tag, decoder.bits_per_coded_sample = self.tag.ljust(4, "\0"), self.bits
-        decoder.width, decoder.height = self.width, self.height
-        if self.pix_fmt is not None:
-            decoder.pix_fmt = self.pix_fmt
-        if self.extradata:
-            decoder.extradata = self.extradata
-        return decoder
+def decoder_of(coding: Coding) -> av.VideoCodecContext:
+    """A new decoder, in one thread: parallel work is done by processes."""
+    decoder = frame_decoder(coding.codec, decoder_options(coding.codec))
+    decoder.codec_tag, decoder.bits_per_coded_sample = coding.tag.ljust(4, "\0"), coding.bits
+    decoder.width, decoder.height = coding.width, coding.height
+    if coding.pix_fmt is not None:
+        decoder.pix_fmt = coding.pix_fmt
+    if coding.extradata:
+        decoder.extradata = base64.b64decode(coding.extradata)
+    return decoder
 
 
 def frame_decoder(codec: str, options: dict[str, str]) -> av.VideoCodecContext:

@@ -231,8 +231,8 @@ def _read_table(path: Path, header: Sequence[str], lines: Iterable[tuple[str, li
     numbers = not kinetics and not others
     if not kinetics and any(re.fullmatch(r"[-+]?\d+(\.\d*)?", label) for label in places) and others:
         raise CommandError(
-            f"{path}, {places[others[0]]}: label {one_line(others[0])!r} is not a number from 0, but other labels are "
-            "numbers; give a number or a name to every class (-1 or nothing: no label)"
+            f"{path}, {places[others[0]]}: label {one_line(others[0])!r} is not a class number from 0; give every "
+            "class a number, or every class a name (-1 or nothing: no label)"
         )
     return ListFile(
         path,

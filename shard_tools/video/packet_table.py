@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 
 import numpy as np
 import xxhash
 
 from shard_tools.format.sample import PacketTable
-from shard_tools.video.ffmpeg import Coding
 from shard_tools.video.packets import Packets
 
 CHUNK_BYTES = 64 << 10
 # Payloads of at least this size have a hash for each chunk, so that training reads only the chunks it needs.
 LEAST_CHUNKED = 1 << 20
 _KINDS = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}
-_CODING = [field.name for field in dataclasses.fields(Coding)]
 
 
 def to_table(packets: Packets, payload: bytes) -> PacketTable | str:
     """The table of a payload's packets for KEY.json, or the reason why there is none."""
     if packets.offset is None or packets.frame is None:
         return packets.reason
-    coding, number = packets.coding, np.arange(len(packets.frame))
+    number = np.arange(len(packets.frame))
     chunks = range(0, len(payload) if len(payload) >= LEAST_CHUNKED else 0, CHUNK_BYTES)
     view = memoryview(payload)
     hashes = [xxhash.xxh3_64_intdigest(view[start : start + CHUNK_BYTES]) for start in chunks]
     return PacketTable(
-        **vars(coding) | {"extradata": _text(coding.extradata)},
+        **vars(packets.coding),
         count=len(number),
         first=int(packets.offset[0]),
         gaps=_column(packets.offset - np.concatenate((packets.offset[:1], (packets.offset + packets.size)[:-1]))),
@@ -62,8 +59,8 @@ def from_table(table: PacketTable, payload_size: int, num_frames: int) -> Packet
     bits = np.unpackbits(np.frombuffer(_bytes(table.starts), np.uint8)).view(bool)
     _check(len(bits) == count + -count % 8 and bits[0] and not bits[count:].any(), "its starts are damaged")
     chunk_hashes(table.chunk_xxh3, payload_size)
-    coding = {name: getattr(table, name) for name in _CODING} | {"extradata": _bytes(table.extradata)}
-    packets = Packets(Coding(**coding), frame, bits[:count], size, offset)
+    _bytes(table.extradata)  # decoders take it as it is
+    packets = Packets(table, frame, bits[:count], size, offset)
     _check(packets.places.min() >= 0, "a frame has two packets")
     return packets
 

@@ -18,9 +18,19 @@ import av
 import numpy as np
 import xxhash
 
+from shard_tools.format.sample import Coding
 from shard_tools.video.bitstream import get_inspector
 from shard_tools.video.display import Display, first_display
-from shard_tools.video.ffmpeg import BadVideoError, Coding, open_video, padded_packet, planes_of, video_streams
+from shard_tools.video.ffmpeg import (
+    BadVideoError,
+    coding_of,
+    decoder_of,
+    decoder_options,
+    open_video,
+    padded_packet,
+    planes_of,
+    video_streams,
+)
 
 # A packet's bytes begin at most this far after FFmpeg's position, which in Matroska is that of the enclosing block.
 _HEADER = 64
@@ -108,7 +118,7 @@ class Packets:
             DecodeError: a frame has error concealment, and `concealed` is false.
             av.FFmpegError: a packet that shows a frame is damaged.
         """
-        decoder, found = self.coding.decoder(), False
+        decoder, found = decoder_of(self.coding), False
         spare = None  # packets whose frames are not wanted; not second fields, which show no frame of their own
         if wanted is not None and self.frame is not None and self.coding.codec in _SKIPPING:
             spare = self.frame >= 0
@@ -210,8 +220,8 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     """The packets of a stream in a container that was just opened; `sure` says whether all frames are numbered."""
     demuxed = [packet for packet in container.demux(stream) if packet.size]
     context = stream.codec_context
-    coding = Coding.of(context)
-    context.options = coding.options
+    coding = coding_of(context)
+    context.options = decoder_options(coding.codec)
     offset, reason = _offsets(payload, demuxed)
     header = None
     if container.format.name.startswith("matroska") and offset is not None:

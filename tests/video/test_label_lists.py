@@ -216,8 +216,11 @@ BAD = {
     "other JSON": ('[{"id": "x"}]', r"expected the list of Diving48.* found at \[0\]"),
     "half a parquet": (b"PAR1abc", "not a readable parquet file"),
     "a huge class": ("path,label\na/1.mp4,100000\n", "line 2: class 100000 is not a number from 0 to 99999"),
-    "a negative class": ("path,label\na/1.mp4,1\nb/1.mp4,-2\n", "line 3: label '-2' is not a number from 0, but "),
-    "a name among numbers": ("path,label\na/1.mp4,3\nb/1.mp4,cat\n", "line 3: label 'cat' is not a number from 0"),
+    "a negative class": ("path,label\na/1.mp4,1\nb/1.mp4,-2\n", "line 3: label '-2' is not a class number from 0"),
+    "a name among numbers": (
+        "path,label\na/1.mp4,3\nb/1.mp4,cat\n",
+        "line 3: label 'cat' is not a class number",
+    ),
     "none is there": (
         "path,label\nb/9.mp4,x\n",
         r"none of the 1 videos in .*bad\.txt is there \(first: b/9\.mp4; 1 oth",

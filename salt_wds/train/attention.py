@@ -108,4 +108,4 @@ def _milliseconds(
             torch.autograd.grad(out, (q, k, v), gradient)
 
     with pinned(name), torch.set_grad_enabled(backward):
-        return 1e3 * seconds(once, _REPEATS if device.type == "cuda" else 1) * stack.depth
+        return 1e3 * seconds(once, _REPEATS if device.type == "cuda" else 1, device) * stack.depth

@@ -12,12 +12,12 @@ computes again is not counted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from salt_wds.config import PATCH, TUBELET, Config
 from salt_wds.data.masks import num_masked
@@ -154,10 +154,23 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> 
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b, out = torch.randn(3, size, size, generator=generator, device=device, dtype=dtype)
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out), repeats) for _ in range(5))
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out), repeats, device) for _ in range(5))
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Mean time of a call, after a warm-up; waits for the GPU."""
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.timeit(repeats).mean
+def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Mean time of a call on a device, after one that warms up.
+
+    torch.utils.benchmark has a timer, too, but brings the compiler of extensions along, which warns and loads slowly.
+    """
+    call()
+    started = _now(device)
+    for _ in range(repeats):
+        call()
+    return (_now(device) - started) / repeats
+
+
+def _now(device: torch.device) -> float:
+    """The time in seconds when all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -105,4 +105,4 @@ def test_importing_does_nothing(repository):
         "assert not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -104,6 +104,9 @@ class DataConfig(Section):
     """Area of the random resized crop as a share of the frame: [minimum, maximum]."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
     """Aspect ratio (width / height) of the random resized crop: [minimum, maximum]."""
+    views: NonNegativeInt = 0
+    """0: draw the frames and the crop of a clip anew every time. K: each sample has K fixed views, drawn from the seed
+    and its key, which take turns from epoch to epoch."""
     flip: bool = False
     """Mirror half of the clips. Off by default: labels of Something-Something-v2 depend on left and right."""
     window: PositiveInt = 16

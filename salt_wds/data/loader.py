@@ -26,7 +26,7 @@ from salt_wds.data.failure_policy import FailurePolicy, LoaderStopped
 from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import SharedArray, fit_budget
 from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes
-from salt_wds.data.views import Views
+from salt_wds.data.views import FixedViews, Views
 from salt_wds.data.workers import SERVER_KILLED, WorkerLostError, Workers, try_sample
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import interrupts_deferred
@@ -67,7 +67,7 @@ class Loader:
 
     def __init__(
         self, config: Config, ledger_path: Path | str, *, rank: int = 0, world_size: int = 1, start: int = 0,
-        quarantine: Iterable[str] = (), views: Views | None = None, catalog: Catalog | None = None,
+        quarantine: Iterable[str] = (), views: Views | FixedViews | None = None, catalog: Catalog | None = None,
         stages: Sequence[Callable[[Sample], Sample]] = (), copy: bool = True,
     ) -> None:  # fmt: skip
         data = config.data

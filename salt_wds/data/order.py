@@ -13,9 +13,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 # Separate streams of random numbers for separate purposes, all from the one seed of the run.
-_SHARDS, _WINDOW, _SUBSTITUTE, _SAMPLE, _MIXTURE = range(5)
+_SHARDS, _WINDOW, _SUBSTITUTE, _SAMPLE, _MIXTURE, _VIEW = range(6)
 
 
 class Place(NamedTuple):
@@ -159,3 +160,8 @@ def sample_rng(seed: int, position: int, attempt: int = 0) -> np.random.Generato
     draws anew: where every clip has the same fault, such as damaged last frames, the same start would fail again.
     """
     return np.random.default_rng([seed, _SAMPLE, position, *([attempt] if attempt else [])])
+
+
+def view_rng(seed: int, key: str, view: int) -> np.random.Generator:
+    """The generator for the frames and the crop of a fixed view (data.views): the same wherever the sample stands."""
+    return np.random.default_rng([seed, _VIEW, xxhash.xxh3_64_intdigest(key.encode()), view])

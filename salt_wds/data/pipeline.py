@@ -18,10 +18,10 @@ import webdataset as wds
 
 from salt_wds.data.catalog import Row
 from salt_wds.data.crop_resize import write_clip
-from salt_wds.data.order import sample_rng
+from salt_wds.data.order import sample_rng, view_rng
 from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.spec import STAGES, PipelineSpec, Sample, identity, make_order
-from salt_wds.data.views import evaluation_view, training_view
+from salt_wds.data.views import FixedViews, Views, evaluation_view, training_view
 from shard_tools.format import ledger
 from shard_tools.format.ledger import Failure
 from shard_tools.format.sample import COLOURS, FRAME_TIERS
@@ -99,10 +99,12 @@ class SamplePipeline:
         row = self._spec.catalog.row(*place)
         rng = sample_rng(self._spec.seed, position, attempt)
         size = row.num_frames, row.width, row.height
-        if self._spec.views is None:
-            frames, crop = training_view(*size, self._spec.data, rng)
-        else:
+        view = self._fixed_view(position)
+        if isinstance(self._spec.views, Views):
             frames, crop = evaluation_view(*size, self._spec.data, self._spec.views, position)
+        else:
+            drawn = rng if view is None else view_rng(self._spec.seed, row.key, view)
+            frames, crop = training_view(*size, self._spec.data, drawn)
         return {
             "__key__": row.key,
             "__url__": self._spec.catalog.files[place.shard],
@@ -112,11 +114,18 @@ class SamplePipeline:
             "attempt": attempt,
             "shard": place.shard,
             "row": row,
+            "view": view,
             "rng": rng,
             "frames": frames,
             "distinct_frames": sorted(set(frames.tolist())),
             "crop": crop,
         }
+
+    def _fixed_view(self, position: int) -> int | None:
+        """Which of its fixed views the sample at a position gives; None if it has none."""
+        if isinstance(self._spec.views, FixedViews):
+            return position % self._spec.views.count
+        return self._order.epoch(position) % self._spec.data.views if self._spec.data.views else None
 
     def prefetch(self, request: Sample) -> None:
         """Have the kernel read a sample ahead."""

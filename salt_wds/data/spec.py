@@ -13,7 +13,7 @@ from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.data.catalog import Catalog
 from salt_wds.data.memory import SharedArray
 from salt_wds.data.order import InOrder, Mixture, Order
-from salt_wds.data.views import Views
+from salt_wds.data.views import FixedViews, Views
 
 Sample = dict[str, Any]
 
@@ -41,7 +41,7 @@ class PipelineSpec:
     world_size: int
     in_flight: SharedArray
     slots: SharedArray
-    views: Views | None = None
+    views: Views | FixedViews | None = None
     quarantine: frozenset[str] = frozenset()
     unreadable: Mapping[tuple[int, int], str] = field(default_factory=dict)
     user_stages: tuple[Callable[[Sample], Sample], ...] = ()
@@ -69,7 +69,9 @@ def slot_bytes(local_batch: int, clip_shape: tuple[int, int], grid: tuple[int, i
     return local_batch * (math.prod(clip_shape) + 2 * math.prod(grid))
 
 
-def make_order(catalog: Catalog, data: DataConfig, seed: int, views: Views | None = None) -> Order | Mixture | InOrder:
+def make_order(
+    catalog: Catalog, data: DataConfig, seed: int, views: Views | FixedViews | None = None
+) -> Order | Mixture | InOrder:
     """The order of training, or with `views` that of an evaluation."""
     parts = catalog.part_samples
     if views is not None:

@@ -34,6 +34,13 @@ class Views:
         return self.segments * self.crops
 
 
+@dataclass(frozen=True)
+class FixedViews:
+    """All `count` fixed views of every sample (data.views), one after the other."""
+
+    count: int
+
+
 def training_view(
     num_frames: int, width: int, height: int, data: DataConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, Crop]:

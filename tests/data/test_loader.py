@@ -21,7 +21,7 @@ from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
 from salt_wds.data.memory import fit_budget, shared_memory_used
 from salt_wds.data.spec import make_order
-from salt_wds.data.views import Views
+from salt_wds.data.views import FixedViews, Views
 from shard_tools.common.cli import CommandError
 from shard_tools.format import ledger
 from shard_tools.format.dataset import index_name, read_dataset
@@ -60,6 +60,41 @@ def test_a_batch_has_the_samples_of_its_positions_and_all_the_trainer_needs(make
     assert set(batch["label"].tolist()) <= set(range(len(loader.catalog.classes)))
     assert batch["failures"] == []
     assert all(batch["ms"][stage] > 0 for stage in ("read", "decode", "crop", "collate", "wait"))
+
+
+def views_by_key(loader, batches):
+    """Pixels of every clip, by its key and its epoch."""
+    found = {}
+    for batch in islice(iter(loader), batches):
+        for key, position, clip in zip(batch["keys"], batch["positions"], batch["clips"], strict=True):
+            epoch = position // loader.catalog.num_samples
+            found[key, epoch] = clip.numpy().tobytes()
+    return found
+
+
+def test_fixed_views_take_turns_from_epoch_to_epoch_and_are_those_that_an_evaluation_lays_out(make_config, tmp_path):
+    config = make_config(num_workers=0, views=2, batch_size=4)
+    loader = Loader(config, tmp_path / "l.jsonl")
+    epochs = 4
+    found = views_by_key(loader, -(-epochs * loader.catalog.num_samples // 4))
+    keys = {key for key, epoch in found if epoch == 0}
+    assert len(keys) == loader.catalog.num_samples
+    for key in keys:
+        assert found[key, 0] == found[key, 2] != found[key, 1] == found[key, 3]
+    laid_out = Loader(config, tmp_path / "e.jsonl", views=FixedViews(2))
+    clips = [(key, clip.numpy().tobytes()) for batch in laid_out
+             for key, clip, left_out in zip(batch["keys"], batch["clips"], batch["substituted"], strict=True)
+             if not left_out]  # fmt: skip
+    for number, (key, clip) in enumerate(clips):
+        assert clip == found[key, number % 2]
+    assert len(clips) == 2 * len(keys)
+
+
+def test_fixed_views_leave_order_and_masks_as_they_are_without_regard_to_random_views(make_config, take, tmp_path):
+    one, other = (take(make_config(num_workers=0, views=2), tmp_path / "l.jsonl", 3, start=start) for start in (0, 1))
+    assert one[1:] == other[:2]
+    random = take(make_config(num_workers=0), tmp_path / "l.jsonl", 3)
+    assert [content[1] for content in random] == [content[1] for content in one]
 
 
 @pytest.mark.parametrize("options", [{"rank": 2, "world_size": 2}, {"rank": -1}, {"world_size": 0}, {"start": -1}])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,16 +93,21 @@ class Packets:
         places[self.frame[shown]] = shown
         return places
 
-    def packet(self, number: int) -> av.Packet:
-        """A packet for a decoder; its time stamp is its number."""
+    def between(self, begin: int, end: int) -> Iterator[av.Packet]:
+        """The packets `begin` to `end` (exclusive) for a decoder; the time stamp of each is its number."""
         if isinstance(self.content, list):
-            packet = self.content[number]
+            packets = iter(self.content[begin:end])
         else:
             assert self.offset is not None
-            at = self.offset[number]
-            packet = padded_packet(self.content[at : at + self.size[number]])
-            packet.is_keyframe = bool(self.start[number])  # without it the PNG decoder adds up pictures
-        packet.pts = number
+            places = (column[begin:end].tolist() for column in (self.offset, self.size, self.start))
+            packets = itertools.starmap(self._packet, zip(*places, strict=True))
+        for number, packet in enumerate(packets, begin):
+            packet.pts = number
+            yield packet
+
+    def _packet(self, offset: int, size: int, start: bool) -> av.Packet:
+        packet = padded_packet(self.content[offset : offset + size])
+        packet.is_keyframe = start  # without it the PNG decoder adds up pictures
         return packet
 
     def decode(
@@ -123,11 +129,11 @@ class Packets:
         if wanted is not None and self.frame is not None and self.coding.codec in _SKIPPING:
             spare = self.frame >= 0
             spare[list(wanted)] = False
-        for number in range(begin, end):
+        for number, packet in enumerate(self.between(begin, end), begin):
             if spare is not None:
                 decoder.skip_frame = "NONREF" if spare[number] else "DEFAULT"
             try:
-                frames = decoder.decode(self.packet(number))
+                frames = decoder.decode(packet)
             except av.FFmpegError:
                 if found if self.frame is None else self.frame[number] >= 0:
                     raise
@@ -141,10 +147,10 @@ class Packets:
 
         Concealment spreads into frames that refer to these, and those are not marked.
         """
-        damaged = next((frame.pts for frame in frames if frame.is_corrupt), None)
-        if damaged is not None and not concealed:
-            number = damaged if self.frame is None else self.frame[damaged]
-            raise DecodeError(f"frame {number} is damaged: FFmpeg has to make up a part of it")
+        for frame in frames:
+            if frame.is_corrupt and not concealed:
+                number = frame.pts if self.frame is None else self.frame[frame.pts]
+                raise DecodeError(f"frame {number} is damaged: FFmpeg has to make up a part of it")
         self.decoded += len(frames)
         return frames
 
@@ -184,16 +190,16 @@ class Packets:
                     return
             return
         numbers = range(self.num_frames or 0) if numbers is None else numbers
-        chosen = frozenset(self.places[list(numbers)].tolist())
-        wanted = iter(numbers)
-        number = next(wanted, None)
+        places = self.places[list(numbers)].tolist()
+        found = 0
         for begin, end in self.stretches(numbers):
-            for frame in self.decode(begin, end, chosen):
-                if number is not None and frame.pts is not None and self.frame[frame.pts] == number:
+            for frame in self.decode(begin, end, frozenset(places)):
+                if frame.pts == places[found]:
                     yield frame
-                    number = next(wanted, None)
-        if number is not None:
-            raise DecodeError(f"frame {number} of {self.num_frames} does not come out of its packet")
+                    if (found := found + 1) == len(places):
+                        return
+        if found < len(places):
+            raise DecodeError(f"frame {numbers[found]} of {self.num_frames} does not come out of its packet")
 
 
 # --- demuxing -----------------------------------------------------------------------------------------------------

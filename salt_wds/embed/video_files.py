@@ -43,9 +43,9 @@ def catalog_of_folder(
         known = {source.path: source for source in sources}
         every = SourceSet("")
         sources = [known.get(path, Source(path, path, "")) for path in find_videos(folder, output, every)]
-        labelled.passed_over, labelled.notes = every.passed_over, every.notes
-    if labelled.passed_over:
-        print(f"passed over: {count_by_suffix(labelled.passed_over)}")
+        labelled.skipped, labelled.notes = every.skipped, every.notes
+    if labelled.skipped:
+        print(f"skipped: {count_by_suffix(labelled.skipped)}")
     failures = [
         _failure(folder, name, "read", ValueError("its name is not UTF-8 text; rename it"))
         for name in labelled.notes.get(NOT_TEXT, ())

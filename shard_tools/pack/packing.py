@@ -188,8 +188,8 @@ def _print_plan(packing: Packing, shown: int | None) -> None:
             samples = sum(len(t.sources) for t in tasks)
             labelled = sum(s.label is not None for t in tasks for s in t.sources)
             print(f"  {split:<10} {samples:>8,} videos, {labelled:>8,} with a label, {len(tasks):>4} shards")
-    if found.passed_over:
-        print(f"  passed over: {count_by_suffix(found.passed_over)}")
+    if found.skipped:
+        print(f"  skipped: {count_by_suffix(found.skipped)}")
     for reason, names in found.notes.items():
         some = ", ".join(names[:shown]) + (", ...; --dry-run names all" if len(names) > (shown or len(names)) else "")
         print(f"  {reason}: {len(names):,} ({one_line(some)})")

@@ -16,16 +16,8 @@ from typing import NamedTuple
 Inspector = Callable[[memoryview, bool], "tuple[bool, bool | None] | None"]
 
 _WITH_CHROMA_FORMAT = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}  # H.264 profiles
-_VP9_MATRICES = (
-    2,
-    5,
-    1,
-    6,
-    7,
-    9,
-    None,
-    None,
-)  # VP9's colour spaces as FFmpeg's numbers; None for RGB and reserved values
+# VP9's colour spaces as FFmpeg's numbers; None for RGB and reserved values.
+_VP9_MATRICES = (2, 5, 1, 6, 7, 9, None, None)
 
 
 def get_inspector(codec: str, extradata: bytes) -> Inspector | None:
@@ -78,11 +70,9 @@ def vp9_key_frame(data: bytes) -> KeyFrame | None:
         return None
     bits = int.from_bytes(data[4:9], "big")  # 3 bits colour space, 1 range, 16 width - 1, 16 height - 1, 4 more
     matrix = _VP9_MATRICES[bits >> 37]
-    return (
-        None
-        if matrix is None
-        else KeyFrame((bits >> 20 & 0xFFFF) + 1, (bits >> 4 & 0xFFFF) + 1, matrix, bool(bits >> 36 & 1))
-    )
+    if matrix is None:
+        return None
+    return KeyFrame((bits >> 20 & 0xFFFF) + 1, (bits >> 4 & 0xFFFF) + 1, matrix, bool(bits >> 36 & 1))
 
 
 def _superframe(data: memoryview) -> list[int]:

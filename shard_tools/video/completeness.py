@@ -74,12 +74,12 @@ def _seconds_shown(stream: av.VideoStream, video: Video, packets: Packets) -> fl
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
     """The declared seconds, of the stream or of the container, whichever is shorter; None if neither is declared."""
-    said = []
+    declared = []
     if stream.duration and stream.time_base:
-        said.append(float(stream.duration * stream.time_base))
+        declared.append(float(stream.duration * stream.time_base))
     if container.duration:
-        said.append(container.duration / av.time_base)
-    return min(said, default=None)
+        declared.append(container.duration / av.time_base)
+    return min(declared, default=None)
 
 
 def _bytes_of_ts_packets(payload: bytes) -> int:

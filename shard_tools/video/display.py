@@ -56,13 +56,13 @@ def first_display(context: av.VideoCodecContext, packets: Sequence[av.Packet], h
     Raises:
         BadVideoError: the angle or the colour matrix is not supported.
     """
-    said = context.colorspace, context.color_range, context.color_trc
+    stated = context.colorspace, context.color_range, context.color_trc
     if context.codec.canonical_name == "vp9" and header is not None and not _POSE_ROLL.search(header):
         found = vp9_key_frame(bytes(packets[0])) if packets else None
         if found is not None:
-            return _display(found.width, found.height, found.matrix, said, found.is_full, None, (0, False))
+            return _display(found.width, found.height, found.matrix, stated, found.is_full, None, (0, False))
     frame = _first_frame(context, packets)
-    return None if frame is None else _display_of(context, said, _orientation(frame))
+    return None if frame is None else _display_of(context, stated, _orientation(frame))
 
 
 def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> av.VideoFrame | None:
@@ -76,27 +76,27 @@ def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) ->
     return None
 
 
-def _display_of(context: av.VideoCodecContext, said: tuple[int, int, int], turned: tuple[int, bool]) -> Display:
+def _display_of(context: av.VideoCodecContext, stated: tuple[int, int, int], turned: tuple[int, bool]) -> Display:
     """How a video is shown, by a decoder's state after its first frame and the orientation of that frame.
 
-    `said` has the container's numbers of matrix, range and transfer, for what the codec leaves unspecified.
+    `stated` has the container's numbers of matrix, range and transfer, for what the codec leaves unspecified.
     """
     pixels, width, height = context.format, context.width, context.height
     assert pixels is not None
     matrix, transfer = context.colorspace, _HDR.get(context.color_trc)
     if matrix == _RGB and len(pixels.components) <= 2:  # grey PNG is marked as RGB
         matrix = _UNSPECIFIED
-    is_full = (context.color_range or said[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
+    is_full = (context.color_range or stated[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
     if pixels.is_rgb or pixels.has_palette:  # planes_of converts it to bt601 limited
-        return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, said[2]), False, transfer, turned)
-    return _display(width, height, matrix, said, is_full, transfer, turned)
+        return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, stated[2]), False, transfer, turned)
+    return _display(width, height, matrix, stated, is_full, transfer, turned)
 
 
 def _display(
-    width: int, height: int, matrix: int, said: tuple[int, int, int], is_full: bool, transfer: str | None,
+    width: int, height: int, matrix: int, stated: tuple[int, int, int], is_full: bool, transfer: str | None,
     turned: tuple[int, bool],
 ) -> Display:  # fmt: skip
-    matrix, transfer = said[0] if matrix == _UNSPECIFIED else matrix, transfer or _HDR.get(said[2])
+    matrix, transfer = stated[0] if matrix == _UNSPECIFIED else matrix, transfer or _HDR.get(stated[2])
     if matrix not in _MATRICES:
         name = _REFUSED.get(matrix, f"number {matrix}")
         raise BadVideoError(f"its colour matrix is {name}, which is not supported; re-encode it as bt709")

@@ -63,8 +63,8 @@ def find_sources(
     """
     if not root.is_dir():
         raise CommandError(f"{root}: no such folder; name the folder that holds the videos")
-    said = dict(split_folders)
-    for name in said:
+    given = dict(split_folders)
+    for name in given:
         if not (root / name).is_dir() or "/" in name:
             raise CommandError(f"--split-folder {name}: no such folder in {root}; name one that is there")
     if labels and layout in ("ssv2", "folders"):
@@ -73,18 +73,18 @@ def find_sources(
     if layout == "ssv2" and not label_files and not labels:
         raise CommandError(f"{root}: no train.json, labels/train.json or {ssv2.PREFIX}train.json; try --layout folders")
     if labels:
-        found = find_listed(root, exclude, labels, _ignored(said))
+        found = find_listed(root, exclude, labels, _ignored(given))
     elif label_files and layout != "folders":
         found = ssv2.find_ssv2(root, label_files)
-        if said:
+        if given:
             raise CommandError("--split-folder: in layout ssv2, label files give the splits; try --layout folders")
     else:
-        found = _find_folders(root, exclude, said)
+        found = _find_folders(root, exclude, given)
     if not found.sources:
-        others = f", passed over: {count_by_suffix(found.passed_over)}" if found.passed_over else ""
+        skipped = f", skipped: {count_by_suffix(found.skipped)}" if found.skipped else ""
         raise CommandError(
             f"{root}: no videos found (looked for {', '.join(sorted(VIDEO_SUFFIXES))} in layout {found.layout}"
-            f"{others}); name the folder that holds them, or choose --layout"
+            f"{skipped}); name the folder that holds them, or choose --layout"
         )
     key, count = Counter(source.key for source in found.sources).most_common(1)[0]
     if count > 1:
@@ -93,27 +93,27 @@ def find_sources(
     return found
 
 
-def _ignored(said: Mapping[str, str]) -> list[str]:
+def _ignored(given: Mapping[str, str]) -> list[str]:
     """The folders that are left out, if there are list files; they leave no other choice."""
-    for name, meaning in said.items():
+    for name, meaning in given.items():
         if meaning != IGNORE:
             raise CommandError(
                 f"--split-folder {name}={meaning}: with --labels, the lists decide that; only =ignore is allowed"
             )
-    return list(said)
+    return list(given)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def _find_folders(root: Path, exclude: Path, said: Mapping[str, str]) -> SourceSet:
+def _find_folders(root: Path, exclude: Path, given: Mapping[str, str]) -> SourceSet:
     found = SourceSet("folders")
     paths = find_videos(root, exclude, found)
     folders: dict[str, set[str]] = {}  # folder in the root -> its subfolders that hold videos
     for parts in (path.split("/")[:-1] for path in paths):
         if parts:
             folders.setdefault(parts[0], set()).update(parts[1:2])
-    meanings = _meanings(root, folders, said, found)
+    meanings = _meanings(root, folders, given, found)
     entries: list[tuple[str, str, str | None]] = []
     spellings: dict[str, set[str]] = {}
     for path in paths:
@@ -138,13 +138,15 @@ def _find_folders(root: Path, exclude: Path, said: Mapping[str, str]) -> SourceS
     return found
 
 
-def _meanings(root: Path, folders: Mapping[str, set[str]], said: Mapping[str, str], found: SourceSet) -> dict[str, str]:
+def _meanings(
+    root: Path, folders: Mapping[str, set[str]], given: Mapping[str, str], found: SourceSet
+) -> dict[str, str]:
     """What each folder in the root is: a split, CLASS or IGNORE.
 
     Either all are splits, or none is. If only some are named for a split, the user has to decide. Beside folders that
     are not, a longer name such as `training_dog` counts as a split only if it has subfolders.
     """
-    open_ = [name for name in folders if name not in said]
+    open_ = [name for name in folders if name not in given]
     named = {name: split for name in open_ if (split := split_named(name))}
     if len(named) < len(open_):
         loose = [name for name in named if name.lower() not in SPLIT_WORDS and not folders[name]]
@@ -172,7 +174,7 @@ def _meanings(root: Path, folders: Mapping[str, set[str]], said: Mapping[str, st
             )
     longer = [f"{name}: {split}" for name, split in named.items() if name.lower() not in SPLIT_WORDS]
     found.note("folder taken for a split", *longer)
-    return {name: said.get(name) or named.get(name, CLASS) for name in folders}
+    return {name: given.get(name) or named.get(name, CLASS) for name in folders}
 
 
 def _option(name: str, meaning: str) -> str:

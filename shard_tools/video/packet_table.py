@@ -32,7 +32,7 @@ def to_table(packets: Packets, payload: bytes) -> PacketTable | str:
         gaps=_column(packets.offset - np.concatenate((packets.offset[:1], (packets.offset + packets.size)[:-1]))),
         sizes=_column(packets.size),
         frames=_column(packets.frame - number, packets.frame < 0),
-        starts=_text(np.packbits(packets.start).tobytes()),
+        starts=_text(np.packbits(packets.is_start).tobytes()),
         chunk_xxh3=_text(np.array(hashes, "<u8").tobytes()),
     )
 

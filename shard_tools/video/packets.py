@@ -58,25 +58,25 @@ class Packets:
         coding: the decoder's parameters.
         frame: (n,) number of the frame that each packet shows, in presentation order; -1 if it shows none (hidden, cut
             by an edit list, without its reference, second field). None: only decoding tells which frames exist.
-        start: (n,) bool, whether decoding may begin there: the packet's frame and all later frames come out exactly.
+        is_start: (n,) bool, whether decoding may begin there: the packet's frame and all later frames come out exactly.
         size: (n,) bytes.
         offset: (n,) where each begins in the payload; None if a packet does not lie there in one piece.
         content: the payload, or the demuxed packets.
         display: how the frames are shown; None if the packets come from a table, or if no frame can be decoded.
         reason: why there can be no table; empty if there can.
-        sure: whether `frame` and `start` are final; if not, `resolve` finds them by decoding.
+        resolved: whether `frame` and `is_start` are final; if not, `resolve` finds them by decoding.
         decoded: frames that decoders have given so far, wanted or not.
     """
 
     coding: Coding
     frame: np.ndarray | None
-    start: np.ndarray
+    is_start: np.ndarray
     size: np.ndarray
     offset: np.ndarray | None
     content: Any = None
     display: Display | None = None
     reason: str = ""
-    sure: bool = True
+    resolved: bool = True
     decoded: int = 0
 
     @functools.cached_property
@@ -99,7 +99,7 @@ class Packets:
             packets = iter(self.content[begin:end])
         else:
             assert self.offset is not None
-            places = (column[begin:end].tolist() for column in (self.offset, self.size, self.start))
+            places = (column[begin:end].tolist() for column in (self.offset, self.size, self.is_start))
             packets = itertools.starmap(self._packet, zip(*places, strict=True))
         for number, packet in enumerate(packets, begin):
             packet.pts = number
@@ -139,10 +139,10 @@ class Packets:
                     raise
                 continue  # its references are missing: the video begins without a key frame
             found = found or bool(frames)
-            yield from self._whole(frames, concealed)
-        yield from self._whole(decoder.decode(None), concealed)
+            yield from self._checked(frames, concealed)
+        yield from self._checked(decoder.decode(None), concealed)
 
-    def _whole(self, frames: list[av.VideoFrame], concealed: bool) -> list[av.VideoFrame]:
+    def _checked(self, frames: list[av.VideoFrame], concealed: bool) -> list[av.VideoFrame]:
         """The frames, counted and checked for concealment.
 
         Concealment spreads into frames that refer to these, and those are not marked.
@@ -160,7 +160,7 @@ class Packets:
         Packets between two ranges are skipped, because decoding may begin at the next range.
         """
         assert self.frame is not None
-        wanted, starts = np.array(numbers), np.flatnonzero(self.start)
+        wanted, starts = np.array(numbers), np.flatnonzero(self.is_start)
         places = self.places[wanted]
         last = np.searchsorted(starts, places, "right") - 1
         # A leading picture is presented before the start that it follows, and needs what came before that.
@@ -183,7 +183,7 @@ class Packets:
         """
         if self.frame is None:
             asked = None if numbers is None else frozenset(numbers)
-            for found, frame in enumerate(self.decode(0, len(self.start))):
+            for found, frame in enumerate(self.decode(0, len(self.is_start))):
                 if asked is None or found in asked:
                     yield frame
                 if numbers is not None and found >= numbers[-1]:
@@ -223,7 +223,7 @@ def read_packets(payload: bytes) -> Packets:
 
 
 def demux(container: av.container.InputContainer, stream: av.VideoStream, payload: bytes) -> Packets:
-    """The packets of a stream in a container that was just opened; `sure` says whether all frames are numbered."""
+    """The packets of a stream in a container that was just opened; `resolved` says whether all frames are numbered."""
     demuxed = [packet for packet in container.demux(stream) if packet.size]
     context = stream.codec_context
     coding = coding_of(context)
@@ -238,10 +238,10 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] else None
     if frame is not None and context.has_b_frames and (np.diff(frame[frame >= 0]) > 0).all():
         frame = None  # AVI has no presentation times; FFmpeg gives decoding times instead
-    start = np.array(clean or [False] * len(demuxed), bool)
-    start[:1] = True
-    sure = frame is not None and None not in clean
-    return Packets(coding, frame, start, size, offset, demuxed, display, reason, sure)
+    is_start = np.array(clean or [False] * len(demuxed), bool)
+    is_start[:1] = True
+    resolved = frame is not None and None not in clean
+    return Packets(coding, frame, is_start, size, offset, demuxed, display, reason, resolved)
 
 
 def _offsets(payload: bytes, packets: list[av.Packet]) -> tuple[np.ndarray | None, str]:
@@ -313,48 +313,51 @@ def count_frames(packets: Packets) -> int:
     """
     if packets.num_frames is not None:
         return packets.num_frames
-    return sum(1 for _ in packets.decode(0, len(packets.start), concealed=True))
+    return sum(1 for _ in packets.decode(0, len(packets.is_start), concealed=True))
 
 
 def resolve(packets: Packets) -> Packets:
-    """The same packets with final `frame` and `start`; decodes the whole video if they are not known.
+    """The same packets with final `frame` and `is_start`; decodes the whole video if they are not known.
 
     Raises:
         av.FFmpegError: a packet after the first frame is damaged.
     """
-    if packets.sure:
+    if packets.resolved:
         return packets
-    names: list[int | None] = []
+    shown_by: list[int | None] = []
     digests: dict[int | None, str] = {}
-    for found in dataclasses.replace(packets, frame=None).decode(0, len(packets.start), concealed=True):
-        names.append(found.pts)
+    for found in dataclasses.replace(packets, frame=None).decode(0, len(packets.is_start), concealed=True):
+        shown_by.append(found.pts)
         digests[found.pts] = _digest(found)
-    if None in digests or len(digests) < len(names):
+    if None in digests or len(digests) < len(shown_by):
         return dataclasses.replace(packets, frame=None, reason=packets.reason or UNNAMED)
-    frame = np.full(len(packets.start), -1, np.int64)
-    frame[np.array(names, np.int64)] = np.arange(len(names))
-    start = np.array([packet.is_keyframe for packet in packets.content], bool)
-    return dataclasses.replace(packets, frame=frame, start=_exact_starts(packets, frame, start, digests), sure=True)
+    frame = np.full(len(packets.is_start), -1, np.int64)
+    frame[np.array(shown_by, np.int64)] = np.arange(len(shown_by))
+    marked = np.array([packet.is_keyframe for packet in packets.content], bool)
+    is_start = _exact_starts(packets, frame, marked, digests)
+    return dataclasses.replace(packets, frame=frame, is_start=is_start, resolved=True)
 
 
-def _exact_starts(packets: Packets, frame: np.ndarray, start: np.ndarray, digests: dict[int | None, str]) -> np.ndarray:
-    """The starts that are exact: decoding from them gives the same frames as decoding from the beginning.
+def _exact_starts(
+    packets: Packets, frame: np.ndarray, marked: np.ndarray, digests: dict[int | None, str]
+) -> np.ndarray:
+    """Which of the marked packets are exact starts: from them, the same frames come out as from the beginning.
 
     It goes from the last start to the first, because a start has to be exact only up to the next exact one.
     """
-    number, exact = np.arange(len(frame)), np.zeros_like(start)
+    number, exact = np.arange(len(frame)), np.zeros_like(marked)
     following = len(frame)  # the next start that is exact
-    for begin in np.flatnonzero(start & (frame >= 0))[::-1].tolist():
+    for begin in np.flatnonzero(marked & (frame >= 0))[::-1].tolist():
         own = (number >= begin) & (frame >= frame[begin])
         if following < len(frame):
             own &= (number < following) | (frame < frame[following])
-        if _gives(packets, begin, np.flatnonzero(own).tolist(), digests):
+        if _is_exact(packets, begin, np.flatnonzero(own).tolist(), digests):
             exact[begin], following = True, begin
     exact[:1] = True
     return exact
 
 
-def _gives(packets: Packets, begin: int, wanted: list[int], digests: dict[int | None, str]) -> bool:
+def _is_exact(packets: Packets, begin: int, wanted: list[int], digests: dict[int | None, str]) -> bool:
     """Whether decoding from `begin` gives the expected frames of the wanted packets."""
     missing = set(wanted)
     try:

@@ -53,22 +53,22 @@ class SourceSet:
 
     Attributes:
         notes: what was left out or may be a mistake: reason -> names.
-        passed_over: files that are not videos, counted by suffix.
+        skipped: files that are not videos, counted by suffix.
     """
 
     layout: str
     sources: list[Source] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def note(self, reason: str, *names: str) -> None:
         if names:
             self.notes.setdefault(reason, []).extend(names)
 
-    def pass_over(self, name: str) -> None:
+    def skip(self, name: str) -> None:
         """Count a file that is not a video."""
-        self.passed_over[os.path.splitext(name)[1].lower()] += 1
+        self.skipped[os.path.splitext(name)[1].lower()] += 1
 
     def add_videos(self, entries: Sequence[tuple[str, str, str | None]]) -> None:
         """Add videos by (path, split, class name); their keys are made from their paths."""
@@ -106,13 +106,13 @@ def find_videos(root: Path, exclude: Path, found: SourceSet, known: Collection[P
         known: files that are read for another purpose, such as label files; they are not counted.
     """
     paths = []
-    others = {path.resolve() for path in known}
-    names = {path.name for path in others}
+    left_alone = {path.resolve() for path in known}
+    names = {path.name for path in left_alone}
     for path in _walk(root, exclude):
         name = path.relative_to(root).as_posix()
         if not is_video(name):
-            if path.name not in names or path.resolve() not in others:
-                found.pass_over(name)
+            if path.name not in names or path.resolve() not in left_alone:
+                found.skip(name)
         elif _is_text(name):
             paths.append(name)
         else:

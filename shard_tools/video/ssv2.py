@@ -86,7 +86,7 @@ def _videos_by_id(root: Path, folders: list[Path], found: SourceSet) -> dict[str
                 continue
             if not is_video(name):
                 if not name.endswith((".json", ".csv")) and (folder / name).is_file():  # not label files in the root
-                    found.pass_over(name)
+                    found.skip(name)
             elif stem in videos:
                 found.note("another file has the same id", prefix + name)
             else:

@@ -156,7 +156,7 @@ def test_labels_come_from_a_list_and_other_files_are_counted(encoder_folder, who
     assert {key: (row["label"], row["class"]) for key, row in rows(tmp_path / "listed.parquet").items()} == {
         **dict.fromkeys(VIDEOS, (None, None)), "a/plain.webm": (0, "x"), "a/odd.mp4": (1, "y")
     }  # fmt: skip
-    assert "passed over: 1 .csv, 1 .gif\n" in capsys.readouterr().out
+    assert "skipped: 1 .csv, 1 .gif\n" in capsys.readouterr().out
 
 
 def test_a_packed_data_set_gives_what_its_files_give(encoder_folder, videos, dataset, tmp_path):

@@ -153,7 +153,7 @@ def test_packing_what_is_packed_changes_nothing_and_says_the_same(videos, datase
     assert contents(out) == contents(dataset)
 
 
-def test_a_dry_run_writes_nothing_and_names_everything_passed_over(some_videos, capsys):
+def test_a_dry_run_writes_nothing_and_names_everything_skipped(some_videos, capsys):
     for number in range(12):
         (some_videos / FOLDER / f"unknown-{number:02}.webm").touch()
     before = contents(some_videos)
@@ -180,7 +180,7 @@ def test_lists_and_split_folders_are_recorded_so_that_repair_finds_the_sources(v
     with pytest.raises(CommandError, match="extra is not; say which is meant: --split-folder extra=ignore"):
         pack_here(root, "--out", out)
     assert pack_here(root, "--out", out, "--split-folder", "extra=-") == 0
-    assert "  passed over: 1 .gif\n" in capsys.readouterr().out
+    assert "  skipped: 1 .gif\n" in capsys.readouterr().out
     settings = read_dataset(out).settings
     assert settings == Settings("folders", None, None, 16 << 20, split_folders=("extra=ignore",))
     assert len(sources_by_key(root, settings.layout, out, settings.labels, settings.split_folders)) == 3
@@ -210,7 +210,7 @@ def test_folders_and_containers_that_people_have(cases, tmp_path, capsys):
     rows = pq.read_table(tmp_path / "suffixes/train-000000.parquet").to_pylist()
     assert sorted(row["ext"] for row in rows) == ["3gp", "flv", "mp4", "mts", "ts", "wmv"]
     assert {row["num_frames"] for row in rows} == {60}
-    assert "passed over: 1 .gif" in capsys.readouterr().out
+    assert "skipped: 1 .gif" in capsys.readouterr().out
 
 
 # --- videos that cannot be packed -----------------------------------------------------------------------------------

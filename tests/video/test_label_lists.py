@@ -190,10 +190,10 @@ def test_the_video_of_the_split_is_meant(root: Path) -> None:
     }  # fmt: skip
 
 
-def test_list_files_below_the_root_are_not_passed_over(root: Path) -> None:
+def test_list_files_below_the_root_are_not_skipped(root: Path) -> None:
     write(root, "a.mp4", "note.txt")
     (root / "list.csv").write_text("path,label\na,x\n")
-    assert listed(root, "root/list.csv").passed_over == {".txt": 1}
+    assert listed(root, "root/list.csv").skipped == {".txt": 1}
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_what_is_no_video_is_counted_by_suffix(tmp_path: Path) -> None:
     names = ("1.mp4", "2.MTS", "3.3gp", "x.gif", "y.GIF", "notes.txt", "README", ".hidden")
     sources = found(folders(tmp_path, *(f"a/{name}" for name in names)))
     assert len(sources.sources) == 3
-    assert count_by_suffix(sources.passed_over) == "2 .gif, 1 without a suffix, 1 .txt"
+    assert count_by_suffix(sources.skipped) == "2 .gif, 1 without a suffix, 1 .txt"
 
 
 def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:

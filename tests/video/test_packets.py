@@ -224,7 +224,7 @@ def test_frames_that_are_made_up_fail_every_clip_that_they_are_part_of(video: Vi
     _, packets = probe_packets(payload)
     assert packets.offset is not None
     assert packets.frame is not None
-    key = int(np.flatnonzero(packets.start)[1])
+    key = int(np.flatnonzero(packets.is_start)[1])
     first = int(packets.frame[key])
     at = int(packets.offset[key] + packets.size[key] // 2)
     damaged = payload[:at] + bytes(200) + payload[at + 200 :]

@@ -107,7 +107,7 @@ def test_whatever_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
         "class not in labels.json, packed without a label": ["5: Eating something"],
         "video without an entry in any split": ["20bn-something-something-v2/77.webm"],
     }
-    assert sources.passed_over == {".txt": 1}
+    assert sources.skipped == {".txt": 1}
     assert by_key(sources)["5"].label is None
     assert by_key(sources)["1"].path == "20bn-something-something-v2/1.webm"
     assert len(sources.sources) == 5

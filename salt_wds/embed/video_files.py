@@ -24,7 +24,7 @@ from shard_tools.format import ledger
 from shard_tools.format.index import INDEX_SCHEMA
 from shard_tools.format.ledger import Failure
 from shard_tools.video.probe import BadVideoError, probe
-from shard_tools.video.sources import NOT_TEXT, Source, SourceSet, count_by_suffix, find_videos
+from shard_tools.video.sources import Source, SourceSet, count_by_suffix, find_videos
 
 
 def catalog_of_folder(
@@ -42,15 +42,12 @@ def catalog_of_folder(
     if labelled.layout != "folders":  # there a video need not have a label
         known = {source.path: source for source in sources}
         every = SourceSet("")
-        sources = [known.get(path, Source(path, path, "")) for path in find_videos(folder, output, every)]
-        labelled.skipped, labelled.notes = every.skipped, every.notes
+        paths = find_videos(folder, output, every)
+        sources = [known.get(path, Source(path, path, "", fault=every.faults.get(path))) for path in paths]
+        labelled.skipped = every.skipped
     if labelled.skipped:
         print(f"skipped: {count_by_suffix(labelled.skipped)}")
-    failures = [
-        _failure(folder, name, "read", ValueError("its name is not UTF-8 text; rename it"))
-        for name in labelled.notes.get(NOT_TEXT, ())
-    ]
-    rows = []
+    rows, failures = [], []
     prepare_fork_server()  # these processes need little, but the loader's come from the same server
     bar = tqdm(total=len(sources), unit="video", desc="probe", disable=not sys.stderr.isatty())
     with bar:
@@ -71,6 +68,8 @@ def catalog_of_folder(
 def _probe_file(folder: Path, source: Source) -> dict[str, Any] | Failure:
     """The index row of a video file, or why there is none."""
     path = folder / source.path
+    if source.fault is not None:
+        return _failure(folder, source.path, "read", ValueError(source.fault))
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise BadVideoError("not a file (a folder, pipe or device)")

@@ -29,7 +29,7 @@ from shard_tools.format.sample import Video
 from shard_tools.format.tar import ShardDamage
 from shard_tools.index.tar_reader import Part, Sample, TarStream, read_samples
 from shard_tools.video.probe import BadVideoError, probe
-from shard_tools.video.sources import VIDEO_SUFFIXES
+from shard_tools.video.sources import VIDEO_SUFFIXES, is_companion
 
 _BUFFER = 4 << 20
 _SIZE_LIMITS = {"json": 16 << 20, "cls": 4 << 10}
@@ -94,8 +94,9 @@ def scan_tar(job: ScanJob, file: str, crashing: frozenset[int] = frozenset()) ->
                         apart[sample.key] = sample.offset
                     else:
                         rows[sample.key] = _row(job, scan, sample, crashing)
-                        others = [ext for ext in sample.exts if not is_video(ext) and ext not in _SIZE_LIMITS]
-                        scan.notes.update(f".{ext.rpartition('.')[2]} members passed over" for ext in others)
+                        quiet = {ext for ext in sample.exts if is_video(ext) or is_companion(f"x.{ext}")}
+                        skipped = sample.exts - quiet - _SIZE_LIMITS.keys()
+                        scan.notes.update(f".{ext.rpartition('.')[2]} members skipped" for ext in skipped)
                 except (_Unusable, BadVideoError, WorkerDiedError) as error:
                     scan.failures.append(_failure(job, scan, error, str(error), sample.key, sample.offset))
             scan.warning = stream.warning

@@ -77,6 +77,8 @@ def read_source(
         OSError: the file cannot be read.
         BadVideoError: it is no video that can be packed.
     """
+    if source.fault is not None:
+        raise BadVideoError(source.fault)
     path = root / source.path
     data = read_file(path)
     payload = make_payload(data, path.suffix[1:].lower(), *probe(data), encoding)

@@ -83,7 +83,7 @@ def _prepare(args: argparse.Namespace) -> Packing:
     found = find_sources(args.root, args.layout, out, args.labels, args.split_folder)
     if args.limit:
         found = _limited(found, args.limit, args.seed)
-    source_bytes = {source.key: _size(args.root / source.path) for source in found.sources}
+    source_bytes = {s.key: 0 if s.fault else _size(args.root / s.path) for s in found.sources}
     encoding = Encoding(args.frames, args.quality, args.short_side)
     plan = _plan(args, found, source_bytes, encoding)
     asked = PackPlan(plan.hash, args.name, args.seed, str(encoding), plan.shard_bytes, len(found.sources))

@@ -70,7 +70,9 @@ def make_plan(
         ]
     digest = xxhash.xxh3_128(pydantic_core.to_json([FORMAT_VERSION, name, encoding, seed, target, *classes]))
     for task in tasks:
-        digest.update(pydantic_core.to_json([task.file, *((*source, sizes[source.key]) for source in task.sources)]))
+        # a source has a fault since 0.3: where there is none, the hash is as before
+        content = ((*(source if source.fault else source[:-1]), sizes[source.key]) for source in task.sources)
+        digest.update(pydantic_core.to_json([task.file, *content]))
     return Plan(tuple(tasks), digest.hexdigest(), target)
 
 

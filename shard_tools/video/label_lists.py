@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import posixpath
 import unicodedata
 from collections import Counter
@@ -19,7 +21,8 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
     """The videos that list files name; the other videos are noted.
 
     A row matches the video whose path ends with the path in the row, with or without a suffix. A row without a video
-    keeps the path that the video should have, and packing reports it as missing.
+    keeps the path that the video should have, and packing reports it as missing. A row whose path leads out of ROOT
+    becomes a video with a fault.
 
     Args:
         ignored: folders in `root` whose videos are left out.
@@ -29,36 +32,38 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
     """
     found = SourceSet("labels")
     lists = read_list_files(files)
-    paths = find_videos(root, exclude, found, [each.path for each in lists])
+    paths = find_videos(root, exclude, found)
     left_out = {path for path in paths if path.split("/")[0] in ignored}
     found.note("left out by --split-folder", *sorted(left_out))
     videos = _Videos([path for path in paths if path not in left_out])
     found.classes, labels = _classes(lists)
     twice = Counter(name for label, name in labels.items() if isinstance(label, str))
     found.note(TWO_FORMS, *(name for name, count in twice.items() if count > 1))
-    prefixes = f"{root.absolute()}/", f"{root.resolve()}/"
     entries: dict[str, tuple[str, str | None]] = {}  # path -> split, class name
     for each in lists:
         split_of_file = _split_of_file(each, lists)
         for row in each.rows:
             split = row.split or split_of_file
-            name = _below(prefixes, row.video)
+            name = _below(root, each.path.parent, row.video)
             fitting = (videos.ending_with(name, split) or [name]) if name is not None else []
             where = f"{each.path.name} {row.place}: {row.video}"
             if split == UNUSED:
                 found.note(UNUSED, row.video)
             elif not fitting:
-                found.note("entry whose path is not below ROOT", where)
+                found.faults[row.video] = "its path in the list is not below ROOT"
+                found.note("entry whose path is not below ROOT, recorded as failed", where)
+                entries.setdefault(row.video, (split, None))
             elif len(fitting) > 1:
                 found.note("entry that matches several videos, left out", f"{where} ({', '.join(fitting)})")
             elif fitting[0] in entries:
                 found.note("second entry for one video, left out", where)
             elif fitting[0].split("/")[0] not in ignored:
                 entries[fitting[0]] = split, None if row.label is None else labels[row.label]
-    missing = sorted(entries.keys() - videos.paths)
-    if entries and len(missing) == len(entries):
+    absent = sorted(entries.keys() - videos.paths)
+    missing = [path for path in absent if path not in found.faults]
+    if entries and len(absent) == len(entries):
         raise CommandError(
-            f"{root}: none of the {len(missing):,} videos in {lists[0].path} is there (first: {missing[0]}; "
+            f"{root}: none of the {len(absent):,} videos in {lists[0].path} is there (first: {absent[0]}; "
             f"{len(paths):,} others are); name the folder where the paths of the list begin"
         )
     found.note(MISSING, *missing)
@@ -67,15 +72,31 @@ def find_listed(root: Path, exclude: Path, files: Sequence[Path], ignored: Seque
     return found
 
 
-def _below(prefixes: Sequence[str], video: str) -> str | None:
-    """A row's path relative to the root, normalised; None if it leads outside. `prefixes` are paths of the root."""
+def _below(root: Path, lists: Path, video: str) -> str | None:
+    """A row's path relative to the root, normalised; None if it leads outside.
+
+    A path that begins with `..` starts at the root, or at the folder of the list. An absolute one may lead to the root
+    through links.
+    """
     if not video or "\0" in video:
         return None
-    name = video.replace("\\", "/")  # a list that was made on Windows
-    for prefix in prefixes:
-        name = name.removeprefix(prefix)
-    name = posixpath.normpath(name)
-    return None if name in (".", "..") or name.startswith(("/", "../")) else name
+    name = posixpath.normpath(video.replace("\\", "/"))  # a list may have been made on Windows
+    if name not in (".", "..") and not name.startswith(("/", "../")):
+        return name
+    roots = str(root.absolute()), str(root.resolve())
+    starts = *roots, str(lists.absolute()), str(lists.resolve())
+    ways = [posixpath.normpath(posixpath.join(start, name)) for start in starts]
+    for way in itertools.chain(ways, map(_without_links, ways)):
+        for each in roots:
+            if way.startswith(f"{each}/"):
+                return way.removeprefix(f"{each}/")
+    return None
+
+
+def _without_links(path: str) -> str:
+    """The path with the links in its folders resolved; the file itself may be a link to anywhere."""
+    folder, name = posixpath.split(path)
+    return posixpath.join(os.path.realpath(folder), name)
 
 
 class _Videos:

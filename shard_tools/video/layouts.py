@@ -123,7 +123,7 @@ def _find_folders(root: Path, exclude: Path, given: Mapping[str, str]) -> Source
             found.note("left out by --split-folder", path)
             continue
         classes = parts if meaning == CLASS else parts[1:]
-        class_name = unicodedata.normalize("NFC", classes[0]) if classes else None
+        class_name = unicodedata.normalize("NFC", classes[0]) if classes and path not in found.faults else None
         if class_name is not None:
             spellings.setdefault(class_name, set()).add(classes[0])
         if len(classes) > 1:
@@ -131,7 +131,8 @@ def _find_folders(root: Path, exclude: Path, given: Mapping[str, str]) -> Source
         entries.append((path, "train" if meaning == CLASS else meaning, class_name))
     found.classes = sorted(spellings)
     if found.classes:
-        found.note("without a class folder, packed without a label", *(path for path, _, name in entries if not name))
+        loose = (path for path, _, name in entries if not name and path not in found.faults)
+        found.note("without a class folder, packed without a label", *loose)
     twice = [name for name, each in spellings.items() if len(each) > 1]
     found.note(TWO_FORMS, *twice)
     found.add_videos(entries)

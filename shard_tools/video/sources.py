@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,6 +22,13 @@ VIDEO_SUFFIXES = frozenset(
      ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".ogv", ".ogm", ".wmv", ".asf", ".flv", ".mxf", ".rm",
      ".rmvb")
 )  # fmt: skip
+# Files that usually lie beside videos, such as labels, subtitles and notes: they are skipped without a word.
+_COMPANION_SUFFIXES = frozenset(
+    (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".xml", ".yaml", ".yml", ".toml", ".ini", ".md", ".rst",
+     ".html", ".pdf", ".log", ".py", ".sh", ".ipynb", ".npy", ".npz", ".pkl", ".pt", ".pth", ".mat", ".h5", ".db",
+     ".srt", ".vtt", ".ass", ".md5", ".sha1", ".sha256")
+)  # fmt: skip
+_COMPANION_NAMES = frozenset(("readme", "license", "licence", "changelog", "makefile"))
 # Words that stand for a split in the names of files and folders.
 SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -29,7 +36,6 @@ SPLIT_WORDS = {
     "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-NOT_TEXT = "name that is not UTF-8 text"  # a note
 MISSING = "entry without a file, recorded as missing"  # a note
 TWO_FORMS = "class spelled in two Unicode forms, packed as one"  # a note
 Content = TypeVar("Content")
@@ -45,6 +51,7 @@ class Source(NamedTuple):
     label_text: str | None = None
     template: str | None = None
     placeholders: tuple[str, ...] = ()
+    fault: str | None = None  # why it cannot be packed, whatever the file holds
 
 
 @dataclass
@@ -53,7 +60,8 @@ class SourceSet:
 
     Attributes:
         notes: what was left out or may be a mistake: reason -> names.
-        skipped: files that are not videos, counted by suffix.
+        skipped: files that are neither videos nor usual beside them, counted by suffix.
+        faults: why videos cannot be packed, by path, where their names alone tell.
     """
 
     layout: str
@@ -61,14 +69,16 @@ class SourceSet:
     classes: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, str] = field(default_factory=dict)
 
     def note(self, reason: str, *names: str) -> None:
         if names:
             self.notes.setdefault(reason, []).extend(names)
 
     def skip(self, name: str) -> None:
-        """Count a file that is not a video."""
-        self.skipped[os.path.splitext(name)[1].lower()] += 1
+        """Count a file that is not a video, if the user may miss it."""
+        if not is_companion(name):
+            self.skipped[os.path.splitext(name)[1].lower()] += 1
 
     def add_videos(self, entries: Sequence[tuple[str, str, str | None]]) -> None:
         """Add videos by (path, split, class name); their keys are made from their paths."""
@@ -79,7 +89,8 @@ class SourceSet:
             # a/b_c.mp4 and a_b/c.mp4 would share a key, as would a.mp4 and a.webm: then the whole path is used
             key = key if taken[key] == 1 else make_key(path)
             label = labels[name] if name is not None else None
-            self.sources.append(Source(key, path, split, label, label_text=name, template=name))
+            fault = self.faults.get(path)
+            self.sources.append(Source(key, path, split, label, label_text=name, template=name, fault=fault))
 
 
 def split_named(name: str) -> str | None:
@@ -98,25 +109,29 @@ def is_video(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
-def find_videos(root: Path, exclude: Path, found: SourceSet, known: Collection[Path] = ()) -> list[str]:
-    """The sorted paths of all videos below `root`. Other files are counted in `found`.
+def is_companion(name: str) -> bool:
+    """Whether a file is no video, but usual beside videos: labels, subtitles, notes, arrays."""
+    stem, suffix = os.path.splitext(os.path.basename(name.lower()))
+    return suffix in _COMPANION_SUFFIXES or stem in _COMPANION_NAMES
+
+
+def find_videos(root: Path, exclude: Path, found: SourceSet) -> list[str]:
+    """The sorted paths of all videos below `root`; other files are counted in `found`.
+
+    A path that is not UTF-8, which a JSON file cannot hold, is escaped and has a fault in `found`.
 
     Args:
         exclude: a folder that is not looked into, like hidden ones and packed data sets.
-        known: files that are read for another purpose, such as label files; they are not counted.
     """
     paths = []
-    left_alone = {path.resolve() for path in known}
-    names = {path.name for path in left_alone}
     for path in _walk(root, exclude):
         name = path.relative_to(root).as_posix()
         if not is_video(name):
-            if path.name not in names or path.resolve() not in left_alone:
-                found.skip(name)
-        elif _is_text(name):
-            paths.append(name)
-        else:
-            found.note(NOT_TEXT, name)
+            found.skip(name)
+            continue
+        if (escaped := escape_bytes(name)) != name:
+            found.faults[escaped] = "its name is not UTF-8 text; rename it"
+        paths.append(escaped)
     return sorted(paths)
 
 
@@ -146,12 +161,13 @@ def _is_output(folder: Path, exclude: Path) -> bool:
     return folder.resolve() == exclude.resolve() or (folder / DATASET_FILE).is_file()
 
 
-def _is_text(name: str) -> bool:
+def escape_bytes(name: str) -> str:
+    """The name, if it is UTF-8. If not, other bytes are written as `\\xff`, and a backslash as two."""
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes that are not UTF-8, which a JSON file cannot hold
-        return False
-    return True
+    except UnicodeEncodeError:
+        return os.fsencode(name.replace("\\", 2 * "\\")).decode(errors="backslashreplace")
+    return name
 
 
 def count_by_suffix(names: Counter[str]) -> str:

@@ -46,17 +46,15 @@ def find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
         if video_id in seen:
             found.note(f"id already taken by split {seen[video_id]}", f"{split}: {video_id}")
             continue
-        if not video_id or "/" in video_id or "\0" in video_id:
-            found.note("id that cannot be a file name", f"{split}: {video_id!r}")
-            continue
         seen[video_id] = split
+        fault = "its id cannot be a file name" if not video_id or "/" in video_id or "\0" in video_id else None
         name = _without_brackets(row.template) if row.template else answers.get(video_id)
         if name is not None and name not in labels:
             found.note("class not in labels.json, packed without a label", f"{video_id}: {name}")
         path = videos.pop(video_id, None)
         if path is None:  # it keeps the path that it should have: packing reports it as missing
-            path = (folders[0] / f"{video_id}.webm").relative_to(root).as_posix()
-            found.note(MISSING, path)
+            path = (folders[0].relative_to(root) / f"{video_id}.webm").as_posix()
+            found.note(MISSING if fault is None else "id that cannot be a file name, recorded as failed", path)
         found.sources.append(
             Source(
                 key=make_key(video_id),
@@ -66,6 +64,7 @@ def find_ssv2(root: Path, label_files: dict[str, Path]) -> SourceSet:
                 label_text=row.label,
                 template=row.template or name,
                 placeholders=row.placeholders or (),
+                fault=fault,
             )
         )
     found.note("video without an entry in any split", *sorted(videos.values()))
@@ -85,7 +84,7 @@ def _videos_by_id(root: Path, folders: list[Path], found: SourceSet) -> dict[str
             if name.startswith("."):
                 continue
             if not is_video(name):
-                if not name.endswith((".json", ".csv")) and (folder / name).is_file():  # not label files in the root
+                if (folder / name).is_file():
                     found.skip(name)
             elif stem in videos:
                 found.note("another file has the same id", prefix + name)

@@ -159,7 +159,7 @@ def test_what_cannot_be_a_sample_is_skipped_by_name(
          "unpack it first"),
     ]  # fmt: skip
     out, err = capsys.readouterr()
-    assert "2 samples whose .json holds no JSON object: used without it\n1 .gif members passed over\n" in out
+    assert "2 samples whose .json holds no JSON object: used without it\n1 .gif members skipped\n" in out
     assert "not indexed: a.tar, key none: no video in it" in err
     assert err.splitlines()[-1] == f"11 samples or tars could not be indexed; all are named in {folder / FAILURES_FILE}"
     before = contents(folder)

@@ -25,7 +25,7 @@ from conftest import contents, one_a_shard, pack_here, pack_job
 from shard_tools.common.cli import CommandError, run
 from shard_tools.common.files import file_hash
 from shard_tools.format import ledger
-from shard_tools.format.dataset import Settings, index_name, read_dataset
+from shard_tools.format.dataset import FAILURES_FILE, Settings, index_name, read_dataset
 from shard_tools.format.index import INDEX_SCHEMA
 from shard_tools.format.sample import Video
 from shard_tools.format.tar import MAX_MEMBER_BYTES
@@ -163,6 +163,27 @@ def test_a_dry_run_writes_nothing_and_names_everything_skipped(some_videos, caps
     assert "video without an entry in any split: 12" in printed
     assert "unknown-11.webm" in printed
     assert "train" in printed
+
+
+def test_names_that_cannot_be_packed_are_failures(videos, tmp_path, capsys):
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    shutil.copy(min((videos / FOLDER).iterdir()), root / "a/whole.webm")
+    try:
+        (Path(os.fsdecode(os.fsencode(root) + b"/a/\xe9.webm"))).touch()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    for _ in range(2):  # the second time, it is packed
+        assert pack_here(root, "--out", tmp_path / "out") == 1
+        assert r"not packed: a_" in (said := capsys.readouterr().err)
+        assert r": a/\xe9.webm: its name is not UTF-8 text; rename it" in said
+    [failure], _ = ledger.read(tmp_path / "out" / FAILURES_FILE)
+    assert failure.message == r"a/\xe9.webm: its name is not UTF-8 text; rename it"
+    assert (failure.error, failure.action, read_dataset(tmp_path / "out").classes) == (
+        "BadVideoError",
+        "skipped",
+        ("a",),
+    )
 
 
 def test_a_limit_packs_so_many(videos, tmp_path):

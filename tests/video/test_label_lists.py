@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import unicodedata
 from pathlib import Path
 
@@ -163,23 +164,25 @@ def test_rows_and_videos_that_do_not_match_are_told(root: Path) -> None:
     write(
         root, "a/1.mp4", "a/2.mp4", "b/2.mp4", "b/2.avi", "c/v1.2.mp4", "c/9.mp4", "extra/1.mp4", f"{decomposed}.mp4",
         list__csv=f"path,label\n{root}/a/1.mp4,x\n1.mp4,x\na/1,y\n2,x\nb/2.avi,{composed}\nb/2,y\nv1.2,x\n../root/a/2.mp4"
-        f",x\n/etc/passwd,x\n,x\nno/5.mp4,x\nextra/1.mp4,x\n{composed}.mp4,{decomposed}\n",
+        f",x\n/etc/passwd,x\n,x\nno/5.mp4,x\nextra/1.mp4,x\n{composed}.mp4,{decomposed}\n../a/1.mp4,x\n",
     )  # fmt: skip
     found = listed(root, "list.csv", said=("extra=ignore",))
     assert placed(found) == {
         "a/1.mp4": ("train", "x"), "b/2.avi": ("train", composed), "c/v1.2.mp4": ("train", "x"),
-        "no/5.mp4": ("train", "x"), f"{decomposed}.mp4": ("train", composed),
+        "no/5.mp4": ("train", "x"), f"{decomposed}.mp4": ("train", composed), "a/2.mp4": ("train", "x"),
+        **dict.fromkeys(("/etc/passwd", "", "../a/1.mp4"), ("train", None)),
     }  # fmt: skip
+    assert {s.path for s in found.sources if s.fault} == {"/etc/passwd", "", "../a/1.mp4"}
     assert found.notes == {
         "left out by --split-folder": ["extra/1.mp4"],
         "class spelled in two Unicode forms, packed as one": [composed],
         "second entry for one video, left out": ["list.csv line 3: 1.mp4", "list.csv line 4: a/1"],
         "entry that matches several videos, left out": ["list.csv line 5: 2 (a/2.mp4, b/2.avi, b/2.mp4)",
                                                     "list.csv line 7: b/2 (b/2.avi, b/2.mp4)"],
-        "entry whose path is not below ROOT": ["list.csv line 9: ../root/a/2.mp4", "list.csv line 10: /etc/passwd",
-                                               "list.csv line 11: "],
+        "entry whose path is not below ROOT, recorded as failed": [
+            "list.csv line 10: /etc/passwd", "list.csv line 11: ", "list.csv line 15: ../a/1.mp4"],
         MISSING: ["no/5.mp4"],
-        "video without an entry in any list": ["a/2.mp4", "b/2.mp4", "c/9.mp4"],
+        "video without an entry in any list": ["b/2.mp4", "c/9.mp4"],
     }  # fmt: skip
 
 
@@ -190,10 +193,18 @@ def test_the_video_of_the_split_is_meant(root: Path) -> None:
     }  # fmt: skip
 
 
-def test_list_files_below_the_root_are_not_skipped(root: Path) -> None:
-    write(root, "a.mp4", "note.txt")
-    (root / "list.csv").write_text("path,label\na,x\n")
-    assert listed(root, "root/list.csv").skipped == {".txt": 1}
+@pytest.mark.parametrize(
+    ("row", "folder"),
+    [("../root/a/1.mp4", ""), ("../root/a/1.mp4", "lists"), ("../../root/a/1.mp4", "lists/deep"),
+     ("..\\root\\a\\1.mp4", "lists/deep"), ("{}/linked/root/a/1.mp4", "lists")],
+)  # fmt: skip
+def test_paths_that_lead_back_below_the_root_are_followed(root: Path, row: str, folder: str) -> None:
+    """From the root, from the folder of the list, and through links."""
+    write(root, "a/1.mp4")
+    (root.parent / "lists/deep").mkdir(parents=True)
+    (root.parent / "linked").symlink_to(root.parent)
+    (root.parent / folder / "list.csv").write_text(f"path,label\n{row.format(root.parent)},x\n")
+    assert placed(listed(root, posixpath.join(folder, "list.csv"))) == {"a/1.mp4": ("train", "x")}
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------

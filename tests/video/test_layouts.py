@@ -126,10 +126,10 @@ def test_what_may_not_be_meant_is_told(tmp_path: Path) -> None:
 
 
 def test_what_is_no_video_is_counted_by_suffix(tmp_path: Path) -> None:
-    names = ("1.mp4", "2.MTS", "3.3gp", "x.gif", "y.GIF", "notes.txt", "README", ".hidden")
+    names = ("1.mp4", "2.MTS", "3.3gp", "x.gif", "y.GIF", "notes.txt", "README", "Thumbs.db", "core", ".hidden")
     sources = found(folders(tmp_path, *(f"a/{name}" for name in names)))
     assert len(sources.sources) == 3
-    assert count_by_suffix(sources.skipped) == "2 .gif, 1 without a suffix, 1 .txt"
+    assert count_by_suffix(sources.skipped) == "2 .gif, 1 without a suffix"
 
 
 def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
@@ -141,15 +141,18 @@ def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
     assert all(KEY_PATTERN.fullmatch(key) for key in keys)
 
 
-def test_a_name_that_is_not_text_is_skipped_and_named(tmp_path: Path) -> None:
-    folders(tmp_path, "a/b.mp4")
+def test_a_name_that_is_not_text_is_a_video_that_cannot_be_packed(tmp_path: Path) -> None:
+    folders(tmp_path, "a/b.mp4", "a/\\x.mp4")
     try:
-        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff.mp4"))).touch()
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff\\x.mp4"))).touch()
     except OSError:
         pytest.skip("the file system takes UTF-8 names only")
     sources = found(tmp_path)
-    assert [source.path for source in sources.sources] == ["a/b.mp4"]
-    assert sources.notes == {"name that is not UTF-8 text": ["a/\udcff.mp4"]}
+    assert {s.path: s.fault for s in sources.sources} == {
+        "a/b.mp4": None, "a/\\x.mp4": None, "a/\\xff\\\\x.mp4": "its name is not UTF-8 text; rename it"
+    }  # fmt: skip
+    assert sources.classes == ["a"]
+    assert not sources.notes
 
 
 def test_the_output_and_other_data_sets_and_hidden_folders_are_no_input(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_an_entry_without_a_file_keeps_its_path_so_that_packing_reports_it(tmp_p
 def test_whatever_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
     root = ssv2(tmp_path)
     folder = root / "20bn-something-something-v2"
-    for name in ("77.webm", "1.mp4", ".hidden.webm", "notes.txt"):
+    for name in ("77.webm", "1.mp4", ".hidden.webm", "notes.txt", "x.gif"):
         write(folder / name, "")
     write(root / "videos/2.webm", "")
     odd = [{"id": "../../2", "template": "Holding [something]"}, {"id": "", "label": "x"}, {"id": "a\0b"}]
@@ -103,14 +103,19 @@ def test_whatever_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
     assert sources.notes == {
         "another file has the same id": ["20bn-something-something-v2/1.mp4", "videos/2.webm"],
         "id already taken by split train": ["train: 1", "validation: 1"],
-        "id that cannot be a file name": ["train: '../../2'", "train: ''", "train: 'a\\x00b'"],
+        "id that cannot be a file name, recorded as failed": [
+            "20bn-something-something-v2/../../2.webm",
+            "20bn-something-something-v2/.webm",
+            "20bn-something-something-v2/a\0b.webm",
+        ],
         "class not in labels.json, packed without a label": ["5: Eating something"],
         "video without an entry in any split": ["20bn-something-something-v2/77.webm"],
     }
-    assert sources.skipped == {".txt": 1}
+    assert sources.skipped == {".gif": 1}
+    assert [s.key for s in sources.sources if s.fault] == [make_key(key) for key in ("../../2", "", "a\0b")]
     assert by_key(sources)["5"].label is None
     assert by_key(sources)["1"].path == "20bn-something-something-v2/1.webm"
-    assert len(sources.sources) == 5
+    assert len(sources.sources) == 8
 
 
 LABEL_FILES = {

@@ -4,6 +4,7 @@ from shard_tools.common.cli import dispatch
 
 COMMANDS = {
     "preflight": "check data, workers, memory and models before a long run",
+    "latents": "run the teacher once, and store its tokens to train from",
     "train": "train a student encoder against a frozen teacher",
     "report": "write one HTML page about a run, or several side by side",
     "probe": "measure a run's frozen encoder with probes on labelled clips",

@@ -144,6 +144,9 @@ class TeacherConfig(Section):
     weights: Text = "OpenGVLab/VideoMAEv2-Base"
     """Hub name, local folder, .safetensors or .pth, in OpenGVLab or Hugging Face VideoMAE layout; folder of an earlier
     run (its newest checkpoint), of one of its checkpoints, or of an exported encoder; or "random"."""
+    latents: Annotated[PathText | None, OnResume.WARN] = None
+    """Folder of latents that `python -m salt_wds.latents` wrote: the teacher's tokens are read from there, and the
+    teacher does not run (docs/latents.md). Needs data.views. Unset: the teacher runs."""
     random_width: PositiveInt = 768
     """Token width of a teacher with random weights (weights = "random"). Other weights have their own width."""
     random_depth: PositiveInt = 12
@@ -350,6 +353,12 @@ class Config(Section):
                 f"optim.{key}",
                 f"{optim.warmup_steps} steps of warm-up and {optim.wsd_decay_steps} of decay do not fit into {end}",
             )
+        if self.teacher.latents is not None:
+            key, needs = "teacher.latents", "stored latents need"
+            require(self.objective == "latents", key, f'{needs} objective = "latents"; unset it')
+            require(self.data.views > 0, key, f"{needs} fixed views: set data.views to the views that were stored")
+            why = "the held-out loss needs the teacher, which stored latents replace; set it to 0"
+            require(not self.train.validate_every, "train.validate_every", why)
         return self
 
     @property

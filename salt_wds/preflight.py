@@ -25,6 +25,7 @@ from salt_wds.data.loader import Loader
 from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import shared_memory_used
 from salt_wds.models.build import build_models, pick_device
+from salt_wds.train.step import step_inputs
 from salt_wds.train.tuning import tuned_step
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, positive_int, run
 from shard_tools.format.dataset import DATASET_FILE
@@ -146,7 +147,7 @@ def check_models(config: Config, ledger_path: Path) -> str:
     models = build_models(config, device)
     tuned = tuned_step(config, models, device, config.data.batch_size)
     step = tuned.step
-    loss, stats = step(*(batch[name].to(device) for name in ("clips", "colour", "mask")))
+    loss, stats = step(*step_inputs(batch, device))
     bad = [name for name, p in models.student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     if not loss.isfinite() or bad:
         raise CheckFailed(f"loss {loss.item()}, gradients missing or not finite: {', '.join(bad[:5]) or 'none'}")

@@ -106,7 +106,9 @@ class Copy:
             name: [ShardInfo(**(vars(i) | changed)) if i.file == self.shard else i for i in split.shards]
             for name, split in old.splits.items()
         }
-        new = make_dataset(old.name, old.frames, old.plan_hash, old.seed, shards, old.classes, old.settings)
+        new = make_dataset(
+            old.name, old.frames, old.plan_hash, old.seed, shards, old.classes, old.settings, old.latents
+        )
         (self.folder / DATASET_FILE).write_bytes(new.to_json())
 
 

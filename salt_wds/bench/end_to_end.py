@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 
 import torch
 
-from salt_wds.bench.step import ClipBatch, machine, make_update, synchronize, time_updates
+from salt_wds.bench.step import Update, machine, make_update, synchronize, time_updates
 from salt_wds.config import Config
 from salt_wds.data.batches import Batch
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
+from salt_wds.train.step import step_inputs
 from salt_wds.train.tuning import synthetic_batch, tuned_step
 
 
@@ -56,15 +56,12 @@ def bench_end_to_end(config: Config, steps: int) -> dict[str, Any]:
     }
 
 
-def _run(
-    config: Config, steps: int, device: torch.device, update: Callable[[ClipBatch], None] | None
-) -> tuple[float, float, int]:
+def _run(config: Config, steps: int, device: torch.device, update: Update | None) -> tuple[float, float, int]:
     """Seconds of `steps` batches, seconds waited for them, failures; without `update` batches are only taken."""
 
     def use(batch: Batch) -> None:
         if update is not None:
-            clips, colour, mask = (batch[name].to(device, non_blocking=True) for name in ("clips", "colour", "mask"))
-            update((clips, colour, mask))
+            update(step_inputs(batch, device))
 
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(config, Path(folder) / "failures.jsonl", copy=False)

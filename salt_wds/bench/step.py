@@ -10,7 +10,7 @@ import gc
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,7 @@ from salt_wds.models.optim import build_optimizer
 from salt_wds.train.flops import matmul_rate
 from salt_wds.train.tuning import TunedStep, synthetic_batch, tuned_step
 
-ClipBatch = tuple[Tensor, Tensor, Tensor]  # clips, colour, mask
-Update = Callable[[ClipBatch], None]
+Update = Callable[[Sequence[Tensor]], None]  # of clips, colour, mask, and stored targets if there are some
 _WARM_UP = 3  # steps until everything is compiled, and CUDA graphs are recorded and replayed
 
 
@@ -53,7 +52,7 @@ def bench_step(config: Config, grid: Grid, steps: int) -> dict[str, Any]:
             wanted = of_mode.changed(train={"checkpointing": checkpointing, "compile": compiled})
             tuned = tuned_step(wanted, models, device, config.data.batch_size)
             lines.setdefault(mode, tuned.lines)
-            for teacher in grid.teacher:
+            for teacher in ("given",) if config.teacher.latents else grid.teacher:
                 figures = _measure(wanted, models, tuned, device, steps, teacher == "online", rate)
                 named = {"mode": mode, "checkpointing": checkpointing, "compile": compiled, "teacher": teacher}
                 rows.append(named | figures)
@@ -85,9 +84,10 @@ def make_update(config: Config, student: nn.Module, tuned: TunedStep, targets: T
     """One training step with a new optimiser; without `targets` the teacher runs."""
     optimizer = build_optimizer(student, config.optim, fused=True)
 
-    def update(batch: ClipBatch) -> None:
+    def update(batch: Sequence[Tensor]) -> None:
         optimizer.zero_grad(set_to_none=True)
-        tuned.step(*batch, targets)
+        clips, colour, mask, *stored = batch
+        tuned.step(clips, colour, mask, stored[0] if stored else targets)
         nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad_norm or float("inf"))
         optimizer.step()
 
@@ -121,7 +121,7 @@ def _measure(
     try:
         batch = synthetic_batch(config, clips, device)
         targets = None
-        if not online:
+        if not online and len(batch) == 3:
             shape = (clips, tuned.utilisation.workload.masked, models.teacher.width)
             dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
             targets = torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))

@@ -53,10 +53,10 @@ class BatchMaker:
     def batches(self, start: int) -> Iterator[Batch]:
         """This rank's slices of the global batches `start`, `start + workers` and so on.
 
-        A batch has: number; worker and slot, where clips and masks lie; colour (B,) int64, index into COLOURS; label
-        (B,) int64, -1 for none; substituted (B,) bool, where a substitute or a blank stands; keys; shards; positions;
-        failures on the way; bytes read; counts, see SamplePipeline.take_counts; ms, see TIMED. One that cannot be
-        filled has number, failures and `unfillable`, the reason.
+        A batch has: number; worker and slot, where clips, masks and targets lie; colour (B,) int64, index into
+        COLOURS; label (B,) int64, -1 for none; substituted (B,) bool, where a substitute or a blank stands; keys;
+        shards; positions; failures on the way; bytes read; counts, see SamplePipeline.take_counts; ms, see TIMED. One
+        that cannot be filled has number, failures and `unfillable`, the reason.
         """
         pipeline, slots = self._pipeline, itertools.cycle(range(self._spec.slots.array.shape[1]))
         requests = self._requests(start)
@@ -79,14 +79,14 @@ class BatchMaker:
 
     def _make(self, number: int, slot: int, requests: list[Sample], following: list[Sample]) -> Batch:
         spec, pipeline = self._spec, self._pipeline
-        clips, masks = spec.slot_views(self._worker, slot)
-        for request, clip in zip(requests, clips, strict=True):
-            request["clip"] = clip
+        clips, masks, targets = spec.slot_views(self._worker, slot)
+        for request, clip, target in zip(requests, clips, targets, strict=True):
+            request["clip"], request["targets"] = clip, target
         samples = self._fill(requests, following)
         pipeline.set_stage("idle")
         for mask, sample in zip(masks, samples, strict=True):
-            mask[:] = make_mask(spec.grid, spec.mask, sample["rng"])
-        size, pipeline.reader.bytes_read = pipeline.reader.bytes_read, 0
+            mask[:] = sample["mask"] if "mask" in sample else make_mask(spec.grid, spec.mask, sample["rng"])
+        size = pipeline.take_bytes()
         seconds = pipeline.clock.take()
         return {
             "number": number,
@@ -127,7 +127,8 @@ class BatchMaker:
                     f"{last.key}: {last.error}: {last.message}"
                 )
             requests = todo = [
-                pipeline.request(request["position"], request["attempt"] + 1) | {"clip": request["clip"]}
+                pipeline.request(request["position"], request["attempt"] + 1)
+                | {name: request[name] for name in ("clip", "targets")}
                 for request in missing
             ]
 

@@ -23,9 +23,10 @@ from salt_wds.config import Config
 from salt_wds.data.batches import Batch
 from salt_wds.data.catalog import Catalog, open_catalog
 from salt_wds.data.failure_policy import FailurePolicy, LoaderStopped
+from salt_wds.data.latents import open_latents
 from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import SharedArray, fit_budget
-from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes
+from salt_wds.data.spec import IN_FLIGHT, STAGES, PipelineSpec, Sample, identity, make_order, slot_bytes, target_shape
 from salt_wds.data.views import FixedViews, Views
 from salt_wds.data.workers import SERVER_KILLED, WorkerLostError, Workers, try_sample
 from shard_tools.common.cli import CommandError
@@ -43,7 +44,8 @@ class Loader:
     """Endless iterator over this rank's batches, from batch `start` on.
 
     A batch is a dict; shapes: clips (B, T, S*S*3//2) uint8, planes Y, U and V of each frame; mask (B, N) int16, visible
-    then masked tokens; colour and label (B,) int64; substituted (B,) bool. Beside them: number, keys, shards,
+    then masked tokens; colour and label (B,) int64; substituted (B,) bool; with stored latents (teacher.latents), in
+    training, targets (B, K, C) as they are stored, of the masked tokens. Beside them: number, keys, shards,
     positions, failures, bytes, counts, ms (see BatchMaker.batches).
 
     Args:
@@ -77,9 +79,13 @@ class Loader:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
         num_masked(config.grid, config.mask)  # refuses a grid that no mask fits
         self.catalog = open_catalog(data.folders, data.split) if catalog is None else catalog
+        latents = open_latents(config, self.catalog) if config.teacher.latents and views is None else None
+        if latents and stages:
+            raise CommandError("Loader: stages change clips, and the stored latents were made without; unset one")
         self.batch_bytes = slot_bytes(
-            data.batch_size // world_size, (data.num_frames, data.size**2 * 3 // 2), config.grid
-        )
+            data.batch_size // world_size, (data.num_frames, data.size**2 * 3 // 2), config.grid,
+            target_shape(latents, config.grid, config.mask),
+        )  # fmt: skip
         self.budget = fit_budget(self.batch_bytes, data)
         workers = max(data.num_workers, 1)
         earlier = earlier_failures(Path(ledger_path))
@@ -98,6 +104,7 @@ class Loader:
             quarantine=_quarantined(earlier) | frozenset(quarantine),
             unreadable=_unreadable(earlier, start * data.batch_size) if resumed else {},
             user_stages=tuple(stages),
+            latents=latents,
         )
         self.next_batch = start
         self.taking_s, self.taken_clips = 0.0, 0  # time this process spends on taking batches out of their slots
@@ -177,15 +184,19 @@ class Loader:
     def _to_tensors(self, batch: Batch) -> Batch:
         """The batch with clips and mask from its slot, all arrays as tensors, in pinned memory if a GPU takes them."""
         started = time.perf_counter()
-        batch["clips"], batch["mask"] = self.spec.slot_views(batch.pop("worker"), batch.pop("slot"))
+        batch["clips"], batch["mask"], targets = self.spec.slot_views(batch.pop("worker"), batch.pop("slot"))
+        if self.spec.latents:
+            batch["targets"] = targets
         if self.num_positions is not None:
             batch["substituted"] |= np.array(batch["positions"]) >= self.num_positions
-        for name in ("clips", "mask", "colour", "label", "substituted"):
+        for name in ("clips", "mask", "colour", "label", "substituted", *(("targets",) if self.spec.latents else ())):
             array = batch[name]
             if self._pin_memory:
                 batch[name] = torch.from_numpy(array).pin_memory()
             else:  # numpy copies in this thread; torch would use all cores, which the workers need
                 batch[name] = torch.from_numpy(array.copy() if self._copy else array)
+        if self.spec.latents:
+            batch["targets"] = batch["targets"].view(getattr(torch, self.spec.latents.info.dtype))
         self.taking_s += time.perf_counter() - started
         self.taken_clips += len(batch["keys"])
         return batch

@@ -18,6 +18,8 @@ import webdataset as wds
 
 from salt_wds.data.catalog import Row
 from salt_wds.data.crop_resize import write_clip
+from salt_wds.data.latents import LatentsReader, check_clip
+from salt_wds.data.masks import make_mask
 from salt_wds.data.order import sample_rng, view_rng
 from salt_wds.data.reader import HashMismatchError, Reader
 from salt_wds.data.spec import STAGES, PipelineSpec, Sample, identity, make_order
@@ -82,6 +84,8 @@ class SamplePipeline:
     def __init__(self, spec: PipelineSpec, worker: int) -> None:
         self.clock = StageClock()
         self.reader = Reader(spec.catalog, spec.data.read_retries, whole=spec.data.decoder == "decord")
+        self.latents = LatentsReader(spec.latents, spec.data.read_retries) if spec.latents else None
+        self._readers = [self.reader, *([self.latents.reader] if self.latents else [])]
         self.failures: list[Failure] = []
         self._counts: Counter[str] = Counter()
         self._spec, self._worker = spec, worker
@@ -114,6 +118,7 @@ class SamplePipeline:
             "attempt": attempt,
             "shard": place.shard,
             "row": row,
+            "number": self._spec.catalog.first[place.shard] + place.row,
             "view": view,
             "rng": rng,
             "frames": frames,
@@ -129,16 +134,27 @@ class SamplePipeline:
 
     def prefetch(self, request: Sample) -> None:
         """Have the kernel read a sample ahead."""
-        self.reader.prefetch(request["shard"], request["row"], request["distinct_frames"])
+        if not self._clips_stored:
+            self.reader.prefetch(request["shard"], request["row"], request["distinct_frames"])
+        if self._spec.latents and self.latents:
+            self.latents.prefetch(self._spec.latents.row(request["number"]), request["view"])
 
     def process(self, requests: Iterable[Sample]) -> wds.DataPipeline:
-        """The WebDataset pipeline over requests that have a `clip` to write to; failed samples are left out."""
+        """The WebDataset pipeline over requests that have a `clip` (with latents, also `targets`) to write to.
+
+        Failed samples are left out.
+        """
+        decode = (wds.map(self._guarded("read", self._read)), wds.map(self._guarded("decode", self._decode)))
         return wds.DataPipeline(
             lambda: iter(requests),
-            wds.map(self._guarded("read", self._read)),
-            wds.map(self._guarded("decode", self._decode)),
+            *(() if self._clips_stored else decode),
+            *((wds.map(self._guarded("read", self._read_latents)),) if self.latents else ()),
             *(wds.map(self._guarded("augment", _checked(stage))) for stage in self._spec.user_stages),
         )
+
+    @property
+    def _clips_stored(self) -> bool:
+        return self._spec.latents is not None and self._spec.latents.info.clips
 
     def set_stage(self, stage: str) -> None:
         """Note in the in-flight table what is being done."""
@@ -153,6 +169,13 @@ class SamplePipeline:
         counts, self._counts = self._counts, Counter()
         counts["payload_read"], self.reader.payload_read = self.reader.payload_read, 0
         return counts
+
+    def take_bytes(self) -> int:
+        """Bytes read since the last call."""
+        size = sum(reader.bytes_read for reader in self._readers)
+        for reader in self._readers:
+            reader.bytes_read = 0
+        return size
 
     def _guarded(self, name: str, function: Callable[[Sample], Sample]) -> Callable[[Sample], Sample | None]:
         """The stage, shown in the in-flight table and timed; a sample that fails is recorded and left out (None)."""
@@ -175,15 +198,38 @@ class SamplePipeline:
 
     def _read(self, sample: Sample) -> Sample:
         """Add `json` (the content of the sample's JSON) and `payload`, both checked against their hashes."""
+        self._refuse_known(sample)
+        self._counts["payload"] += sample["row"].payload_size
+        sample["json"], sample["payload"] = self.reader.read(sample["shard"], sample["row"], sample["distinct_frames"])
+        self._record_recovered_read(sample)
+        return sample
+
+    def _read_latents(self, sample: Sample) -> Sample:
+        """Add the mask, put the stored tokens that it hides into `targets`, and check that they belong to the clip."""
+        assert self.latents is not None
+        assert self._spec.latents is not None
+        if self._clips_stored:
+            self._refuse_known(sample)
+        number = self._spec.latents.row(sample["number"])
+        stored, tokens, clip = self.latents.read(
+            number, sample["view"], sample["row"], sample["frames"], sample["crop"]
+        )
+        if self._clips_stored:
+            sample["clip"][:], sample["colour"] = clip, stored.colour
+        else:
+            check_clip(stored, sample["__key__"], sample["clip"])
+        sample["mask"] = make_mask(self._spec.grid, self._spec.mask, sample["rng"])
+        sample["targets"][:] = tokens[sample["mask"][-len(sample["targets"]) :]]
+        self._record_recovered_read(sample)
+        return sample
+
+    def _refuse_known(self, sample: Sample) -> None:
+        """Fail a sample that is not to be touched again."""
         name = identity(self._spec.catalog.part(sample["shard"]).name, sample["__url__"], sample["__key__"])
         if name in self._spec.quarantine:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
         if self._spec.unreadable.get((sample["position"], sample["attempt"])) == name:
             raise UnreadableBeforeError("it could not be read earlier in this run, see the ledger")
-        self._counts["payload"] += sample["row"].payload_size
-        sample["json"], sample["payload"] = self.reader.read(sample["shard"], sample["row"], sample["distinct_frames"])
-        self._record_recovered_read(sample)
-        return sample
 
     def _decode(self, sample: Sample) -> Sample:
         """Decode, crop and resize into the sample's clip."""
@@ -211,8 +257,7 @@ class SamplePipeline:
 
     def _record_recovered_read(self, sample: Sample) -> None:
         """Record a read error that a retry has overcome, if there was one; the sample is not lost."""
-        error = self.reader.take_recovered()
-        if error is not None:
+        for error in filter(None, [reader.take_recovered() for reader in self._readers]):
             self._record("read", sample, error, f"{error}; went away when read again", action=None)
 
     def _record(self, stage: str, sample: Sample, error: Exception, message: str, **fields: Any) -> None:
@@ -272,7 +317,7 @@ def process_one_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
     """
     pipeline = SamplePipeline(spec, worker=0)
     request = pipeline.request(position, attempt)
-    request["clip"] = np.empty(spec.clip_shape, np.uint8)
+    request["clip"], request["targets"] = np.empty(spec.clip_shape, np.uint8), np.empty(spec.target_shape, np.uint8)
     for _ in pipeline.process([request]):
         pass
     pipeline.set_stage("finished")

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from salt_wds.data.catalog import Catalog, Row
+from shard_tools.format.latents import LATENTS
 from shard_tools.format.sample import FRAME_TIERS, Y4M_FRAME_MARK, PacketTable, frame_span, y4m_frame_bytes
 from shard_tools.video.packet_table import CHUNK_BYTES, LEAST_CHUNKED, chunk_hashes, from_table
 from shard_tools.video.packets import Packets
@@ -28,6 +29,7 @@ _TRANSIENT = frozenset(
 )
 _FIRST_PAUSE_S = 0.05  # before the first retry; doubled each time
 _MAX_OPEN = 64  # shards
+_BY_FRAME = (*FRAME_TIERS, LATENTS)  # extensions of payloads that are read frame by frame; of latents, view by view
 _KEY_FRAME_DISTANCE = 512 << 10  # bytes to prefetch before the first wanted frame of a long video, for its key frame
 
 Content = TypeVar("Content")
@@ -78,7 +80,7 @@ class Reader:
             ValueError: the table of packets is damaged.
         """
         record = self._with_retries(shard, functools.partial(self._read_json, shard, row))
-        if row.ext in FRAME_TIERS:
+        if row.ext in _BY_FRAME:
             return record, self._frames(shard, row, record, numbers)
         table = None if self._whole or self._catalog.part(shard).foreign else record.get("packets")
         if not isinstance(table, dict):
@@ -202,7 +204,7 @@ def _spans(row: Row, numbers: Sequence[int], whole: bool) -> Iterator[tuple[int,
     They are estimated for mjpeg and for long video files, whose tables are not read yet.
     """
     start = min(row.json_offset, row.payload_offset) if row.json_size else row.payload_offset
-    is_video = row.ext not in FRAME_TIERS
+    is_video = row.ext not in _BY_FRAME
     if is_video and (whole or row.payload_size < LEAST_CHUNKED or not row.json_size):
         yield start, row.payload_offset + row.payload_size
         return
@@ -212,6 +214,10 @@ def _spans(row: Row, numbers: Sequence[int], whole: bool) -> Iterator[tuple[int,
         step = len(Y4M_FRAME_MARK) + y4m_frame_bytes(row.width, row.height)
         for number in numbers:
             yield end - (row.num_frames - number) * step, end - (row.num_frames - number - 1) * step
+    elif row.ext == LATENTS:
+        step = row.payload_size // row.num_frames
+        for number in numbers:
+            yield row.payload_offset + number * step, row.payload_offset + (number + 1) * step
     else:  # the frames of a video have about the same size
         mean = row.payload_size / row.num_frames
         first, last = max(numbers[0] - 1, 0), min(numbers[-1] + 2, row.num_frames)

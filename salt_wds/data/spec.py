@@ -11,6 +11,8 @@ import numpy as np
 
 from salt_wds.config import DataConfig, MaskConfig
 from salt_wds.data.catalog import Catalog
+from salt_wds.data.latents import StoredLatents
+from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import SharedArray
 from salt_wds.data.order import InOrder, Mixture, Order
 from salt_wds.data.views import FixedViews, Views
@@ -45,6 +47,7 @@ class PipelineSpec:
     quarantine: frozenset[str] = frozenset()
     unreadable: Mapping[tuple[int, int], str] = field(default_factory=dict)
     user_stages: tuple[Callable[[Sample], Sample], ...] = ()
+    latents: StoredLatents | None = None
 
     @property
     def local_batch(self) -> int:
@@ -56,17 +59,41 @@ class PipelineSpec:
         """Frames, and bytes of a frame: YUV 4:2:0, 1.5 bytes per pixel."""
         return self.data.num_frames, self.data.size**2 * 3 // 2
 
-    def slot_views(self, worker: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """Clips (B, T, S*S*3//2) uint8 and masks (B, N) int16 in a slot."""
-        memory = self.slots.array[worker, slot]
-        end = self.local_batch * math.prod(self.clip_shape)
-        clips = memory[:end].reshape(self.local_batch, *self.clip_shape)
-        return clips, memory[end:].view(np.int16).reshape(self.local_batch, -1)
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        """Masked tokens of a clip, and bytes of a stored one; (0, 0) without latents."""
+        return target_shape(self.latents, self.grid, self.mask)
+
+    def slot_views(self, worker: int, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """In a slot: clips (B, T, S*S*3//2) uint8, masks (B, N) int16, stored targets (B, K, bytes) uint8."""
+        memory, count = self.slots.array[worker, slot], self.local_batch
+        targets = count * math.prod(self.target_shape)  # first, because wide numbers need an even address
+        start = _aligned(targets)
+        end = start + count * math.prod(self.clip_shape)
+        return (
+            memory[start:end].reshape(count, *self.clip_shape),
+            memory[end : end + 2 * count * math.prod(self.grid)].view(np.int16).reshape(count, -1),
+            memory[:targets].reshape(count, *self.target_shape),
+        )
 
 
-def slot_bytes(local_batch: int, clip_shape: tuple[int, int], grid: tuple[int, int, int]) -> int:
-    """Bytes of a batch: clips in uint8, masks in int16."""
-    return local_batch * (math.prod(clip_shape) + 2 * math.prod(grid))
+def target_shape(latents: StoredLatents | None, grid: tuple[int, int, int], mask: MaskConfig) -> tuple[int, int]:
+    """Masked tokens of a clip, and bytes of a stored one; (0, 0) without latents."""
+    return (num_masked(grid, mask), latents.info.channels * latents.info.item_bytes) if latents else (0, 0)
+
+
+def slot_bytes(
+    local_batch: int, clip_shape: tuple[int, int], grid: tuple[int, int, int], targets: tuple[int, int] = (0, 0)
+) -> int:
+    """Bytes of a batch: stored targets, clips in uint8, masks in int16; so rounded that each address is aligned."""
+    return _aligned(local_batch * math.prod(targets)) + _aligned(
+        local_batch * (math.prod(clip_shape) + 2 * math.prod(grid))
+    )
+
+
+def _aligned(size: int) -> int:
+    """Rounded up to whole numbers of four bytes."""
+    return size + -size % 4
 
 
 def make_order(

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from salt_wds.config import Config
+from salt_wds.data.latents import read_latents
 from salt_wds.models.from_run import load_run_teacher
+from salt_wds.models.stored_teacher import stored_quantiser, teacher_hash
 from salt_wds.models.student import Student, build_student
 from salt_wds.models.teacher import Teacher, load_teacher, pixel_targets
 from shard_tools.common.cli import CommandError
@@ -49,7 +51,10 @@ def build_models(config: Config, device: torch.device) -> Models:
     Raises:
         CommandError: weights are missing or of another layout, or sizes do not fit each other.
     """
-    teacher = pixel_targets(config.num_tokens) if config.objective == "pixels" else build_teacher(config)
+    if config.objective == "pixels":
+        teacher = pixel_targets(config.num_tokens)
+    else:
+        teacher = stored_teacher(config) if config.teacher.latents else build_teacher(config)
     student = build_student(config.student, grid=config.grid, target_width=teacher.width)
     return Models(teacher.to(device), student.to(device).train())
 
@@ -75,3 +80,29 @@ def build_teacher(config: Config) -> Teacher:
         )
     # It is never updated, so it needs no fp32 master copy.
     return teacher.to(torch.bfloat16) if config.train.precision == "bf16" else teacher
+
+
+def stored_teacher(config: Config) -> Teacher:
+    """The stand-in for a teacher whose tokens are stored: it takes what is stored, and gives targets in fp32.
+
+    Where the weights that `teacher.weights` names can be read, they are compared with those of the latents.
+
+    Raises:
+        CommandError: not latents, or those of another teacher.
+    """
+    folder = Path(config.teacher.latents or "")
+    latents = read_latents(folder)
+    try:
+        found = teacher_hash(build_teacher(config.changed(train={"precision": "fp32"})))
+    except CommandError as error:
+        if config.teacher.weights != latents.teacher:
+            raise
+        log.warning("%s: the teacher cannot be read here, so its name alone is compared: %s", folder, error)
+        found = latents.teacher_hash
+    if found != latents.teacher_hash:
+        raise CommandError(
+            f"{folder}: latents of another teacher: teacher.weights = {config.teacher.weights} has the hash "
+            f"{found[:12]}, the latents are of {latents.teacher} with {latents.teacher_hash[:12]}; set teacher.weights "
+            "to that one, or write latents of yours"
+        )
+    return Teacher(stored_quantiser(latents), latents.width, latents.tokens)

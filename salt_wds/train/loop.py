@@ -39,7 +39,7 @@ from salt_wds.train.profiling import StepProfiler
 from salt_wds.train.progress import InputBound, Progress, local_cores, summary
 from salt_wds.train.safety import FiniteGuard, LossWatch, record_nonfinite
 from salt_wds.train.signals import STOPPING, StopSignals
-from salt_wds.train.step import Step
+from salt_wds.train.step import Step, step_inputs
 from shard_tools.common.cli import INTERRUPTED, OK, PROBLEMS
 
 log = logging.getLogger(__name__)
@@ -143,11 +143,10 @@ class Loop:
 
     def update(self, batch: Batch, lr: float) -> None:
         """One optimizer step, without a host sync."""
-        device = self.world.device
-        clips, colour, mask = (batch[name].to(device, non_blocking=True) for name in ("clips", "colour", "mask"))
+        inputs = step_inputs(batch, self.world.device)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, stats = self.forward_backward(clips, colour, mask)
+        loss, stats = self.forward_backward(*inputs)
         grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
         self.position_mean.advance(stats.pop("position_sums"))
         names = {name: batch[name] for name in ("keys", "shards")}

@@ -12,9 +12,9 @@ at a hook. So each block is compiled on its own, and the second part is what rem
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class Forward:
     """
 
     targets: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked positions, (B, K, D), not yet normalised."""
+    """(clips, colour, mask) -> the teacher's tokens (or patches) at masked positions, (B, K, D), not yet normalised.
+    Not with stored latents: the loader has the targets then, as they are stored."""
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], Result]
     """(clips, colour, mask, targets) -> loss and stats of the student."""
 
@@ -64,7 +65,7 @@ def make_forward(
 
     With `position_mean`, the stats have `r2_position`, and `position_sums` for its `advance`.
     """
-    num_visible = config.num_tokens - num_masked(config.grid, config.mask)
+    num_visible, stored = config.num_tokens - num_masked(config.grid, config.mask), config.teacher.latents is not None
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     # bf16 would round pixels to about the steps of the 8-bit video, and normalising a plain patch would blow that up.
     target_dtype = torch.float32 if config.objective == "pixels" else dtype
@@ -82,13 +83,20 @@ def make_forward(
         visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
         with autocast():
             predictions = student(video, visible, masked)  # (B, K, D)
-        targets = normalise_targets(targets, config.loss.target_norm)
+        # Stored targets were normalised before they were stored; the stand-in for their teacher makes fp32 of them.
+        targets = teacher(targets) if stored else normalise_targets(targets, config.loss.target_norm)
         distance, stats = masked_loss(predictions, targets, config.loss)
         if position_mean is not None:
             stats["r2_position"], stats["position_sums"] = position_mean(predictions, targets, masked)
         return distance, stats
 
     return Forward(targets, loss)
+
+
+def step_inputs(batch: Mapping[str, Any], device: torch.device) -> list[Tensor]:
+    """What a `Step` takes of the loader's batch, on the device: clips, colour, mask, stored targets if it has some."""
+    names = ("clips", "colour", "mask", *(("targets",) if "targets" in batch else ()))
+    return [batch[name].to(device, non_blocking=True) for name in names]
 
 
 def count_micro_batches(config: Config, world_size: int) -> int:

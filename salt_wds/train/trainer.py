@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from salt_wds.config import Config
+from salt_wds.data.latents import read_latents
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import Models, build_models, multiplies_bf16_slowly, pick_device
 from salt_wds.models.optim import build_optimizer, describe_groups
@@ -157,5 +158,11 @@ def _describe_targets(config: Config, models: Models) -> str:
     if config.objective == "pixels":
         norm = "each normalised" if config.loss.target_norm == "layer" else "not normalised"
         return f"targets   pixels of masked patches, {models.teacher.width} values each, {norm}; no teacher (stage 1)"
+    if config.teacher.latents is not None:
+        latents = read_latents(Path(config.teacher.latents))
+        return (
+            f"targets   {latents.store} latents in {config.teacher.latents} of teacher {latents.teacher}, "
+            f"{latents.views} views; no teacher runs; their R2 of {latents.r2:.6f} is a ceiling of the training's"
+        )
     count = sum(p.numel() for p in models.teacher.parameters())
     return f"teacher   {config.teacher.weights}, {count / 1e6:.1f} M parameters, frozen"

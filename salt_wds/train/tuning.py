@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from salt_wds.config import Config
-from salt_wds.data.masks import make_mask
+from salt_wds.data.latents import read_latents
+from salt_wds.data.masks import make_mask, num_masked
 from salt_wds.models.build import Models
 from salt_wds.models.student import Checkpointing, Student
 from salt_wds.train.attention import choose_attention
@@ -172,19 +174,22 @@ def _anywhere(condition: bool, world: World) -> bool:
     return bool(world.largest(condition)[0])
 
 
-def synthetic_batch(config: Config, clips: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(clips, colour, mask) like the loader's, with random pixels, on the device."""
+def synthetic_batch(config: Config, clips: int, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+    """(clips, colour, mask) like the loader's, with random pixels, on the device; with stored latents also targets."""
     data, rng = config.data, np.random.default_rng(seed)
     shape = (clips, data.num_frames, data.size * data.size * 3 // 2)
     generator = torch.Generator(device).manual_seed(seed)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     masks = np.stack([make_mask(config.grid, config.mask, rng) for _ in range(clips)])
-    return pixels, torch.zeros(clips, dtype=torch.int64, device=device), torch.from_numpy(masks).to(device)
+    batch = pixels, torch.zeros(clips, dtype=torch.int64, device=device), torch.from_numpy(masks).to(device)
+    if config.teacher.latents is None:
+        return batch
+    latents = read_latents(Path(config.teacher.latents))
+    shape = (clips, num_masked(config.grid, config.mask), latents.channels)
+    return *batch, torch.zeros(shape, dtype=getattr(torch, latents.dtype), device=device)
 
 
-def peak_bytes(
-    step: Step, trained: Sequence[Tensor], batch: tuple[Tensor, Tensor, Tensor], device: torch.device
-) -> int | None:
+def peak_bytes(step: Step, trained: Sequence[Tensor], batch: tuple[Tensor, ...], device: torch.device) -> int | None:
     """Peak memory allocated on the GPU by forward and backward passes over `batch`; None if it runs out.
 
     The gradients of `trained` are afterwards as they were.

@@ -161,6 +161,14 @@ def size_in_bytes(text: str) -> int:
     return int(match[1]) * _SIZE_UNITS[match[2]]
 
 
+def slice_number(text: str) -> tuple[int, int]:
+    """The slice i of N of an array job in an argument such as 0/8."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or not int(match[1]) <= int(match[2]) or int(match[2]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a slice such as 0/8: i/N, i from 0 or 1 up to N")
+    return int(match[1]), int(match[2])
+
+
 def one_of(*valid: str) -> Callable[[str], str]:
     """The parser of an argument that is one of these words; for use with `comma_separated`."""
 

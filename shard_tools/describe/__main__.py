@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, path, run, seed_number, whole_number
 from shard_tools.describe.contact_sheet import choose_clips, draw_sheet, load_clip
-from shard_tools.describe.facts import describe_dataset, format_facts, read_samples
-from shard_tools.format.dataset import read_dataset
+from shard_tools.describe.facts import describe_dataset, format_facts, latents_facts, read_samples
+from shard_tools.format.dataset import Dataset, read_dataset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.sheet:
         _check_output(args.sheet)
     dataset = read_dataset(args.dir)
+    if dataset.latents is not None:
+        return _describe_latents(args, dataset)
     samples = read_samples(args.dir, dataset)
     facts, errors = describe_dataset(args.dir, dataset, samples)
     if args.sheet:
@@ -48,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     for error in errors:
         print(f"not readable: {error}", file=sys.stderr)
     return PROBLEMS if errors else OK
+
+
+def _describe_latents(args: argparse.Namespace, dataset: Dataset) -> int:
+    if args.sheet:
+        raise CommandError(f"--sheet: {args.dir} holds latents; draw the data set that they are of")
+    facts = latents_facts(args.dir, dataset)
+    print(json.dumps(facts) if args.json else "\n".join(f"{name:<14}{value}" for name, value in facts.items()))
+    return OK
 
 
 def _check_output(sheet: Path) -> None:

@@ -76,6 +76,23 @@ def describe_dataset(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple
     return facts, errors
 
 
+def latents_facts(folder: Path, dataset: Dataset) -> dict[str, Any]:
+    """Facts about a data set of latents."""
+    latents = dataset.latents
+    assert latents is not None
+    return {
+        "dir": str(folder),
+        "latents_of": f"{latents.dataset}, split {latents.split}, plan {latents.plan_hash[:12]}",
+        "samples": sum(info.samples for info in dataset.shards),
+        "shards": len(dataset.shards),
+        "bytes": sum(info.bytes for info in dataset.shards),
+        "made": latents.summary(),
+        "tokens": f"{latents.tokens} of {latents.width} channels, {latents.channels} stored as {latents.dtype}",
+        "view_bytes": latents.block_bytes,
+        "r2": latents.r2,
+    }
+
+
 def _spread(values: np.ndarray) -> dict[str, float]:
     return {"min": values.min().item(), "median": float(np.median(values)), "max": values.max().item()}
 

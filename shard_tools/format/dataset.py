@@ -24,6 +24,7 @@ import xxhash
 
 from shard_tools import __version__
 from shard_tools.common.cli import CommandError, one_line
+from shard_tools.format.latents import Latents
 from shard_tools.format.sample import adapter
 
 FORMAT_VERSION = 2  # that is written
@@ -97,7 +98,7 @@ class Dataset:
     """The content of dataset.json. `xxh3` is the hash of everything else in it, so that an edit is seen.
 
     `foreign`: the tars were written by another tool, and indexed; only in the JSON where it is true. `settings`: not in
-    the JSON of data sets that were packed by version 0.1, or indexed.
+    the JSON of data sets that were packed by version 0.1, or indexed. `latents`: only in that of a data set of latents.
     """
 
     format_version: int
@@ -111,6 +112,7 @@ class Dataset:
     xxh3: str = ""
     foreign: bool = False
     settings: Settings | None = None
+    latents: Latents | None = None
 
     @property
     def shards(self) -> tuple[ShardInfo, ...]:
@@ -131,6 +133,8 @@ class Dataset:
         record = dataclasses.asdict(self)
         if not self.foreign:
             del record["foreign"]
+        if self.latents is None:
+            del record["latents"]
         if self.settings is None:
             del record["settings"]
         else:
@@ -146,6 +150,7 @@ def make_dataset(
     shards: dict[str, list[ShardInfo]],
     classes: Sequence[str],
     settings: Settings | None = None,
+    latents: Latents | None = None,
 ) -> Dataset:
     """A Dataset with its totals computed from the shards of each split."""
     splits = {
@@ -162,6 +167,7 @@ def make_dataset(
         tuple(classes),
         CreatedBy(__version__),
         settings=settings,
+        latents=latents,
     )
 
 

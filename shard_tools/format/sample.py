@@ -192,12 +192,13 @@ def y4m_frame_bytes(width: int, height: int) -> int:
 def frame_span(record: dict[str, Any], number: int, payload_size: int) -> tuple[int, int]:
     """Start and end of frame `number` in a payload of a frame tier, in bytes; `record` is the content of KEY.json.
 
-    MJPEG has a table; in YUV4MPEG2 all frames have one size, and the header is what they leave of the payload.
+    MJPEG has a table, and so have latents, whose frames are views. In YUV4MPEG2 all frames have one size, and the
+    header is what they leave of the payload.
     """
-    video = record["video"]
     if "frame_offsets" in record:
         offsets = record["frame_offsets"]
         return offsets[number], offsets[number + 1] if number + 1 < len(offsets) else payload_size
+    video = record["video"]
     size = y4m_frame_bytes(video["width"], video["height"])
     step = len(Y4M_FRAME_MARK) + size
     start = payload_size - (video["num_frames"] - number) * step + len(Y4M_FRAME_MARK)

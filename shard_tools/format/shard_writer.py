@@ -18,6 +18,7 @@ import xxhash
 from shard_tools.common.files import sync_folder, write_atomic
 from shard_tools.format.dataset import ShardInfo, index_name
 from shard_tools.format.index import index_bytes
+from shard_tools.format.latents import LatentSample
 from shard_tools.format.sample import SampleInfo
 from shard_tools.format.tar import BLOCK, RECORD, padding, tar_header
 
@@ -42,7 +43,7 @@ class ShardWriter:
         self._file = self._temporary.open("wb", buffering=_BUFFER)
         return self
 
-    def add(self, info: SampleInfo, ext: str, payload: bytes) -> None:
+    def add(self, info: SampleInfo | LatentSample, ext: str, payload: bytes) -> None:
         """Append the two members of one sample and its index row; `ext` has no dot."""
         head = info.to_json()
         json_offset = self._append_member(f"{info.key}.json", head)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 
 from shard_tools.common.cli import (
@@ -14,6 +13,7 @@ from shard_tools.common.cli import (
     run,
     seed_number,
     size_in_bytes,
+    slice_number,
     whole_number,
 )
 from shard_tools.pack.packing import pack
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=positive_int, metavar="N", help="processes (default: all cores)")
     add("--executor", choices=("local", "ray"), default="local", help="ray: see RAY_ADDRESS in the docs")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--task", type=_slice, metavar="i/N", help="write slice i of N only (array jobs)")
+    part.add_argument("--task", type=slice_number, metavar="i/N", help="write slice i of N only (array jobs)")
     part.add_argument("--finish", action="store_true", help="commit what the slices wrote")
     add("--overwrite", action="store_true", help="replace another data set in the output folder")
     add("--dry-run", action="store_true", help="print the plan and an estimate, write nothing")
@@ -87,13 +87,6 @@ def _shard_size(text: str) -> int:
     if size < _LEAST_SHARD_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 64KiB such as 256MiB, nor auto")
     return size
-
-
-def _slice(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if match is None or not int(match[1]) <= int(match[2]) or int(match[2]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a slice such as 0/8: i/N, i from 0 or 1 up to N")
-    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ def _check_room(job: PackJob, needed: int) -> None:
 class Progress:
     """A bar on a terminal, a line now and then elsewhere: shards, clips/s, MB/s, time left, failures."""
 
-    def __init__(self, tasks: Sequence[ShardTask], todo: Sequence[ShardTask]) -> None:
+    def __init__(self, tasks: Sequence[ShardTask], todo: Sequence[ShardTask], name: str = "pack") -> None:
         self._shards, self._shards_done = len(tasks), len(tasks) - len(todo)
         self._left = sum(task.bytes for task in todo)
         self._bytes_done = self._clips = self._failed = 0
         total = sum(task.bytes for task in tasks)
-        self._bar = tqdm(total=total, initial=total - self._left, unit="B", unit_scale=True, desc="pack",
+        self._bar = tqdm(total=total, initial=total - self._left, unit="B", unit_scale=True, desc=name,
                          disable=not sys.stderr.isatty())  # fmt: skip
         self._started = self._shown = time.monotonic()
 

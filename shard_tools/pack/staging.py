@@ -38,6 +38,7 @@ from shard_tools.format.dataset import (
     read_dataset,
     remove_shard,
 )
+from shard_tools.format.latents import LATENTS
 from shard_tools.format.ledger import Failure
 from shard_tools.format.sample import adapter
 from shard_tools.video.tiers import Encoding
@@ -45,7 +46,7 @@ from shard_tools.video.tiers import Encoding
 STAGING = ".packing"
 _PLAN_FILE = "plan.json"
 _COUNT = "slices-"
-_SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|parquet)")
+_SHARD_FILE = re.compile(rf"({'|'.join((*SPLITS, LATENTS))})-\d{{6,}}\.(tar|parquet)")
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,28 @@ class PackPlan:
     def difference(self, other: PackPlan) -> str:
         """How `other` differs from this plan, in words."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        named = [f"{k} {theirs[k]} instead of {mine[k]}" for k in mine if k != "hash" and mine[k] != theirs[k]]
+        named = [_change(k, theirs[k], mine[k]) for k in mine if k != "hash" and mine[k] != theirs[k]]
         return ", ".join(named) or "other source files or labels, or planned by another version"
+
+
+def _change(name: str, theirs: object, mine: object) -> str:
+    """What differs between two settings; of two lists in words, only the entries that differ."""
+    parts = [str(theirs).split(", "), str(mine).split(", ")]
+    if len(parts[0]) == len(parts[1]) > 1:
+        return ", ".join(f"{a} instead of {b}" for a, b in zip(*parts, strict=True) if a != b)
+    return f"{name} {theirs} instead of {mine}"
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard (None where no source could be packed) and the sources that failed."""
+    """A finished shard (None where no source could be packed) and the sources that failed.
+
+    `squares`: of latents, the summed squares of the errors of what is stored, and of the exact tokens about their mean.
+    """
 
     info: ShardInfo | None
     failures: tuple[Failure, ...]
+    squares: tuple[float, float] = (0.0, 0.0)
 
 
 @contextmanager
@@ -138,6 +151,8 @@ class Staging:
         if (settings := dataset.settings) is not None:
             known["frames"] = str(Encoding(dataset.frames, settings.quality, settings.short_side))
             known["shard_bytes"] = settings.shard_bytes
+        elif dataset.latents is not None:
+            known["frames"] = dataset.latents.summary()
         elif self.plan.frames.split()[0] != dataset.frames:
             known["frames"] = dataset.frames
         return dataclasses.replace(self.plan, hash=dataset.plan_hash, name=dataset.name, seed=dataset.seed, **known)

@@ -21,6 +21,7 @@ from shard_tools.common.files import file_hash
 from shard_tools.format import ledger
 from shard_tools.format.dataset import FAILURES_FILE, Dataset, ShardInfo, index_name, remove_shard
 from shard_tools.format.index import parse_index, read_index
+from shard_tools.format.latents import parse_any_sample
 from shard_tools.format.sample import Video, parse_sample
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import read_members
@@ -31,6 +32,9 @@ from shard_tools.video.sources import Source
 from shard_tools.video.tiers import BEST_QUALITY, WORST_QUALITY, Encoding, Payload, make_payload
 
 _NO_SOURCE = "its KEY.json is damaged, and the source folder has no video or label of this key"
+_ONLY_THE_TEACHER = (
+    "only the teacher can make it again: python -m salt_wds.latents with the options it was written with, and --repair"
+)
 _UNPROVEN = "the index of its shard is lost too, and nothing else proves its bytes"
 
 Row = dict[str, Any]
@@ -77,7 +81,7 @@ class DamagedShard:
             for key, recover in self._samples(proven_only):
                 try:
                     head, ext, payload = recover()
-                    writer.add(parse_sample(head), ext, payload)
+                    writer.add(parse_any_sample(head), ext, payload)
                 except _LostError as reason:
                     lost.append((key, str(reason)))
                 except ValueError:
@@ -115,6 +119,8 @@ class DamagedShard:
 
     def _remake(self, row: Row, head: bytes | None, payload: bytes | None) -> Members:
         """Make the damaged members of a sample again from its source; the JSON from the label files, too."""
+        if self.dataset.latents is not None:
+            raise _LostError(_ONLY_THE_TEACHER)
         if head is not None:
             origin = parse_sample(head).source
             source, path = None, origin.path
@@ -170,6 +176,8 @@ class DamagedShard:
         return read_index(path)["key"].to_pylist()
 
     def _without_row(self, key: str, proven_only: bool) -> Members:
+        if self.dataset.latents is not None:
+            raise _LostError(_ONLY_THE_TEACHER)
         members = {name: self.remains.found(name) for name in self.remains.places if name.partition(".")[0] == key}
         heads = [data for name, found in members.items() if name.endswith(".json") for data in found]
         payloads = [(name.partition(".")[2], data) for name, found in members.items() if not name.endswith(".json")

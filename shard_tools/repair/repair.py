@@ -206,7 +206,7 @@ def repair_shard(job: RepairJob, task: Task) -> Outcome:
         return Outcome("salvaged", detail, new, tuple(lost))
     remove_shard(job.scratch, info.file)
     if lost:
-        hint = "" if job.root else "name the folder of the videos with --source, or "
+        hint = "" if job.root or job.dataset.latents else "name the folder of the videos with --source, or "
         detail = f"not repaired: the lost samples are named below; {hint}drop them with --salvage"
     else:
         other = "index" if tar_restored else "tar"

@@ -10,6 +10,7 @@ import xxhash
 
 from shard_tools.format.dataset import index_name
 from shard_tools.format.index import read_index
+from shard_tools.format.latents import LATENTS, parse_latent_sample
 from shard_tools.format.sample import FRAME_TIERS, SampleInfo, parse_sample
 from shard_tools.verify.problems import Problem
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
@@ -36,6 +37,9 @@ def decode_sample(folder: Path, foreign: bool, sample: tuple[str, int]) -> Probl
     if foreign:
         detail = _decoding_error(payload, row["ext"], VideoInfo(row["num_frames"], row["width"], row["height"]))
     else:
+        if row["ext"] == LATENTS:
+            detail = _block_error(head, payload)
+            return None if detail is None else undecodable(folder, foreign, sample, detail)
         info = parse_sample(head)
         detail = _hash_error(info, row["ext"], payload) if row["ext"] in FRAME_TIERS else None
         if detail is None:
@@ -70,6 +74,18 @@ def _decoding_error(frames: bytes | Packets | list[memoryview], ext: str, info: 
     except UNREADABLE as error:
         return f"cannot be decoded to its end: {error_text(error)}"
     return None if found == info.num_frames else f"{found} frames can be decoded, the index says {info.num_frames}"
+
+
+def _block_error(head: bytes, payload: bytes) -> str | None:
+    """What is wrong with the blocks of latents; None if nothing is."""
+    sample = parse_latent_sample(head)
+    ends = (*sample.frame_offsets[1:], len(payload))
+    if not len(sample.views) == len(sample.frame_offsets) == len(sample.frame_xxh3):
+        return f"{len(sample.views)} views, {len(sample.frame_offsets)} offsets, {len(sample.frame_xxh3)} hashes"
+    for number, (start, end) in enumerate(zip(sample.frame_offsets, ends, strict=True)):
+        if xxhash.xxh3_64_hexdigest(payload[start:end]) != sample.frame_xxh3[number]:
+            return f"view {number} does not match its hash in {sample.key}.json"
+    return None
 
 
 def _hash_error(sample: SampleInfo, ext: str, payload: bytes) -> str | None:

@@ -19,7 +19,7 @@ import xxhash
 
 from shard_tools.format.dataset import ShardInfo, index_name
 from shard_tools.format.index import parse_index
-from shard_tools.format.sample import parse_sample
+from shard_tools.format.latents import parse_any_sample
 from shard_tools.format.tar import BLOCK, Member, ShardDamage, parse_header, read_members
 from shard_tools.verify.problems import Problem, repair_command
 
@@ -224,7 +224,7 @@ class PackedCheck(ShardCheck):
     def _check_json(self, member: Member, row: dict[str, Any]) -> None:
         """Compare the content of KEY.json with the index row."""
         try:
-            sample = parse_sample(member.data)
+            sample = parse_any_sample(member.data)
         except ValueError:
             self.report("json_mismatch", member.key, member.offset, f"{member.name} is not the JSON of a sample")
             return

@@ -123,7 +123,13 @@ class _VideoMAE(nn.Module):
         self.register_buffer("positions", positions, persistent=False)  # (1, N, D)
 
     def forward(self, video: Tensor) -> Tensor:
+        patch = self.projection.kernel_size[-1]
+        if patch != PATCH:  # VideoMAEv2-g: shrunk from 224 to 196, its patches of 14 show what the student's 16 do
+            frames = video.transpose(1, 2).flatten(0, 1)
+            size = tuple(side // PATCH * patch for side in video.shape[-2:])
+            frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+            video = frames.unflatten(0, (len(video), -1)).transpose(1, 2)
         # The 3D convolution's kernel is its stride, so it is one matrix product; 3D convolutions are slow in bf16.
-        patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
+        patches = tubelets(video, patch).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
         tokens = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         return self.encoder(tokens + self.positions).last_hidden_state

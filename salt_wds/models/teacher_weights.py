@@ -8,6 +8,7 @@ silence (embeddings-benchmark/mteb#5094). Loading never executes code from a fil
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import re
@@ -46,7 +47,7 @@ def load_videomae(weights: str) -> tuple[VideoMAEModel, Grid]:
     model = build_videomae(sizes, str(config_file or file))
     _load_strictly(model, tensors, file, config_file)
     logger.info("teacher: %s, %s", file, sizes)
-    side = sizes.get("image_size", 224) // PATCH
+    side = sizes.get("image_size", 224) // sizes["patch_size"]
     return model, (sizes.get("num_frames", 16) // TUBELET, side, side)
 
 
@@ -65,7 +66,7 @@ def build_videomae(sizes: dict[str, Any], source: str, seed: int = 0) -> VideoMA
         raise CommandError(f"{source}: {heads} heads do not divide a width of {width}")
     # transformers computes the table slowly, number by number, so it gets the least size. With mean pooling the model
     # has no norm after the last block.
-    unused = {"image_size": PATCH, "num_frames": TUBELET, "use_mean_pooling": True}
+    unused = {"image_size": sizes.get("patch_size", PATCH), "num_frames": TUBELET, "use_mean_pooling": True}
     config = VideoMAEConfig.from_dict({**sizes, **unused}, attn_implementation="sdpa")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of the CPU; torch.manual_seed would reseed the GPUs too
@@ -93,7 +94,7 @@ def locate_weights(weights: str) -> tuple[Path, Path | None]:
             f"download config.json and model.safetensors of https://huggingface.co/{weights} into one folder and use "
             "--set teacher.weights=/path/to/folder"
         )
-        _, file = fetch(weights, ("config.json", "model.safetensors"), "teacher.weights", remedy)
+        file = _fetch(weights, remedy)
     else:
         raise CommandError(
             f"teacher.weights = {weights!r}: no such file or folder; give a folder with config.json and "
@@ -101,6 +102,16 @@ def locate_weights(weights: str) -> tuple[Path, Path | None]:
         )
     config_file = file.parent / "config.json"
     return file, config_file if config_file.is_file() else None
+
+
+def _fetch(repository: str, remedy: str) -> Path:
+    """The file with the weights of a repository on the hub, config.json beside it; some have no model.safetensors."""
+    try:
+        return fetch(repository, ("config.json", _WEIGHT_FILES[0]), "teacher.weights", remedy)[1]
+    except CommandError:
+        with contextlib.suppress(CommandError):
+            return fetch(repository, ("config.json", _WEIGHT_FILES[1]), "teacher.weights", remedy)[1]
+        raise
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -224,7 +235,8 @@ def _load_strictly(model: VideoMAEModel, tensors: dict[str, Tensor], file: Path,
 
 # --- sizes --------------------------------------------------------------------------------------------------------
 
-_HEADS = {1280: 16}  # ViT-H; the others of the family have heads of 64
+_HEADS = {1280: 16, 1408: 16}  # ViT-H, ViT-g; the others of the family have heads of 64
+_PATCHES = (PATCH, 14)  # ViT-g has 14
 _OPENGVLAB_SIZES = {  # a size's name in OpenGVLab's config.json: its name in transformers
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
@@ -246,16 +258,17 @@ def _sizes(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
     """The sizes that follow from the tensors' shapes, by the names of VideoMAEConfig."""
     kernel = tensors.get(f"{_PROJECTION}weight")
     hidden = tensors.get("encoder.layer.0.intermediate.dense.weight")
-    if kernel is None or hidden is None or kernel.shape[1:] != (3, TUBELET, PATCH, PATCH):
+    if kernel is None or hidden is None or kernel.shape[1:] not in [(3, TUBELET, p, p) for p in _PATCHES]:
         raise CommandError(
             f"{file}: expected block 0 and a patch embedding of (D, 3, {TUBELET}, {PATCH}, {PATCH}), found "
             f"{None if kernel is None else tuple(kernel.shape)}; give a VideoMAE checkpoint with tubelet {TUBELET} and "
-            f"patch {PATCH}"
+            f"patch {PATCH} (ViT-g: 14)"
         )
     width = kernel.shape[0]
     blocks = [int(match[1]) for name in tensors if (match := re.match(r"encoder\.layer\.(\d+)\.", name))]
     return {
         "hidden_size": width,
+        "patch_size": kernel.shape[-1],
         "num_hidden_layers": max(blocks) + 1,
         "num_attention_heads": _HEADS.get(width, max(width // 64, 1)),
         "intermediate_size": hidden.shape[0],

@@ -110,9 +110,9 @@ def inflate(conv: nn.Conv2d) -> nn.Conv3d:
     return inflated
 
 
-def tubelets(video: Tensor) -> Tensor:
-    """Video (B, 3, T, H, W) cut into tubelets, one per token: (B, N, 3, 2, 16, 16), by time, row and column."""
+def tubelets(video: Tensor, patch: int = PATCH) -> Tensor:
+    """Video (B, 3, T, H, W) cut into tubelets, one per token: (B, N, 3, 2, patch, patch), by time, row and column."""
     b, c, frames, height, width = video.shape
-    t, h, w = frames // TUBELET, height // PATCH, width // PATCH
-    cut = video.reshape(b, c, t, TUBELET, h, PATCH, w, PATCH).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    return cut.reshape(b, t * h * w, c, TUBELET, PATCH, PATCH)
+    t, h, w = frames // TUBELET, height // patch, width // patch
+    cut = video.reshape(b, c, t, TUBELET, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return cut.reshape(b, t * h * w, c, TUBELET, patch, patch)

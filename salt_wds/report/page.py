@@ -33,7 +33,8 @@ from shard_tools.format.ledger import Failure
 _KINDS = {"good": "✓ fine", "doubt": "! worth a look", "bad": "✗ bad", "open": "… not known yet"}
 _STATE_KINDS = {"finished": "good", "running": "open", "stopped": "doubt"}
 _FINAL = (
-    ("Loss", "loss", ""), ("R2", "r2", ""), ("R2 by position", "r2_position", ""), ("Held-out loss", "val_loss", ""),
+    ("Loss", "loss", ""), ("R2", "r2", ""), ("R2 ceiling of the latents", "r2_ceiling", ""),
+    ("R2 by position", "r2_position", ""), ("Held-out loss", "val_loss", ""),
     ("Held-out R2", "val_r2", ""), ("Effective rank", "effective_rank", ""), ("k-NN top-1", "knn_top1", "%"),
     ("Clips per second", "clips_per_sec", ""), ("Waiting for data", "data_wait_share", "%"),
     ("GPU memory, GB", "gpu_memory_gb", ""), ("MFU", "mfu", "%"), ("Failures", "failures", ""),

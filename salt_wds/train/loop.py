@@ -215,7 +215,9 @@ class Loop:
             **{name: sum(rank[0][name] for rank in ranks) / len(ranks) for name in here | features},
             "lr": lr,
         }
+        latents = self.loader.spec.latents
         line |= {
+            **({"r2_ceiling": latents.info.r2} if latents else {}),
             **measured,
             "mfu": self.utilisation.mfu(line["clips_per_sec"]),  # the mean over ranks, each with one GPU
             "clips_per_sec": line["clips_per_sec"] * len(ranks),

@@ -82,6 +82,7 @@ def test_forty_steps_from_fp32_latents_are_those_with_the_teacher_to_the_bit(con
     runs = [online.train.run_dir, cached.train.run_dir]
     assert len(losses(Path(runs[0]))) == 40
     assert losses(Path(runs[0])) == losses(Path(runs[1]))
+    assert lines(Path(runs[1]))[40]["r2_ceiling"] == 1.0
     assert last_files(Path(runs[0]), 40) == last_files(Path(runs[1]), 40)
 
 

@@ -192,6 +192,31 @@ def test_heads_come_from_config_where_it_states_them(state, tmp_path):
     assert_same_tokens(load(save_folder(tmp_path, state, config=config)), reference_tokens(state, clip(), heads=4))
 
 
+def test_the_large_models_with_patches_of_14_see_the_same_grid(tmp_path):
+    """ViT-g: its 224 pixels are 16 x 16 patches of 14, the student's are 14 x 14 of 16; a clip is shrunk for it."""
+    state = opengvlab_state()
+    kernel = torch.randn(WIDTH, 3, 2, 14, 14, generator=torch.Generator().manual_seed(5)) * 0.05
+    state["patch_embed.proj.weight"] = kernel
+    config = {"model_config": OPENGVLAB_CONFIG["model_config"] | {"patch_size": 14, "img_size": 56}}
+    teacher = load(save_folder(tmp_path, state, config=OPENGVLAB_CONFIG | config), size=64)
+    assert teacher.num_tokens == 2 * 4 * 4
+    video = clip(size=64)
+    small = torch.stack([
+        torch.stack([F.interpolate(frame[None], (56, 56), mode="bilinear", antialias=True)[0] for frame in one], dim=1)
+        for one in video.transpose(1, 2)
+    ])  # fmt: skip
+    x = F.conv3d(small, kernel, state["patch_embed.proj.bias"], stride=(2, 14, 14)).flatten(2).transpose(1, 2)
+    found = teacher.network.encoder(x + sinusoid(32, WIDTH)).last_hidden_state
+    assert_same_tokens(teacher, found.detach(), video)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1024, 16), (1280, 16), (1408, 16)])
+def test_heads_of_the_large_models_follow_from_their_width(width, heads, tmp_path):
+    state = {"patch_embed.proj.weight": torch.zeros(width, 3, 2, 16, 16), "patch_embed.proj.bias": torch.zeros(width)}
+    state["blocks.0.mlp.fc1.weight"] = torch.zeros(8, width)
+    assert teacher_weights.map_keys(state, tmp_path)[1]["num_attention_heads"] == heads
+
+
 # --- Hugging Face layout ---
 
 
@@ -429,3 +454,16 @@ def test_a_hub_name_is_fetched(monkeypatch, state, expected, tmp_path):
     ((repository, key, remedy),) = asked
     assert (repository, key) == ("OpenGVLab/VideoMAEv2-Base", "teacher.weights")
     assert "https://huggingface.co/OpenGVLab/VideoMAEv2-Base into one folder and use --set teacher.weights=" in remedy
+
+
+def test_a_hub_repository_without_safetensors_gives_its_bin(monkeypatch, state, expected, tmp_path):
+    save_folder(tmp_path, state)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+
+    def fetch(repository, files, key, remedy):
+        if "model.safetensors" in files:
+            raise CommandError("EntryNotFoundError: no such file")
+        return [tmp_path / name for name in files]
+
+    monkeypatch.setattr(teacher_weights, "fetch", fetch)
+    assert_same_tokens(load("MCG-NJU/videomae-huge"), expected)

@@ -25,7 +25,7 @@ from shard_tools.video.probe import BadVideoError, probe_packets
 from shard_tools.video.sources import Source
 from shard_tools.video.tiers import SOURCE, Encoding, Payload, make_payload
 
-NOT_THE_SOURCES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_MACHINES_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def pack_shard(job: PackJob, task: ShardTask, crashing: frozenset[str] = frozens
                     raise WorkerDiedError("reading it kills the process (a crash in a decoding library, or no memory)")
                 data, payload = read_source(job.root, source, job.encoding, job.probe)
             except (OSError, BadVideoError, WorkerDiedError) as error:
-                if isinstance(error, OSError) and error.errno in NOT_THE_SOURCES_FAULT:
+                if is_the_machines_fault(error):
                     raise
                 failures.append(_failure(job, task, source, error))
             else:
@@ -102,6 +102,11 @@ def read_file(path: Path) -> bytes:
     if status.st_size > MAX_MEMBER_BYTES:
         raise BadVideoError(f"{status.st_size} bytes, a member of a tar holds {MAX_MEMBER_BYTES} at most")
     return path.read_bytes()
+
+
+def is_the_machines_fault(error: Exception) -> bool:
+    """Whether reading failed because memory or file handles ran out, so that the source may be fine."""
+    return isinstance(error, OSError) and error.errno in _MACHINES_FAULTS
 
 
 def try_source(job: PackJob, source: Source) -> None:

@@ -90,9 +90,11 @@ def _prepare(args: argparse.Namespace) -> Packing:
     return Packing(args, found, source_bytes, encoding, plan, Staging(out, asked))
 
 
-def _plan(args: argparse.Namespace, found: SourceSet, source_bytes: dict[str, int], encoding: Encoding) -> Plan:
+def _plan(
+    args: argparse.Namespace, found: SourceSet, source_bytes: dict[str, int], encoding: Encoding, roughly: bool = False
+) -> Plan:
     workers = args.workers or available_cores()
-    sizes = predict_sizes(args.root, found.sources, source_bytes, encoding, run_local, workers)
+    sizes = predict_sizes(args.root, found.sources, source_bytes, encoding, run_local, workers, roughly)
     return make_plan(
         args.name, found.sources, found.classes, sizes,
         encoding=str(encoding), seed=args.seed, shard_bytes=args.shard_size, exact=encoding.tier == "source",
@@ -204,7 +206,7 @@ def _print_estimate(packing: Packing) -> None:
     for tier in TIERS:
         encoding = SOURCE if tier == "source" else Encoding(tier, args.quality, args.short_side)
         plans[encoding] = packing.plan if encoding == packing.encoding else _plan(
-            args, found, packing.source_bytes, encoding)  # fmt: skip
+            args, found, packing.source_bytes, encoding, roughly=True)  # fmt: skip
     total = sum(packing.source_bytes.values())
     result = estimate(args.root, found.sources, total, plans, packing.staging.out, args.workers)
     for line in estimate_lines(result, len(found.sources), args.workers, args.cores, args.want_clips_per_sec):

@@ -6,6 +6,8 @@ a half-finished output is recognised by the plan's hash.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,8 @@ MIB = 1 << 20
 _AUTO_LARGEST = 256 * MIB
 _AUTO_SMALLEST = 16 * MIB
 _AUTO_SHARDS = 256
+_AHEAD = 64  # sources among which one is looked for that fills a shard
+_LOOSE = {True: 0.25, False: 0.05}  # by `exact`: how empty a shard may be without looking for one
 SAMPLE_BYTES = 5 * BLOCK  # that a sample takes beside its payload: two headers, KEY.json, padding
 
 
@@ -49,7 +53,8 @@ def make_plan(
     """Distribute the sources over shards.
 
     Within a split the order is that of a hash of (seed, key): classes are mixed, and it does not matter in which order
-    the sources were found.
+    the sources were found. Where the next source leaves a shard too empty or makes it too large, one of those after it
+    may come first.
 
     Args:
         name: of the data set.
@@ -93,14 +98,27 @@ def _order(seed: int, key: str) -> int:
 
 
 def _fill(members: Iterable[Source], sizes: dict[str, int], target: int, exact: bool) -> list[list[Source]]:
-    """Consecutive groups of at least one member, each as large as fits into `target` bytes, or as close to it."""
+    """Groups of at least one member: each as large as fits into `target` bytes, or close to that; the emptiest last."""
     groups: list[list[Source]] = []
-    room = 0
-    for source in members:
-        need = sizes[source.key] + SAMPLE_BYTES
-        if not groups or need > (room if exact else 2 * room):
-            groups.append([])
-            room = target
-        groups[-1].append(source)
-        room -= need
+    rooms: list[int] = []
+    waiting = deque((source, sizes[source.key] + SAMPLE_BYTES) for source in members)
+    while waiting:
+        source, need = waiting.popleft()
+        groups.append([source])
+        room = target - need
+        while waiting:
+            place = 0
+            if waiting[0][1] > room:
+                ahead = enumerate(need for _, need in itertools.islice(waiting, _AHEAD))
+                fitting = [(abs(room - need), n) for n, need in ahead if need <= (room if exact else 2 * room)]
+                if room < _LOOSE[exact] * target or not fitting:
+                    break
+                place = min(fitting)[1]
+            source, need = waiting[place]
+            del waiting[place]
+            groups[-1].append(source)
+            room -= need
+        rooms.append(room)
+    if rooms and max(rooms) > _LOOSE[True] * target:
+        groups.append(groups.pop(rooms.index(max(rooms))))
     return groups

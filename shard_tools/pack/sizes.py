@@ -1,8 +1,9 @@
 """Predict how many bytes each source takes in a storage tier; `pack` plans its shards with these sizes.
 
 In the tier source a file keeps its size. For frame tiers, some videos, chosen by hash, are measured: they are probed,
-and a few of their frames are encoded. Every other video is assumed to grow like measured videos of about the same size.
-All of this depends on the files alone, so that every machine and every slice makes the same plan.
+and a few of their frames are encoded. Every other video is opened for the bytes of its raw frames, and is assumed to
+keep the same share of these as measured videos that are compressed about as much. All of this depends on the files
+alone, so that every machine and every slice makes the same plan.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import numpy as np
 import xxhash
 
 from shard_tools.common.processes import WorkerDiedError
-from shard_tools.pack.pack_shard import NOT_THE_SOURCES_FAULT, read_file
-from shard_tools.video.probe import BadVideoError, probe_packets
+from shard_tools.format.sample import y4m_frame_bytes
+from shard_tools.pack.pack_shard import is_the_machines_fault, read_file
+from shard_tools.video.ffmpeg import UNREADABLE, open_video, video_streams
+from shard_tools.video.packets import Packets
+from shard_tools.video.probe import BadVideoError, probe, probe_packets
 from shard_tools.video.sources import Source
-from shard_tools.video.tiers import Encoding, make_payload
+from shard_tools.video.tiers import Encoding, make_payload, target_size
 
-MOST, _MOST_BYTES = 256, 4 << 30  # videos to measure, and their bytes
-# Frames of a video to encode, and the last one of them: a long video then costs no more than a short one.
-_FRAMES, _LAST = 3, 48
-_NEIGHBOURS = 16  # measured videos whose growth another video is assumed to have
-_STEPS = 4  # steps per factor of two, to which the bytes of a video as mjpeg are rounded
+MOST, _MOST_BYTES = 512, 4 << 30  # videos to measure, and their bytes
+# Frames of a video to encode, spread over it, and how many frames may have to be decoded for each.
+_FRAMES, _DECODED = 5, 25
+_NEIGHBOURS = 16  # measured videos that another video is compared with
+_STEPS = 16  # steps per factor of two, to which the bytes of a video as mjpeg are rounded
 _TABLE_BYTES = {"mjpeg": 26, "y4m": 19}  # in KEY.json for each frame
 
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
@@ -44,18 +48,58 @@ def choose(sources: Sequence[Source]) -> list[Source]:
 
 def predict_sizes(
     root: Path, sources: Sequence[Source], source_bytes: dict[str, int], encoding: Encoding, execute: Executor,
-    workers: int,
+    workers: int, roughly: bool = False,
 ) -> dict[str, int]:  # fmt: skip
-    """Predicted bytes of each source, by key; 0 for a missing file, and for a measured one that cannot be packed."""
+    """Predicted bytes of each source, by key; 0 for a missing file, and for a measured one that cannot be packed.
+
+    Args:
+        roughly: do not open the videos that are not measured; their sum is right, but not each of them.
+    """
     if encoding.tier == "source":
         return source_bytes
-    there = [source for source in choose(sources) if source_bytes[source.key]][:MOST]
-    read = itertools.accumulate(source_bytes[source.key] for source in there)
-    chosen = [source for source, total in zip(there, read, strict=True) if total <= _MOST_BYTES] or there[:1]
+    there = [source for source in choose(sources) if source_bytes[source.key]]
+    read = itertools.accumulate(source_bytes[source.key] for source in there[:MOST])
+    chosen = there[: max(1, sum(total <= _MOST_BYTES for total in read))]
     print(f"planning: measuring {len(chosen)} of {len(sources):,} videos", flush=True)
-    outcomes = dict(execute(functools.partial(measure, root, encoding), chosen, workers))
-    measured = {source.key: 0 if isinstance(size := outcomes[source], WorkerDiedError) else size for source in chosen}
-    return _scale(source_bytes, _rounded(measured) if encoding.tier == "mjpeg" else measured)
+    measured = _run(measure, root, encoding, chosen, execute, workers)
+    if encoding.tier == "mjpeg":
+        measured = _rounded(measured)
+    if roughly:
+        growth = sum(measured.values()) / max(sum(source_bytes[key] for key in measured), 1)
+        return {key: round(size * growth) for key, size in source_bytes.items()} | measured
+    raw = _run(raw_bytes, root, encoding, there if len(there) > len(chosen) else [], execute, workers)
+    return dict.fromkeys(source_bytes, 0) | _scale(source_bytes, raw, measured) | measured
+
+
+def _run(
+    function: Callable[[Path, Encoding, Source], int], root: Path, encoding: Encoding, sources: Sequence[Source],
+    execute: Executor, workers: int,
+) -> dict[str, int]:  # fmt: skip
+    """The function's result for each source, by key, in the order of the sources; 0 if it kills the process."""
+    outcomes = dict(execute(functools.partial(function, root, encoding), sources, workers))
+    return {s.key: 0 if isinstance(size := outcomes[s], WorkerDiedError) else size for s in sources}
+
+
+def raw_bytes(root: Path, encoding: Encoding, source: Source) -> int:
+    """Bytes of a video as raw frames of the tier's size; 0 if unreadable.
+
+    MP4 and AVI count the frames in their headers. Others state a duration, which is often wrong: they are read whole.
+    """
+    path = root / source.path
+    try:
+        with path.open("rb") as file, open_video(file) as container:
+            stream = next(iter(video_streams(container)), None)
+            if stream is None:
+                return 0
+            frames, width, height = stream.frames, stream.width, stream.height
+        if not frames or not width or not height:
+            video = probe(read_file(path))
+            frames, width, height = video.num_frames, video.width, video.height
+    except (OSError, BadVideoError, *UNREADABLE) as error:
+        if is_the_machines_fault(error):
+            raise
+        return 0
+    return frames * y4m_frame_bytes(*target_size(width, height, encoding.short_side))
 
 
 def measure(root: Path, encoding: Encoding, source: Source) -> int:
@@ -63,14 +107,21 @@ def measure(root: Path, encoding: Encoding, source: Source) -> int:
     try:
         data = read_file(root / source.path)
         video, packets = probe_packets(data)
-        last = min(video.num_frames - 1, _LAST)
-        numbers = sorted({last * n // (_FRAMES - 1) for n in range(_FRAMES)}) if encoding.tier == "mjpeg" else [0]
+        numbers = _some_frames(packets, video.num_frames) if encoding.tier == "mjpeg" else [0]
         payload = make_payload(data, "", video, packets, encoding, numbers)
     except (OSError, BadVideoError) as error:
-        if isinstance(error, OSError) and error.errno in NOT_THE_SOURCES_FAULT:
+        if is_the_machines_fault(error):
             raise
         return 0
     return round((len(payload.data) / len(numbers) + _TABLE_BYTES[encoding.tier]) * video.num_frames)
+
+
+def _some_frames(packets: Packets, num_frames: int) -> list[int]:
+    """Frames spread over a video, each moved towards the start from which it is decoded if that is far away."""
+    starts = np.array([0]) if packets.frame is None else np.sort(packets.frame[packets.is_start & (packets.frame >= 0)])
+    even = np.arange(_FRAMES) * (num_frames - 1) // (_FRAMES - 1)
+    nearest = starts[np.maximum(np.searchsorted(starts, even, "right") - 1, 0)]
+    return sorted({*np.minimum(even, nearest + _DECODED - 1).tolist()})
 
 
 def _rounded(measured: dict[str, int]) -> dict[str, int]:
@@ -83,16 +134,19 @@ def _rounded(measured: dict[str, int]) -> dict[str, int]:
     return {key: round(size * factor) for key, size in steps.items()}
 
 
-def _scale(source_bytes: dict[str, int], measured: dict[str, int]) -> dict[str, int]:
-    """All sizes: the measured ones, and for other files the growth of measured files of the most similar size."""
-    known = sorted((source_bytes[key], size) for key, size in measured.items() if size)
+def _scale(source_bytes: dict[str, int], raw: dict[str, int], measured: dict[str, int]) -> dict[str, int]:
+    """Sizes by `raw` bytes, and by the share of these that similarly compressed, measured videos keep."""
+    known = sorted(
+        (source_bytes[key] / raw[key], raw[key], size) for key, size in measured.items() if raw.get(key) and size
+    )
     if not known:
-        return dict.fromkeys(source_bytes, 0)
-    before, after = np.cumsum([(0, 0), *known], axis=0, dtype=float).T
-    keys = [key for key in source_bytes if key not in measured]
-    sizes = np.array([source_bytes[key] for key in keys])
-    first = np.searchsorted([size for size, _ in known], sizes) - _NEIGHBOURS // 2
+        return {}
+    before, after = np.cumsum([(0, 0), *((of, size) for _, of, size in known)], axis=0, dtype=float).T
+    keys = [key for key, size in raw.items() if size]
+    sizes = np.array([raw[key] for key in keys])
+    compressed = np.array([source_bytes[key] for key in keys]) / sizes
+    first = np.searchsorted([share for share, _, _ in known], compressed) - _NEIGHBOURS // 2
     first = np.clip(first, 0, max(len(known) - _NEIGHBOURS, 0))
     last = np.minimum(first + _NEIGHBOURS, len(known))
-    grown = sizes * (after[last] - after[first]) / (before[last] - before[first])
-    return measured | {key: round(size) for key, size in zip(keys, grown.tolist(), strict=True)}
+    kept = sizes * (after[last] - after[first]) / (before[last] - before[first])
+    return {key: round(size) for key, size in zip(keys, kept.tolist(), strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import cast
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -38,15 +38,16 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def open_video(payload: bytes) -> av.container.InputContainer:
-    """The container in the bytes of a whole file, for the caller to close.
+def open_video(video: bytes | BinaryIO) -> av.container.InputContainer:
+    """The container in a file, or in the bytes of a whole one, for the caller to close.
 
     Its tags need not be UTF-8.
 
     Raises:
         av.FFmpegError: not a video, or in a container that is not accepted.
     """
-    container = av.open(io.BytesIO(payload), options=_OPTIONS, metadata_errors="replace")
+    file = io.BytesIO(video) if isinstance(video, bytes) else video
+    container = av.open(file, options=_OPTIONS, metadata_errors="replace")
     return cast(av.container.InputContainer, container)
 
 

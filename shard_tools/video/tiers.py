@@ -134,12 +134,12 @@ def make_payload(
 
 def _decode(packets: Packets, video: Video, short_side: int | None, numbers: Sequence[int] | None) -> list[Planes]:
     """Copies of Y, U, V of the frames at the size of the tier."""
-    width, height = _target_size(video.width, video.height, short_side)
+    width, height = target_size(video.width, video.height, short_side)
     info = dataclasses.replace(VideoInfo.of(video), width=width, height=height)
     return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(packets, info, numbers).pictures]
 
 
-def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+def target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
     """The native size, or with the shorter side at `short_side` and both sides even."""
     shorter = min(width, height)
     if short_side is None or shorter <= short_side:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_tools.pack.plan import MIB, auto_shard_bytes, make_plan
+from shard_tools.pack.plan import MIB, SAMPLE_BYTES, _order, auto_shard_bytes, make_plan
 from shard_tools.video.sources import Source
 
 SOURCES = [
@@ -49,6 +49,30 @@ def test_no_shard_outgrows_its_size_but_for_a_single_large_source(target, sizes)
         assert task.bytes == total
         assert total <= target or len(task.sources) == 1
         assert task.sources
+
+
+@given(st.lists(st.integers(1000, 60_000), min_size=1, max_size=80))
+def test_shards_of_few_large_sources_have_their_size(sizes):
+    sources = [Source(key=str(n), path=f"{n}.webm", split="train") for n in range(len(sizes))]
+    tasks = plan(sources, {str(n): size for n, size in enumerate(sizes)}, exact=False).tasks
+    assert sorted(source for task in tasks for source in task.sources) == sorted(sources)
+    assert all(abs(_in_tar(task) / (128 << 10) - 1) <= 0.25 for task in tasks[:-1])
+
+
+def test_a_source_that_fits_comes_before_one_that_leaves_a_shard_half_empty():
+    """Of 60, 60 and 30 %, in this order, the first and the last make a shard; two that fit exactly stay in order."""
+    sources = sorted((Source(key=str(n), path="", split="train") for n in range(3)), key=lambda s: _order(0, s.key))
+    sizes = {
+        source.key: share * (100_000 // 10) - SAMPLE_BYTES for source, share in zip(sources, (6, 6, 3), strict=True)
+    }
+    first, second = plan(sources, sizes, shard_bytes=100_000).tasks
+    assert (first.sources, second.sources) == ((sources[0], sources[2]), (sources[1],))
+    sizes |= {sources[1].key: 5000}
+    assert plan(sources, sizes, shard_bytes=100_000).tasks[0].sources == tuple(sources)
+
+
+def _in_tar(task):
+    return task.bytes + len(task.sources) * SAMPLE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,54 @@ def test_the_choice_is_by_hash_and_over_all_splits(videos):
     assert {source.split for source in chosen[:3]} == {"train", "validation", "test"}
 
 
-def test_others_grow_like_files_of_their_size():
-    """Small files are of 100 bytes and grow tenfold, large ones of 10,000 and double."""
-    measured = {f"m{n}": 1000 if n % 2 else 20_000 for n in range(64)}
-    source_bytes = {key: 100 if size == 1000 else 10_000 for key, size in measured.items()}
-    source_bytes |= {"small": 90, "large": 12_000, "none": 0}
-    grown = sizes._scale(source_bytes, measured | {"bad": 0})
-    assert (grown["small"], grown["large"], grown["none"], grown["m1"], grown["bad"]) == (900, 24_000, 0, 1000, 0)
-    assert set(sizes._scale({"a": 5}, {"b": 0}).values()) == {0}
+def test_others_keep_what_videos_that_are_compressed_as_much_keep():
+    """Of 10,000 raw bytes, files of 100 bytes keep a tenth in the tier, and files of 1,000 bytes a half."""
+    measured = {f"m{n}": 1000 if n % 2 else 5000 for n in range(64)}
+    source_bytes = {key: size // 10 if size == 1000 else size // 5 for key, size in measured.items()}
+    source_bytes |= {"small": 90, "long": 9000, "good": 330, "unreadable": 70}
+    raw = dict.fromkeys(measured, 10_000) | {"small": 9000, "long": 900_000, "good": 3000, "unreadable": 0}
+    sized = sizes._scale(source_bytes, raw, measured | {"bad": 0})
+    assert (sized["small"], sized["long"], sized["good"]) == (900, 90_000, 1500)
+    assert not {"bad", "unreadable"} & sized.keys()
+    assert sizes._scale({"a": 5}, {"a": 5}, {"b": 0}) == {}
+
+
+@pytest.fixture(scope="module")
+def mixed_videos(tmp_path_factory):
+    """Videos of very different sizes, lengths and compression, in containers with and without a number of frames."""
+    root, rng = tmp_path_factory.mktemp("mixed"), random.Random(3)
+    for number in range(80):
+        side, (codec, container) = (
+            rng.choice((32, 64, 128)),
+            rng.choice((("mpeg4", "mp4"), ("libvpx", "webm"), ("mpeg4", "avi"))),
+        )
+        data = make_video(
+            side,
+            side,
+            rng.choice((4, 10, 30)),
+            codec=codec,
+            container=container,
+            noise=number % 2 == 0 and codec == "mpeg4",
+        )
+        (root / f"{number}.{container}").write_bytes(data)
+    return root
+
+
+@pytest.mark.parametrize(("tier", "size"), [("mjpeg", 450_000), ("y4m", 2_000_000), ("source", 300_000)])
+def test_few_measured_videos_are_enough_for_very_different_ones(mixed_videos, tier, size, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "MOST", 32)
+    assert pack_here(mixed_videos, "--out", tmp_path, "--frames", tier, "--shard-size", size) == 0
+    whole = [info.bytes for info in read_dataset(tmp_path).splits["train"].shards[:-1]]
+    assert len(whole) >= 4
+    assert max(abs(count / size - 1) for count in whole) <= 0.25
+
+
+def test_a_rough_prediction_opens_only_the_measured_videos(some, monkeypatch):
+    monkeypatch.setattr(sizes, "MOST", 10)
+    monkeypatch.setattr(sizes, "raw_bytes", None)
+    roughly = predict_sizes(*some, Encoding("y4m"), serially, 1, roughly=True)
+    monkeypatch.undo()
+    assert sum(roughly.values()) == pytest.approx(sum(predicted(some, Encoding("y4m")).values()), rel=0.2)
 
 
 def test_jpegs_that_differ_a_little_give_the_same_sizes():

@@ -6,6 +6,7 @@ COMMANDS = {
     "preflight": "check data, workers, memory and models before a long run",
     "latents": "run the teacher once, and store its tokens to train from",
     "train": "train a student encoder against a frozen teacher",
+    "evaluate": "measure the held-out loss and the features of a checkpoint",
     "report": "write one HTML page about a run, or several side by side",
     "probe": "measure a run's frozen encoder with probes on labelled clips",
     "export": "write the encoder of a run for use elsewhere",

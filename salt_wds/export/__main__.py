@@ -18,8 +18,9 @@ def main(argv: list[str] | None = None) -> int:
         "checkpoint; 130 interrupted",
         page="encoder",
     )
-    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run; its newest whole checkpoint is taken")
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--checkpoint", metavar="N", help='a step, or "best" by held-out loss (default: the newest)')
     parser.add_argument("--ema", action="store_true", help="export the moving average of the parameters (optim.ema)")
     parser.add_argument(
         "--transformers", action="store_true",
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         lines = export_run(
             args.run, args.out, ema=args.ema, extras=args.extras, overwrite=args.overwrite,
-            transformers=args.transformers,
+            transformers=args.transformers, wanted=args.checkpoint,
         )  # fmt: skip
     except ParityError as error:
         print(f"{error}; nothing was written to {args.out}", file=sys.stderr)

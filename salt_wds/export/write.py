@@ -34,15 +34,17 @@ from shard_tools.common.files import replace_folder
 
 
 def export_run(
-    run_dir: Path, out: Path, *, ema: bool, extras: Sequence[str], overwrite: bool, transformers: bool = False
-) -> list[str]:
-    """Export the newest checkpoint of a run; returns what was written, in lines for the user.
+    run_dir: Path, out: Path, *, ema: bool, extras: Sequence[str], overwrite: bool, transformers: bool = False,
+    wanted: str | None = None,
+) -> list[str]:  # fmt: skip
+    """Export a checkpoint of a run; returns what was written, in lines for the user.
 
     Args:
         ema: export the moving average of the student's parameters.
         extras: additional files to write, from `formats.FORMATS`.
         overwrite: replace an earlier export in `out`.
         transformers: write the folder of transformers' VideoMAEModel in place of our own.
+        wanted: step of the checkpoint, or "best"; None: the newest.
 
     Raises:
         CommandError: no run, no checkpoint, `out` holds something that must not be replaced, or another tool cannot
@@ -50,7 +52,7 @@ def export_run(
         ParityError: a written file does not give the tokens of the run's encoder.
     """
     _check_target(out, overwrite)
-    frozen = student_of(run_dir, torch.device("cpu"), ema=ema)
+    frozen = student_of(run_dir, torch.device("cpu"), ema=ema, wanted=wanted)
     with replace_folder(out.resolve()) as folder:
         lines = _write(folder, run_dir, out.resolve().name, frozen, extras, transformers)
         mode = (folder / CARD_FILE).stat().st_mode

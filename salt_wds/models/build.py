@@ -51,12 +51,20 @@ def build_models(config: Config, device: torch.device) -> Models:
     Raises:
         CommandError: weights are missing or of another layout, or sizes do not fit each other.
     """
-    if config.objective == "pixels":
-        teacher = pixel_targets(config.num_tokens)
-    else:
-        teacher = stored_teacher(config) if config.teacher.latents else build_teacher(config)
+    teacher = build_targets(config)
     student = build_student(config.student, grid=config.grid, target_width=teacher.width)
     return Models(teacher.to(device), student.to(device).train())
+
+
+def build_targets(config: Config) -> Teacher:
+    """What gives a run its targets, on the CPU: its teacher, a stand-in for a stored one, or the pixels of patches.
+
+    Raises:
+        CommandError: weights are missing or of another layout, or sizes do not fit each other.
+    """
+    if config.objective == "pixels":
+        return pixel_targets(config.num_tokens)
+    return stored_teacher(config) if config.teacher.latents else build_teacher(config)
 
 
 def build_teacher(config: Config) -> Teacher:

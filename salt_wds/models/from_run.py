@@ -20,17 +20,20 @@ from salt_wds.runs import checkpoint
 from shard_tools.common.cli import CommandError
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(folder: Path, wanted: str | None = None) -> tuple[Path, dict[str, Any]] | None:
     """A whole checkpoint and its state: the newest one of a run, or the folder itself; None if it is neither.
 
+    Args:
+        wanted: of a run: the number of a step, or "best".
+
     Raises:
-        CommandError: a run without a checkpoint, or damaged ones.
+        CommandError: a run without (that) checkpoint, or damaged ones.
     """
-    if checkpoint.is_checkpoint(folder):
+    if wanted is None and checkpoint.is_checkpoint(folder):
         return folder, checkpoint.read_state(folder)
     if not (folder / "config.toml").is_file() and not (folder / "checkpoints").is_dir():
         return None
-    found = checkpoint.newest(folder / "checkpoints")
+    found = checkpoint.find(folder / "checkpoints", wanted)
     if found is None:
         raise CommandError(f"{folder}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     return found

@@ -63,17 +63,18 @@ class FrozenEncoder:
         return self.config.train.precision == "bf16"
 
 
-def student_of(run_dir: Path, device: torch.device, *, ema: bool = False) -> FrozenEncoder:
-    """The student in the newest whole checkpoint of a run: tokens after its final norm.
+def student_of(run_dir: Path, device: torch.device, *, ema: bool = False, wanted: str | None = None) -> FrozenEncoder:
+    """The student in a whole checkpoint of a run: tokens after its final norm.
 
     Args:
+        wanted: the number of a step, or "best"; None: the newest.
         ema: take the moving average of its parameters instead (optim.ema).
 
     Raises:
-        CommandError: not a run, or no whole checkpoint (with that average).
+        CommandError: not a run, or no such whole checkpoint (with that average).
     """
     config = read_run(run_dir)
-    found = find_checkpoint(run_dir)
+    found = find_checkpoint(run_dir, wanted)
     assert found is not None, "a folder with a config.toml is a run"
     path, state = found
     student = load_student(path, config, ema=ema).to(device).eval().requires_grad_(False)

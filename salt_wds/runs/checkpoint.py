@@ -5,14 +5,18 @@
                   ema.safetensors       the running mean of the student's parameters, with optim.ema
                   state.json            step, next batch, configuration, counters; size and hash of the other files
 
+`best` is a link to the one with the lowest held-out loss, of those that a measurement fell on.
+
 Written beside and renamed. safetensors and JSON only: loading a checkpoint never runs code. The files do not depend on
 the number of ranks or on how they share the parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -100,10 +104,11 @@ def quarantine_newer(folder: Path, step: int) -> None:
 
 
 def remove_old(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and those of every `keep_every`th step, and leftovers of interrupted
-    writes. Not to be called while a checkpoint is being written."""
+    """Mark the best checkpoint, and remove all but it, the newest `keep` and those of every `keep_every`th step, and
+    leftovers of interrupted writes. Not to be called while a checkpoint is being written."""
+    marked = _mark_best(folder)
     for path in _all(folder)[keep:]:
-        if keep_every is None or _step(path) % keep_every:
+        if path != marked and (keep_every is None or _step(path) % keep_every):
             shutil.rmtree(path)
     for leftover in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")):
         shutil.rmtree(leftover)
@@ -158,6 +163,50 @@ class Writer:
         except OSError as error:
             log.error("checkpoint %d is written, but an old one cannot be removed: %s", step, describe_os_error(error))
         return None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss (`val_loss` of its state); None if no checkpoint has one."""
+    losses = {}
+    for path in _all(folder):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # damaged: never the best
+            loss = json.loads((path / _STATE).read_bytes()).get("val_loss")
+            if isinstance(loss, int | float) and math.isfinite(loss):
+                losses[path] = loss
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def _mark_best(folder: Path) -> Path | None:
+    """Have the link `best` lead to the best checkpoint; returns that."""
+    found, link = best(folder), folder / "best"
+    if found is None:
+        link.unlink(missing_ok=True)
+    elif not link.is_symlink() or os.readlink(link) != found.name:
+        temporary = folder / ".best.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(found.name)
+        temporary.replace(link)
+    return found
+
+
+def find(folder: Path, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The whole checkpoint of a step (its number), the `best` one, or the newest (None); and its state.
+
+    Raises:
+        CommandError: there is none such, or it is damaged.
+    """
+    if wanted is None:
+        return newest(folder)
+    steps = {str(_step(path)): path for path in _all(folder)}
+    path = best(folder) if wanted == "best" else steps.get(wanted.lstrip("0") or "0")
+    if path is None:
+        why = (
+            "no checkpoint has a held-out loss; set train.validate_every to a divisor of train.checkpoint_every"
+            if wanted == "best"
+            else f"no checkpoint of step {wanted}, there are {', '.join(reversed(steps)) or 'none'}"
+        )
+        raise CommandError(f"{folder}: {why}")
+    return path, read_state(path)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

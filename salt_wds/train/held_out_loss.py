@@ -1,5 +1,7 @@
 """The held-out loss: the training loss on the first batches of another split, the same clips and masks every time.
 
+`train.validate_every` measures it during training, `salt_wds.evaluate` afterwards.
+
 Clips are the centre of each video in time and space; masks come from (seed, position), as in training. Measuring
 changes nothing of the run: not the student, not its random numbers, not the training loader.
 """
@@ -20,6 +22,8 @@ from salt_wds.data.batches import Batch
 from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
 from salt_wds.data.views import Views
+from salt_wds.models.student import Student
+from salt_wds.train.diagnostics import feature_diagnostics
 from salt_wds.train.distributed import World
 from salt_wds.train.step import Forward
 from shard_tools.common.cli import CommandError
@@ -32,10 +36,12 @@ class HeldOutLoss:
     """Evaluator of the held-out loss, every train.validate_every steps.
 
     Its batch slots are allocated once, so missing memory is noticed before the first step; its workers run only while
-    it measures. Failed samples are recorded in the run's `failures/validation/`.
+    it measures.
 
     Args:
-        forward: not compiled: for a few batches a second compilation costs more than it gains.
+        ledger: where failed samples are recorded.
+        forward: not compiled: for a few batches a second compilation costs more than it gains. None: there are no
+            predictions, only features are measured.
         student: the one that `forward` calls.
 
     Raises:
@@ -44,15 +50,14 @@ class HeldOutLoss:
 
     name = "held-out loss"
 
-    def __init__(self, config: Config, run_dir: Path, forward: Forward, student: nn.Module, world: World) -> None:
+    def __init__(self, config: Config, ledger: Path, forward: Forward | None, student: Student, world: World) -> None:
         self.every = config.train.validate_every
         data = _held_out_split(config.data)
-        ledger = run_dir / "failures" / "validation" / f"rank{world.rank}.jsonl"
         self._loader = Loader(
             config.model_copy(update={"data": data}), ledger, rank=world.rank, world_size=world.size, views=Views()
         )
         self._batches = min(config.train.validate_batches, num_batches(self._loader))
-        self._forward, self._student, self._world = forward, student, world
+        self._config, self._forward, self._student, self._world = config, forward, student, world
 
     def describe(self) -> str:
         """A line for the start of a run."""
@@ -64,7 +69,8 @@ class HeldOutLoss:
         )
 
     def measure(self) -> dict[str, float]:
-        """`val_loss` and `val_r2`, means over clips as in training over batches; `val_clips` and `val_seconds`.
+        """`val_loss` and `val_r2`, means over clips as in training over batches; `val_effective_rank` and
+        `val_token_spread`, of the first batch (feature_diagnostics); `val_clips` and `val_seconds`.
 
         Substitutes of failed samples do not count. Each rank measures its slice, and all return the same numbers.
 
@@ -73,21 +79,29 @@ class HeldOutLoss:
         """
         started = time.perf_counter()
         loss, r2, count = 0.0, 0.0, 0
+        features: dict[str, float] = {}
         with torch.no_grad(), evaluation_mode(self._student):
             for batch in synchronised_batches(self._loader, self._world, self._batches):
                 kept = (~batch["substituted"]).nonzero().flatten()
                 rows = kept if len(kept) else torch.tensor([0])  # ranks that share parameters must run equally often
-                clips, colour, mask = (batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask"))
-                targets = self._forward.targets(clips, colour, mask)
-                batch_loss, stats = self._forward.loss(clips, colour, mask, targets)
-                loss += batch_loss.item() * len(kept)
-                r2 += stats["r2"].item() * len(kept)
+                inputs = {name: batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask")}
+                features = features or feature_diagnostics(self._config, self._student, inputs, self._world.device)
+                if self._forward is not None:
+                    targets = self._forward.targets(*inputs.values())
+                    batch_loss, stats = self._forward.loss(*inputs.values(), targets)
+                    loss += batch_loss.item() * len(kept)
+                    r2 += stats["r2"].item() * len(kept)
                 count += len(kept)
-        loss, r2, count = (sum(parts) for parts in zip(*self._world.gather((loss, r2, count)), strict=True))
+        ranks = self._world.gather((loss, r2, count, features))
+        loss, r2, count = (sum(parts) for parts in list(zip(*ranks, strict=True))[:3])
         if not count:
             return {}
-        seconds = time.perf_counter() - started
-        return {"val_loss": loss / count, "val_r2": r2 / count, "val_clips": count, "val_seconds": seconds}
+        return {
+            **({"val_loss": loss / count, "val_r2": r2 / count} if self._forward is not None else {}),
+            **{f"val_{name}": sum(rank[3][name] for rank in ranks) / len(ranks) for name in features},
+            "val_clips": count,
+            "val_seconds": time.perf_counter() - started,
+        }
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ class Loop:
         allowed = train.max_skipped if train.on_nonfinite == "skip" else 0
         self.guard = FiniteGuard(allowed, state.get("skipped", 0) if state else 0, world)
         self.optimizer.found_inf = self.guard.found_inf  # type: ignore[attr-defined]  # AdamW's fused kernel reads it
+        self.val_loss: float | None = None  # of this step, if it was measured
         self.stopped_by = 0  # number of a signal
         self.loaders_stopped: list[str | None] = []  # by rank: why its loader gave up; empty if none did
 
@@ -179,6 +180,7 @@ class Loop:
                 except LoaderStopped as stopped:
                     log.error("no %s at step %d: %s", evaluator.name, self.step, stopped)
         self.clock.exclude(time.perf_counter() - started)
+        self.val_loss = measured.get("val_loss")
         return measured
 
     def check_finite(self) -> None:
@@ -252,6 +254,7 @@ class Loop:
             "failures": {"total": sum(r[0] for r in ranks), "by_kind": dict(sum((r[1] for r in ranks), Counter()))},
             "quarantine": sorted(frozenset().union(*(rank[2] for rank in ranks))),
             "skipped": self.guard.count,
+            "val_loss": self.val_loss,
         }
         self.writer.start(self.step, tensors, state)
 

@@ -122,7 +122,8 @@ def _build_evaluators(config: Config, world: World, models: Models) -> list[Held
     run_dir = Path(config.train.run_dir)
     if config.train.validate_every:
         forward = make_forward(config, models.teacher, models.student, world.device)
-        evaluators.append(HeldOutLoss(config, run_dir, forward, models.student, world))
+        ledger = run_dir / "failures" / "validation" / f"rank{world.rank}.jsonl"
+        evaluators.append(HeldOutLoss(config, ledger, forward, models.student, world))
     if config.train.probe_every:
         evaluators.append(KnnProbe(config, run_dir, models.student, world))
     return evaluators

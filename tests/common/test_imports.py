@@ -9,7 +9,7 @@ import pytest
 # Each folder or single-file command may import the ones to its right, never one to its left.
 LAYERS = {
     "shard_tools": "repair verify index pack describe bench failures synth video format common",
-    "salt_wds": "demo report bench preflight replay export embed latents train probe models runs data config",
+    "salt_wds": "demo report bench preflight evaluate replay export embed latents train probe models runs data config",
 }
 FROM_SHARD_TOOLS = {"common", "format", "video"}  # all that salt_wds may import of shard_tools
 LATENTS_ALSO = {"pack", "verify"}  # stored latents are a data set like others, written by the same machinery

@@ -42,7 +42,8 @@ def held_out_loss(config, run_dir):
     torch.manual_seed(0)
     models = build_models(config, CPU)
     forward = make_forward(config, models.teacher, models.student, CPU)
-    return HeldOutLoss(config, run_dir, forward, models.student, World(CPU)), models.student
+    ledger = run_dir / "failures/validation/rank0.jsonl"
+    return HeldOutLoss(config, ledger, forward, models.student, World(CPU)), models.student
 
 
 def knn_probe(config, run_dir):

@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(harness.REPOSITORY))
 
 from salt_wds.data.catalog import Catalog, Row, open_catalog
-from salt_wds.data.crop_resize import Crop, write_clip
+from salt_wds.data.crop_resize import Clip, Crop, write_clips
 from salt_wds.data.order import Order, Place, sample_rng
 from salt_wds.data.pipeline import video_info
 from salt_wds.data.reader import Reader
@@ -102,7 +102,7 @@ class Lane:
         record, payload = self.reader.read(place.shard, row, numbers)
         self.reading += time.perf_counter() - started
         info = video_info(row, record, foreign=False)
-        write_clip(self.decoder(payload, info, numbers).pictures, frames, crop, self.out)
+        write_clips(self.decoder(payload, info, numbers).pictures, [Clip(frames, crop, self.out)])
         self.position += 1
 
     def request(self, position: int) -> tuple[Place, Row, np.ndarray, Crop]:

@@ -104,6 +104,9 @@ class DataConfig(Section):
     """Area of the random resized crop as a share of the frame: [minimum, maximum]."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
     """Aspect ratio (width / height) of the random resized crop: [minimum, maximum]."""
+    clips_per_video: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Clips that are taken from a video each time it is decoded (repeated augmentation), each with frames, crop and
+    mask of its own. They stand side by side in a batch; an epoch has as many clips of every video."""
     views: NonNegativeInt = 0
     """0: draw the frames and the crop of a clip anew every time. K: each sample has K fixed views, drawn from the seed
     and its key, which take turns from epoch to epoch."""

@@ -24,6 +24,7 @@ import torch
 from salt_wds.config import Config
 from salt_wds.data.batches import TIMED, Batch
 from salt_wds.data.catalog import open_catalog
+from salt_wds.data.crop_resize import frames_of
 from salt_wds.data.loader import Loader
 from salt_wds.data.order import sample_rng
 from salt_wds.data.pipeline import video_info
@@ -158,22 +159,21 @@ def _decode_only(config: Config, seconds: float, worker: int) -> float:
     catalog = open_catalog(data.folders, data.split)
     order, reader = make_order(catalog, data, config.train.seed), Reader(catalog, 0)
     decoders = {ext: get_decoder(ext) for ext in catalog.extensions}
-    started, clips = time.perf_counter(), 0
+    started, videos = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        position = worker + clips * data.num_workers
-        place = order.locate(position)
+        first = (worker + videos * data.num_workers) * data.clips_per_video
+        place = order.locate(first)
         row = catalog.row(*place)
-        rng = sample_rng(config.train.seed, position)
-        frames, _ = training_view(row.num_frames, row.width, row.height, data, rng)
-        numbers = sorted(set(frames.tolist()))
+        draws = [sample_rng(config.train.seed, first + number) for number in range(data.clips_per_video)]
+        numbers = frames_of(training_view(row.num_frames, row.width, row.height, data, rng)[0] for rng in draws)
         with suppress(
             OSError, HashMismatchError, DecodeError, av.FFmpegError
         ):  # the loader was measured before, and named them
             record, payload = reader.read(place.shard, row, numbers)
             info = video_info(row, record, foreign=catalog.part(place.shard).foreign)
             deque(decoders[row.ext](payload, info, numbers).pictures, maxlen=0)
-        clips += 1
-    return clips / (time.perf_counter() - started)
+        videos += 1
+    return videos * data.clips_per_video / (time.perf_counter() - started)
 
 
 def loader_table(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ order before and after is untouched.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import cv2
@@ -74,14 +74,18 @@ class BatchMaker:
             requests = following
 
     def _requests(self, number: int) -> list[Sample]:
-        first = number * self._spec.data.batch_size + self._spec.rank * self._spec.local_batch
-        return [self._pipeline.request(first + place, 0) for place in range(self._spec.local_batch)]
+        spec = self._spec
+        first = number * spec.data.batch_size + spec.rank * spec.local_batch
+        positions = range(first, first + spec.local_batch)
+        groups = itertools.groupby(positions, lambda position: position // spec.clips_per_sample)
+        return [self._pipeline.request(list(group), 0) for _, group in groups]
 
     def _make(self, number: int, slot: int, requests: list[Sample], following: list[Sample]) -> Batch:
         spec, pipeline = self._spec, self._pipeline
         clips, masks, targets = spec.slot_views(self._worker, slot)
-        for request, clip, target in zip(requests, clips, targets, strict=True):
-            request["clip"], request["targets"] = clip, target
+        wanted = [clip for request in requests for clip in request["clips"]]
+        for request, clip, target in zip(wanted, clips, targets, strict=True):
+            request |= {"clip": clip, "targets": target}
         samples = self._fill(requests, following)
         pipeline.set_stage("idle")
         for mask, sample in zip(masks, samples, strict=True):
@@ -105,7 +109,7 @@ class BatchMaker:
         }
 
     def _fill(self, requests: list[Sample], following: list[Sample]) -> list[Sample]:
-        """A sample for every place of the batch: the one requested, or a substitute, or in an evaluation a blank."""
+        """A clip for every place of the batch: the one requested, or a substitute, or in an evaluation a blank."""
         pipeline, failures, limit = self._pipeline, self._pipeline.failures, self._spec.data.max_consecutive_failures
         done: dict[int, Sample] = {}
         failed_before = 0  # the last success
@@ -114,36 +118,48 @@ class BatchMaker:
             for sample in pipeline.process(todo):
                 failed_before = len(failures)
                 done[sample["position"]] = sample
-            missing = [request for request in requests if request["position"] not in done]
-            if missing and self._spec.views is not None:
-                done |= {request["position"]: _blank(request) for request in missing}
-                missing = []
-            if not missing:
+            requests = [left for request in requests if (left := _without(request, done))["clips"]]
+            if self._spec.views is not None:
+                done |= {clip["position"]: _blank(request, clip) for request in requests for clip in request["clips"]}
+                requests = []
+            if not requests:
                 return [done[position] for position in sorted(done)]
             if (count := len(failures) - failed_before) > limit:
                 last = failures[-1]
                 raise UnfillableError(
-                    f"{count} samples in a row failed for position {missing[0]['position']}; the last: {last.shard} "
+                    f"{count} samples in a row failed for position {requests[0]['position']}; the last: {last.shard} "
                     f"{last.key}: {last.error}: {last.message}"
                 )
-            requests = todo = [
-                pipeline.request(request["position"], request["attempt"] + 1)
-                | {name: request[name] for name in ("clip", "targets")}
-                for request in missing
-            ]
+            requests = todo = [self._substitute(request) for request in requests]
+
+    def _substitute(self, request: Sample) -> Sample:
+        """The next attempt, which writes to the same places."""
+        following = self._pipeline.request([clip["position"] for clip in request["clips"]], request["attempt"] + 1)
+        for new, old in zip(following["clips"], request["clips"], strict=True):
+            new |= {"clip": old["clip"], "targets": old["targets"]}
+        return following
 
     def _prefetching(self, requests: list[Sample], following: list[Sample]) -> Iterator[Sample]:
         """The requests; before each, one of the next batch is prefetched, so that reading stays evenly ahead."""
-        for request, later in zip(requests, following, strict=True):
-            self._pipeline.prefetch(later)
+        ahead = iter(following)
+        for request in requests:
+            for later in itertools.islice(ahead, 1):
+                self._pipeline.prefetch(later)
             yield request
+        for later in ahead:
+            self._pipeline.prefetch(later)
 
     def _take_failures(self) -> list[Failure]:
         failures, self._pipeline.failures = self._pipeline.failures, []
         return failures
 
 
-def _blank(request: Sample) -> Sample:
-    """A failed sample with a clip of zeros, marked as substituted."""
-    request["clip"][:] = 0
-    return request | {"colour": 0, "attempt": request["attempt"] + 1}
+def _without(request: Sample, done: Collection[int]) -> Sample:
+    """The request for those of its clips whose positions are not done."""
+    return request | {"clips": [clip for clip in request["clips"] if clip["position"] not in done]}
+
+
+def _blank(request: Sample, clip: Sample) -> Sample:
+    """A clip of a failed sample, of zeros and marked as substituted."""
+    clip["clip"][:] = 0
+    return request | clip | {"colour": 0, "attempt": request["attempt"] + 1}

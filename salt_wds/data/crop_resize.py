@@ -7,9 +7,9 @@ per pixel. Nothing is converted to RGB or float here: the device does that much 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ from shard_tools.video.decode import DecodeError
 from shard_tools.video.ffmpeg import Planes
 
 # Pictures are resized four at a time, as the channels of one image: OpenCV computes each weight once for all four,
-# which takes a third of the time. Decoders and readers keep that many pictures valid.
+# which takes a third of the time. Pictures stay valid as long as they are kept.
 AT_ONCE = 4
 
 
@@ -33,13 +33,24 @@ class Crop:
     flip: bool
 
 
-def write_clip(pictures: Iterator[Planes], frames: np.ndarray, crop: Crop, out: np.ndarray) -> None:
-    """Crop and resize each picture into its place in `out`, (T, S*S*3//2) uint8.
+class Clip(NamedTuple):
+    """A clip to be made: its frame numbers (T,), ascending, its crop, and where to write it, (T, S*S*3//2) uint8."""
+
+    frames: np.ndarray
+    crop: Crop
+    out: np.ndarray
+
+
+def frames_of(clips: Iterable[np.ndarray]) -> list[int]:
+    """The distinct frame numbers of all clips, ascending."""
+    return sorted(set().union(*(frames.tolist() for frames in clips)))
+
+
+def write_clips(pictures: Iterator[Planes], clips: Sequence[Clip]) -> None:
+    """Crop and resize each picture into its places in the clips; a repeated frame number repeats the picture.
 
     Args:
-        pictures: one for each distinct number in `frames`, all of one size; each stays valid until AT_ONCE - 1 more
-            have been taken.
-        frames: (T,) frame numbers, ascending; a repeated number repeats the picture.
+        pictures: one for each number in `frames_of` the clips, all of one size.
 
     Raises:
         DecodeError: there are too few pictures.
@@ -47,24 +58,52 @@ def write_clip(pictures: Iterator[Planes], frames: np.ndarray, crop: Crop, out: 
     # Intel's kernels, within 0.52 of the exact value and twice as fast on four channels; OpenCV's own are within 0.8.
     # No effect on builds without them.
     cv2.ipp.setUseIPP_NotExact(True)
-    size = math.isqrt(out.shape[1] * 2 // 3)
-    half = Crop(crop.x // 2, crop.y // 2, (crop.width + 1) // 2, (crop.height + 1) // 2, crop.flip)
-    shrinks = crop.height > 2 * size or crop.width > 2 * size  # bilinear would alias
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    y_out, u_out, v_out = _plane_views(out, size)
-    numbers = frames.tolist()
-    first_places = [place for place, number in enumerate(numbers) if not place or number != numbers[place - 1]]
-    for start in range(0, len(first_places), AT_ONCE):
-        places = first_places[start : start + AT_ONCE]
-        group = list(islice(pictures, len(places)))
-        if len(group) < len(places):
-            raise DecodeError(f"no picture for frame {numbers[places[len(group)]]}")
-        y, u, v = zip(*group, strict=True)
-        _resize(y, crop, method, [y_out[place] for place in places])
-        _resize(u, half, method, [u_out[place] for place in places])
-        _resize(v, half, method, [v_out[place] for place in places])
-    for begin, end in zip(first_places, [*first_places[1:], len(numbers)], strict=True):
-        out[begin + 1 : end] = out[begin]
+    writers = [_Writer(clip) for clip in clips]
+    for number in frames_of(clip.frames for clip in clips):
+        if (picture := next(pictures, None)) is None:
+            raise DecodeError(f"no picture for frame {number}")
+        for writer in writers:
+            writer.add(number, picture)
+    for writer in writers:
+        writer.finish()
+
+
+class _Writer:
+    """Writes one clip, AT_ONCE pictures at a time."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._crop, self._out, crop = clip.crop, clip.out, clip.crop
+        self._half = Crop(crop.x // 2, crop.y // 2, (crop.width + 1) // 2, (crop.height + 1) // 2, crop.flip)
+        size = math.isqrt(clip.out.shape[1] * 2 // 3)
+        shrinks = crop.height > 2 * size or crop.width > 2 * size  # bilinear would alias
+        self._method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        self._views = _plane_views(clip.out, size)
+        self._places: dict[int, list[int]] = {}
+        for place, number in enumerate(clip.frames.tolist()):
+            self._places.setdefault(number, []).append(place)
+        self._waiting: list[tuple[int, Planes]] = []  # the first place of each picture, and the picture
+
+    def add(self, number: int, picture: Planes) -> None:
+        """Take a picture, if the clip shows this frame."""
+        if number in self._places:
+            self._waiting.append((self._places[number][0], picture))
+            if len(self._waiting) == AT_ONCE:
+                self._write()
+
+    def finish(self) -> None:
+        """Write what is waiting, and repeat repeated frames."""
+        if self._waiting:
+            self._write()
+        for first, *others in self._places.values():
+            if others:
+                self._out[others] = self._out[first]
+
+    def _write(self) -> None:
+        places, pictures = zip(*self._waiting, strict=True)
+        crops = self._crop, self._half, self._half
+        for planes, crop, view in zip(zip(*pictures, strict=True), crops, self._views, strict=True):
+            _resize(planes, crop, self._method, [view[place] for place in places])
+        self._waiting.clear()
 
 
 def _resize(planes: tuple[np.ndarray, ...], crop: Crop, method: int, out: list[np.ndarray]) -> None:

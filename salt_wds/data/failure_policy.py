@@ -26,10 +26,11 @@ class FailurePolicy:
 
     Args:
         folders: of the data sets, as a command line takes them.
+        clips_per_sample: positions in a row that show the same sample.
     """
 
-    def __init__(self, data: DataConfig, folders: str) -> None:
-        self._data, self._folders = data, folders
+    def __init__(self, data: DataConfig, folders: str, clips_per_sample: int = 1) -> None:
+        self._data, self._folders, self._clips_per_sample = data, folders, clips_per_sample
         self._consecutive = 0
         self._recent: deque[tuple[int, int]] = deque()  # (tried, failed) of the last batches
         self._tried = self._failed = 0  # sums over them
@@ -50,8 +51,9 @@ class FailurePolicy:
         if "unfillable" in batch:
             raise LoaderStopped(f"{batch['unfillable']}; {self._advice()}")
         lost = [failure for failure in failures if failure.action is not None]
-        tried = len(batch["keys"]) + len(lost)
-        self._check_consecutive(batch["positions"], lost)
+        samples = list(dict.fromkeys(position // self._clips_per_sample for position in batch["positions"]))
+        tried = len(samples) + len(lost)
+        self._check_consecutive(samples, lost)
         self._check_rate(tried, lost)
         self._warn_of_rise(tried, len(lost))
 
@@ -67,10 +69,10 @@ class FailurePolicy:
                 failure.action or "nothing lost",
             )  # fmt: skip
 
-    def _check_consecutive(self, positions: Sequence[int], lost: Sequence[Failure]) -> None:
-        failed_positions = {failure.position for failure in lost}
-        for position in positions:
-            self._consecutive = self._consecutive + 1 if position in failed_positions else 0
+    def _check_consecutive(self, samples: Sequence[int], lost: Sequence[Failure]) -> None:
+        failed = {(failure.position or 0) // self._clips_per_sample for failure in lost}
+        for sample in samples:
+            self._consecutive = self._consecutive + 1 if sample in failed else 0
             if self._consecutive > self._data.max_consecutive_failures:
                 raise LoaderStopped(f"{self._consecutive} samples in a row failed; {self._advice(lost)}")
 

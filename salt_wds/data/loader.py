@@ -102,14 +102,14 @@ class Loader:
             slots=SharedArray((workers, self.budget.slots, self.batch_bytes), np.uint8),
             views=views,
             quarantine=_quarantined(earlier) | frozenset(quarantine),
-            unreadable=_unreadable(earlier, start * data.batch_size) if resumed else {},
+            unreadable=_unreadable(earlier, start * data.batch_size, data.clips_per_video) if resumed else {},
             user_stages=tuple(stages),
             latents=latents,
         )
         self.next_batch = start
         self.taking_s, self.taken_clips = 0.0, 0  # time this process spends on taking batches out of their slots
         self.num_positions = None if views is None else self.catalog.num_samples * views.count
-        self.policy = FailurePolicy(data, self.catalog.folders)
+        self.policy = FailurePolicy(data, self.catalog.folders, self.spec.clips_per_sample)
         self._ledger_path, self._copy = Path(ledger_path), copy
         self._recorded = {_event(failure) for failure in earlier}
         self._recoveries: deque[int] = deque(maxlen=data.max_recoveries + 1)
@@ -117,14 +117,15 @@ class Loader:
     def describe(self) -> list[str]:
         """Lines for the start of a run: data set, split, effective loader settings, memory."""
         data, catalog = self.spec.data, self.catalog
-        samples = catalog.num_samples
+        samples, each = catalog.num_samples, data.clips_per_video
+        repeated = f" x {each} clips" if each > 1 else ""
         cores = len(os.sched_getaffinity(0))
         crowded = f" (more than the {cores} cores)" if data.num_workers > cores else ""
         sizes = [sum(part) for part in catalog.part_samples]
         shares = np.divide(weights := data.weights or sizes, sum(weights))
         return [
-            f"data      split {catalog.split}: {samples:,} samples in {len(catalog.files)} shards, "
-            f"{samples / data.batch_size:.1f} batches of {data.batch_size} per epoch",
+            f"data      split {catalog.split}: {samples:,} samples{repeated} in {len(catalog.files)} shards, "
+            f"{samples * each / data.batch_size:.1f} batches of {data.batch_size} per epoch",
             *(
                 f"          {part.folder} ({part.name}): {size:,} samples, {share:.1%} of the positions"
                 for part, size, share in zip(catalog.parts, sizes, shares, strict=True)
@@ -287,10 +288,15 @@ def _quarantined(failures: Iterable[Failure]) -> frozenset[str]:
     return frozenset(identity(f.dataset or "", f.shard or "", f.key or "") for f in named)
 
 
-def _unreadable(failures: Iterable[Failure], first: int) -> dict[tuple[int, int], str]:
-    """Samples that could not be read at positions from `first` on, by (position, attempt)."""
-    found = (f for f in failures if f.action == "substituted" and f.stage == "read" and (f.position or 0) >= first)
-    return {(f.position or 0, f.attempt or 0): identity(f.dataset or "", f.shard or "", f.key or "") for f in found}
+def _unreadable(failures: Iterable[Failure], first: int, clips_per_video: int) -> dict[tuple[int, int], str]:
+    """Samples that could not be read at positions from `first` on: see PipelineSpec.unreadable."""
+    found = (f for f in failures if f.action == "substituted" and f.stage == "read" and f.position is not None)
+    named = {(f.position // clips_per_video, f.attempt or 0): f for f in found if f.position is not None}
+    return {
+        (group, attempt): identity(f.dataset or "", f.shard or "", f.key or "")
+        for (group, attempt), f in named.items()
+        if group >= first // clips_per_video
+    }
 
 
 def _event(failure: Failure) -> tuple[object, ...]:

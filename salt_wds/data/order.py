@@ -133,24 +133,37 @@ class Mixture:
 
 
 class InOrder:
-    """Every sample in the order of the data set, `views` positions each: for evaluation.
+    """Every sample in the order of the data set: for evaluation.
 
     After the last sample it starts over, so that the last batch is full, too.
     """
 
-    def __init__(self, shard_samples: Sequence[int], views: int) -> None:
+    def __init__(self, shard_samples: Sequence[int]) -> None:
         self._ends = np.cumsum(np.asarray(shard_samples, dtype=np.int64))
-        self._views = views
-        self.num_positions = int(self._ends[-1]) * views
 
     def epoch(self, position: int) -> int:
         """Passes over the data set completed before."""
-        return position // self.num_positions
+        return position // int(self._ends[-1])
 
     def locate(self, position: int, attempt: int = 0) -> Place:
         """The sample at a position; an evaluation has no substitutes."""
         assert attempt == 0
-        return _place(range(len(self._ends)), self._ends, position % self.num_positions // self._views)
+        return _place(range(len(self._ends)), self._ends, position % int(self._ends[-1]))
+
+
+class Repeated:
+    """Another order with each of its positions `times` times in a row: several clips of a video side by side."""
+
+    def __init__(self, order: Order | Mixture | InOrder, times: int) -> None:
+        self._order, self._times = order, times
+
+    def epoch(self, position: int) -> int:
+        """The epoch a position belongs to, from 0."""
+        return self._order.epoch(position // self._times)
+
+    def locate(self, position: int, attempt: int = 0) -> Place:
+        """The sample at a position, or its substitute: the same for all clips of a video."""
+        return self._order.locate(position // self._times, attempt)
 
 
 def sample_rng(seed: int, position: int, attempt: int = 0) -> np.random.Generator:

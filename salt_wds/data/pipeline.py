@@ -1,4 +1,4 @@
-"""What a worker does with a sample: request -> read -> decode -> user stages, as a WebDataset pipeline.
+"""What a worker does with a sample: request -> read -> decode -> clips -> user stages, as a WebDataset pipeline.
 
 A sample that fails in any stage is recorded with shard, key, worker and position, and leaves the pipeline. What takes
 its place is decided in batches.py.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import av
@@ -17,7 +17,7 @@ import numpy as np
 import webdataset as wds
 
 from salt_wds.data.catalog import Row
-from salt_wds.data.crop_resize import write_clip
+from salt_wds.data.crop_resize import Clip, frames_of, write_clips
 from salt_wds.data.latents import LatentsReader, check_clip
 from salt_wds.data.masks import make_mask
 from salt_wds.data.order import sample_rng, view_rng
@@ -94,13 +94,31 @@ class SamplePipeline:
         self._status = spec.in_flight.array[worker]
         self._status["pid"] = os.getpid()
 
-    def request(self, position: int, attempt: int) -> Sample:
-        """The sample at a position, or its substitute: where it lies, and which frames and crop of it are wanted.
+    def request(self, positions: Sequence[int], attempt: int) -> Sample:
+        """The sample at these positions, or its substitute: where it lies, and which frames and crops are wanted.
 
-        Everything random about it comes from position and attempt.
+        Args:
+            positions: those in a row that show one sample (PipelineSpec.clips_per_sample), or some of them.
         """
-        place = self._order.locate(position, attempt)
+        place = self._order.locate(positions[0], attempt)
         row = self._spec.catalog.row(*place)
+        clips = [self._clip(row, position, attempt) for position in positions]
+        return {
+            "__key__": row.key,
+            "__url__": self._spec.catalog.files[place.shard],
+            "__worker__": self._worker,
+            "position": positions[0],
+            "epoch": self._order.epoch(positions[0]),
+            "attempt": attempt,
+            "shard": place.shard,
+            "row": row,
+            "number": self._spec.catalog.first[place.shard] + place.row,
+            "distinct_frames": frames_of(clip["frames"] for clip in clips),
+            "clips": clips,
+        }
+
+    def _clip(self, row: Row, position: int, attempt: int) -> Sample:
+        """The clip at a position; everything random about it comes from position and attempt."""
         rng = sample_rng(self._spec.seed, position, attempt)
         size = row.num_frames, row.width, row.height
         view = self._fixed_view(position)
@@ -109,45 +127,34 @@ class SamplePipeline:
         else:
             drawn = rng if view is None else view_rng(self._spec.seed, row.key, view)
             frames, crop = training_view(*size, self._spec.data, drawn)
-        return {
-            "__key__": row.key,
-            "__url__": self._spec.catalog.files[place.shard],
-            "__worker__": self._worker,
-            "position": position,
-            "epoch": self._order.epoch(position),
-            "attempt": attempt,
-            "shard": place.shard,
-            "row": row,
-            "number": self._spec.catalog.first[place.shard] + place.row,
-            "view": view,
-            "rng": rng,
-            "frames": frames,
-            "distinct_frames": sorted(set(frames.tolist())),
-            "crop": crop,
-        }
+        return {"position": position, "view": view, "rng": rng, "frames": frames, "crop": crop}
 
     def _fixed_view(self, position: int) -> int | None:
         """Which of its fixed views the sample at a position gives; None if it has none."""
+        number = position % self._spec.clips_per_sample
         if isinstance(self._spec.views, FixedViews):
-            return position % self._spec.views.count
-        return self._order.epoch(position) % self._spec.data.views if self._spec.data.views else None
+            return number
+        shown = self._order.epoch(position) * self._spec.clips_per_sample + number
+        return shown % self._spec.data.views if self._spec.data.views else None
 
     def prefetch(self, request: Sample) -> None:
         """Have the kernel read a sample ahead."""
         if not self._clips_stored:
             self.reader.prefetch(request["shard"], request["row"], request["distinct_frames"])
         if self._spec.latents and self.latents:
-            self.latents.prefetch(self._spec.latents.row(request["number"]), request["view"])
+            for clip in request["clips"]:
+                self.latents.prefetch(self._spec.latents.row(request["number"]), clip["view"])
 
     def process(self, requests: Iterable[Sample]) -> wds.DataPipeline:
-        """The WebDataset pipeline over requests that have a `clip` (with latents, also `targets`) to write to.
+        """The WebDataset pipeline from requests to samples of one clip each.
 
-        Failed samples are left out.
+        Each of a request's `clips` has a `clip` (with latents, also `targets`) to write to. What fails is left out.
         """
         decode = (wds.map(self._guarded("read", self._read)), wds.map(self._guarded("decode", self._decode)))
         return wds.DataPipeline(
             lambda: iter(requests),
             *(() if self._clips_stored else decode),
+            _by_clip,
             *((wds.map(self._guarded("read", self._read_latents)),) if self.latents else ()),
             *(wds.map(self._guarded("augment", _checked(stage))) for stage in self._spec.user_stages),
         )
@@ -228,21 +235,24 @@ class SamplePipeline:
         name = identity(self._spec.catalog.part(sample["shard"]).name, sample["__url__"], sample["__key__"])
         if name in self._spec.quarantine:
             raise QuarantinedError("it killed or hung a worker before, see the ledger")
-        if self._spec.unreadable.get((sample["position"], sample["attempt"])) == name:
+        group = sample["position"] // self._spec.clips_per_sample
+        if self._spec.unreadable.get((group, sample["attempt"])) == name:
             raise UnreadableBeforeError("it could not be read earlier in this run, see the ledger")
 
     def _decode(self, sample: Sample) -> Sample:
-        """Decode, crop and resize into the sample's clip."""
+        """Decode the frames of all clips once, crop and resize them into each."""
         row, payload, clock = sample["row"], sample.pop("payload"), self.clock
         info = video_info(row, sample["json"], self._spec.catalog.part(sample["shard"]).foreign)
         if row.ext in FRAME_TIERS:
             payload = clock.timed("read", payload)
         decoded = self._decoders[row.ext](payload, info, sample["distinct_frames"])
         clock.switch("crop")
-        write_clip(clock.timed("decode", decoded.pictures), sample["frames"], sample["crop"], sample["clip"])
+        clips = [Clip(clip["frames"], clip["crop"], clip["clip"]) for clip in sample["clips"]]
+        write_clips(clock.timed("decode", decoded.pictures), clips)
         self._record_recovered_read(sample)
-        used = len(sample["distinct_frames"])
-        self._counts.update(used=used, decoded=used if decoded.packets is None else decoded.packets.decoded)
+        self._counts["used"] += sum(len(frames_of([clip.frames])) for clip in clips)
+        wanted = len(sample["distinct_frames"])
+        self._counts["decoded"] += wanted if decoded.packets is None else decoded.packets.decoded
         sample["colour"] = decoded.colour
         return sample
 
@@ -292,6 +302,14 @@ def video_info(row: Row, record: Mapping[str, Any], foreign: bool) -> VideoInfo:
     return VideoInfo(*size, colour, video.get("rotation", 0), video.get("mirrored", False))
 
 
+def _by_clip(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Each clip as a sample of its own."""
+    for sample in samples:
+        shared = {name: value for name, value in sample.items() if name not in ("clips", "distinct_frames")}
+        for clip in sample["clips"]:
+            yield shared | clip
+
+
 def _checked(stage: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:
     """A stage of the user, whose result must be a sample; a new clip is copied to its place in the batch."""
 
@@ -311,13 +329,15 @@ def _checked(stage: Callable[[Sample], Sample]) -> Callable[[Sample], Sample]:
 
 
 def process_one_sample(spec: PipelineSpec, position: int, attempt: int) -> None:
-    """Read and decode one sample as a worker would, and note in the in-flight table that this process survived.
+    """Read and decode the sample at a position as a worker would, and note in the in-flight table that this survived.
 
     An ordinary failure is not recorded here: the worker meets it again and records it.
     """
     pipeline = SamplePipeline(spec, worker=0)
-    request = pipeline.request(position, attempt)
-    request["clip"], request["targets"] = np.empty(spec.clip_shape, np.uint8), np.empty(spec.target_shape, np.uint8)
+    first = position - position % spec.clips_per_sample
+    request = pipeline.request(range(first, first + spec.clips_per_sample), attempt)
+    for clip in request["clips"]:
+        clip |= {"clip": np.empty(spec.clip_shape, np.uint8), "targets": np.empty(spec.target_shape, np.uint8)}
     for _ in pipeline.process([request]):
         pass
     pipeline.set_stage("finished")

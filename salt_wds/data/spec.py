@@ -14,7 +14,7 @@ from salt_wds.data.catalog import Catalog
 from salt_wds.data.latents import StoredLatents
 from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import SharedArray
-from salt_wds.data.order import InOrder, Mixture, Order
+from salt_wds.data.order import InOrder, Mixture, Order, Repeated
 from salt_wds.data.views import FixedViews, Views
 
 Sample = dict[str, Any]
@@ -31,7 +31,7 @@ class PipelineSpec:
     `in_flight` is (workers,) IN_FLIGHT; `slots` is (workers, slots of a worker, bytes of a batch) uint8: a worker
     writes its batches into its own slots in turn, and only the slot's number travels. `views` is None in training.
     `quarantine` names samples (see `identity`) that killed or hung a worker; `unreadable` names those that could not be
-    read in an earlier part of the run, by (position, attempt).
+    read in an earlier part of the run, by (position // clips_per_sample, attempt).
     """
 
     catalog: Catalog
@@ -53,6 +53,11 @@ class PipelineSpec:
     def local_batch(self) -> int:
         """Clips of one global batch on this rank."""
         return self.data.batch_size // self.world_size
+
+    @property
+    def clips_per_sample(self) -> int:
+        """Positions in a row that show the same sample; it is decoded once for those in a batch."""
+        return self.data.clips_per_video if self.views is None else self.views.count
 
     @property
     def clip_shape(self) -> tuple[int, int]:
@@ -96,17 +101,14 @@ def _aligned(size: int) -> int:
     return size + -size % 4
 
 
-def make_order(
-    catalog: Catalog, data: DataConfig, seed: int, views: Views | FixedViews | None = None
-) -> Order | Mixture | InOrder:
+def make_order(catalog: Catalog, data: DataConfig, seed: int, views: Views | FixedViews | None = None) -> Repeated:
     """The order of training, or with `views` that of an evaluation."""
     parts = catalog.part_samples
     if views is not None:
-        return InOrder([samples for part in parts for samples in part], views.count)
+        return Repeated(InOrder([samples for part in parts for samples in part]), views.count)
     orders = [Order(samples, data.window, seed) for samples in parts]
-    if len(orders) == 1:
-        return orders[0]
-    return Mixture(orders, data.weights or [order.samples_per_epoch for order in orders], seed)
+    weights = data.weights or [order.samples_per_epoch for order in orders]
+    return Repeated(orders[0] if len(orders) == 1 else Mixture(orders, weights, seed), data.clips_per_video)
 
 
 def identity(dataset: str, shard: str, key: str) -> str:

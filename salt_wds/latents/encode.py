@@ -23,7 +23,7 @@ from salt_wds.data.catalog import Catalog, Row
 from salt_wds.data.crop_resize import Crop
 from salt_wds.data.latents import clip_hash, crop_numbers
 from salt_wds.data.loader import Loader
-from salt_wds.data.order import InOrder, Mixture, Order, view_rng
+from salt_wds.data.order import Repeated, view_rng
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.data.spec import make_order
 from salt_wds.data.views import FixedViews, training_view
@@ -112,10 +112,12 @@ def groups(loader: Loader) -> Iterator[list[View]]:
         yield pending
 
 
-def _views(batch: Batch, loader: Loader, order: Order | Mixture | InOrder) -> Iterator[View]:
-    failures = {failure.position: failure for failure in batch["failures"] if failure.action is not None}
+def _views(batch: Batch, loader: Loader, order: Repeated) -> Iterator[View]:
     spec, catalog = loader.spec, loader.catalog
     assert isinstance(spec.views, FixedViews)
+    # One failure stands for all views of a sample in a batch.
+    lost = [failure for failure in batch["failures"] if failure.action is not None]
+    failures = {(failure.position or 0) // spec.views.count: failure for failure in lost}
     for number, position in enumerate(batch["positions"]):
         if position >= (loader.num_positions or 0):
             return
@@ -124,7 +126,7 @@ def _views(batch: Batch, loader: Loader, order: Order | Mixture | InOrder) -> It
         shown = training_view(row.num_frames, row.width, row.height, spec.data, view_rng(spec.seed, row.key, view))
         clip, colour = batch["clips"][number], int(batch["colour"][number])
         index = catalog.first[place.shard] + place.row
-        yield View(place.shard, row, index, view, shown, clip, colour, failures.get(position))
+        yield View(place.shard, row, index, view, shown, clip, colour, failures.get(position // spec.views.count))
 
 
 class RowWriter:

@@ -192,7 +192,8 @@ def _loader_config(run_config: Config, config: ProbeConfig) -> Config:
     if config.data.frame_stride is not None:
         settings["frame_stride"] = config.data.frame_stride
     return run_config.changed(
-        data={**settings, "weights": (), "temporal_jitter": False}, train={"seed": config.probe.seed}
+        data={**settings, "weights": (), "temporal_jitter": False, "clips_per_video": 1},
+        train={"seed": config.probe.seed},
     )
 
 

@@ -211,9 +211,10 @@ class Loop:
             self.meter = Meter()
         if self.log is None or not counted:
             return
+        videos = (self.step - 1) * self.config.data.batch_size / self.config.data.clips_per_video
         line = {
             "step": self.step,
-            "epoch": (self.step - 1) * self.config.data.batch_size / self.loader.catalog.num_samples,
+            "epoch": videos / self.loader.catalog.num_samples,
             **{name: sum(rank[0][name] for rank in ranks) / len(ranks) for name in here | features},
             "lr": lr,
         }

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from salt_wds.data.crop_resize import AT_ONCE, Crop, write_clip
+from salt_wds.data.crop_resize import AT_ONCE, Clip, Crop, write_clips
 from shard_tools.video.decode import DecodeError
 
 
@@ -26,7 +26,7 @@ def exact(plane, crop, side):
 
 def write(source, frames, crop, size):
     out = np.zeros((len(frames), size * size * 3 // 2), np.uint8)
-    write_clip(iter(source), np.asarray(frames), crop, out)
+    write_clips(iter(source), [Clip(np.asarray(frames), crop, out)])
     return out
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salt_wds.data.order import InOrder, Mixture, Order, sample_rng
+from salt_wds.data.order import InOrder, Mixture, Order, Repeated, sample_rng
 
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
@@ -123,8 +123,9 @@ def test_any_position_of_a_mixture_is_found_at_once(position, attempt):
 
 @given(SHARDS, st.integers(1, 4))
 def test_evaluation_goes_through_the_data_set_in_order(shards, views):
-    order = InOrder(shards, views)
+    order = Repeated(InOrder(shards), views)
     expected = [(s, r) for s, count in enumerate(shards) for r in range(count) for _ in range(views)]
-    assert [order.locate(position) for position in range(order.num_positions)] == expected
-    assert order.locate(order.num_positions) == expected[0]
-    assert (order.epoch(order.num_positions - 1), order.epoch(order.num_positions)) == (0, 1)
+    positions = len(expected)
+    assert [order.locate(position) for position in range(positions)] == expected
+    assert order.locate(positions) == expected[0]
+    assert (order.epoch(positions - 1), order.epoch(positions)) == (0, 1)

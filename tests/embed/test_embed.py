@@ -22,7 +22,7 @@ from video_maker import make_video
 
 import salt_wds
 from salt_wds.config import DataConfig
-from salt_wds.data.crop_resize import write_clip
+from salt_wds.data.crop_resize import Clip, write_clips
 from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
 from salt_wds.data.pixels import yuv_to_rgb
@@ -89,7 +89,7 @@ def view_by_hand(encoder, payload, ext, views=ONE_VIEW, number=0):
     info = VideoInfo(video.num_frames, video.width, video.height)
     decoded = get_decoder(ext)(payload, info, np.unique(frames).tolist())
     clip = np.zeros((c.num_frames, c.size**2 * 3 // 2), np.uint8)
-    write_clip(decoded.pictures, frames, crop, clip)
+    write_clips(decoded.pictures, [Clip(frames, crop, clip)])
     rgb = yuv_to_rgb(torch.from_numpy(clip)[None], torch.tensor([decoded.colour]), c.size)
     return encoder.normalise(rgb), frames
 

@@ -229,13 +229,14 @@ def test_latents_of_another_clip_are_named_and_not_trained_on(config, stored, tm
 
 
 def test_an_edited_clip_is_named_and_not_trained_on(config, stored, dataset, tmp_path, monkeypatch):
-    plain = pipeline.write_clip
+    plain = pipeline.write_clips
 
-    def edited(pictures, frames, crop, out):
-        plain(pictures, frames, crop, out)
-        out[0, 0] ^= crop.x == 0  # one pixel of some clips
+    def edited(pictures, clips):
+        plain(pictures, clips)
+        for clip in clips:
+            clip.out[0, 0] ^= clip.crop.x == 0  # one pixel of some clips
 
-    monkeypatch.setattr(pipeline, "write_clip", edited)
+    monkeypatch.setattr(pipeline, "write_clips", edited)
     each = config(teacher__latents=stored, data__max_failure_rate=1.0, train__steps=8)
     assert train(each) == 0
     found = failures(Path(each.train.run_dir))

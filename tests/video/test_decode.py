@@ -11,7 +11,7 @@ import pytest
 import torch
 from video_maker import make_video
 
-from salt_wds.data.crop_resize import Crop, write_clip
+from salt_wds.data.crop_resize import Clip, Crop, write_clips
 from salt_wds.data.order import sample_rng
 from salt_wds.data.pixels import yuv_to_rgb
 from salt_wds.data.views import choose_frames, random_crop
@@ -38,7 +38,7 @@ def make_clip(payload, frames, crop, size, name="pyav"):
     """(1, 3, T, S, S) RGB, 0 to 255, as training sees the clip."""
     out = np.zeros((len(frames), size * size * 3 // 2), np.uint8)
     decoded = get_decoder("webm", name)(payload, info_of(payload), np.unique(frames).tolist())
-    write_clip(decoded.pictures, np.asarray(frames), crop, out)
+    write_clips(decoded.pictures, [Clip(np.asarray(frames), crop, out)])
     return 255 * yuv_to_rgb(torch.from_numpy(out)[None], torch.tensor([decoded.colour]), size)
 
 

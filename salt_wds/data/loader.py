@@ -32,6 +32,7 @@ from salt_wds.data.workers import SERVER_KILLED, WorkerLostError, Workers, try_s
 from shard_tools.common.cli import CommandError
 from shard_tools.common.processes import interrupts_deferred
 from shard_tools.format import ledger
+from shard_tools.format.latents import LATENTS
 from shard_tools.format.ledger import Failure
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class Loader:
             raise CommandError(f"data.batch_size: {data.batch_size} is not divisible by the {world_size} ranks")
         num_masked(config.grid, config.mask)  # refuses a grid that no mask fits
         self.catalog = open_catalog(data.folders, data.split) if catalog is None else catalog
+        if LATENTS in self.catalog.extensions:
+            raise CommandError(f"{self.catalog.folders}: stored latents, not videos; name them as teacher.latents")
         latents = open_latents(config, self.catalog) if config.teacher.latents and views is None else None
         if latents and stages:
             raise CommandError("Loader: stages change clips, and the stored latents were made without; unset one")

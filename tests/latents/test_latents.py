@@ -153,6 +153,8 @@ def test_latents_of_another_data_set_and_videos_are_refused(config, stored, data
         train(config(shards=tmp_path / "other", teacher__latents=stored), dry_run=True)
     with pytest.raises(CommandError, match="a data set of videos, not of latents"):
         train(config(teacher__latents=dataset), dry_run=True)
+    with pytest.raises(CommandError, match=r"stored latents, not videos; name them as teacher\.latents"):
+        train(config(shards=stored), dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,40 @@ def _hevc(length: int, data: memoryview, key: bool) -> tuple[bool, bool | None] 
     return None
 
 
+def without_user_data(extradata: bytes) -> bytes:
+    """MP4 extradata of HEVC (hvcC, ISO/IEC 14496-15 8.3.3) without SEI of user data, such as x265's 2 KB of options.
+
+    Decoders do not read these. Other extradata is returned as it is, also where it is damaged.
+    """
+    if len(extradata) < 23 or extradata[0] != 1:
+        return extradata
+    at, arrays = 23, []
+    for _ in range(extradata[22]):
+        kind, count = extradata[at : at + 1], int.from_bytes(extradata[at + 1 : at + 3], "big")
+        at += 3
+        kept = []
+        for _ in range(count):
+            end = at + 2 + int.from_bytes(extradata[at : at + 2], "big")
+            if not _is_user_data(extradata[at + 2 : end]):
+                kept.append(extradata[at:end])
+            at = end
+        if kept:
+            arrays.append(kind + len(kept).to_bytes(2, "big") + b"".join(kept))
+    return extradata[:22] + bytes([len(arrays)]) + b"".join(arrays) if at == len(extradata) else extradata
+
+
+def _is_user_data(unit: bytes) -> bool:
+    """Whether a NAL unit of HEVC is SEI with unregistered user data and nothing else."""
+    if unit[:1] != b"\x4e" or unit[2:3] != b"\5":  # prefix SEI; payload type 5
+        return False
+    content = unit.replace(b"\0\0\3", b"\0\0")
+    length = 3
+    while content[length : length + 1] == b"\xff":
+        length += 1
+    size = 255 * (length - 3) + int.from_bytes(content[length : length + 1], "big")
+    return len(content) <= length + 1 + size + 1  # the trailing bits are one byte
+
+
 def _length_bytes(extradata: bytes, at: int) -> int:
     """Size in bytes of a NAL unit's length field, from byte `at` of MP4 extradata; 0 if units have start codes."""
     is_mp4 = len(extradata) > at and (extradata[0] == 1 or extradata[:3] > b"\0\0\1")

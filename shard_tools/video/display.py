@@ -7,9 +7,10 @@ matrix of MP4 and Matroska and the display orientation of H.264 and HEVC both ar
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import av
@@ -65,12 +66,14 @@ def first_display(context: av.VideoCodecContext, packets: Sequence[av.Packet], h
     return None if frame is None else _display_of(context, stated, _orientation(frame))
 
 
-def _first_frame(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> av.VideoFrame | None:
+def _first_frame(context: av.VideoCodecContext, packets: Sequence[av.Packet]) -> av.VideoFrame | None:
+    """The first frame that one packet gives, or two that may be the fields of one picture."""
     context.thread_type, context.thread_count = "NONE", 1
-    for packet in packets:
+    for number, count in itertools.product(range(len(packets)), (1, 2)):
         with contextlib.suppress(av.FFmpegError):  # a video may begin with packets that lack their references
-            # a copy without flags, because decoders drop the frames of packets that an edit list discards
-            if frames := context.decode(padded_packet(memoryview(packet))) or context.decode(None):
+            # copies without flags, because decoders drop the frames of packets that an edit list discards
+            copies = [padded_packet(memoryview(packet)) for packet in packets[number : number + count]]
+            if frames := [frame for packet in (*copies, None) for frame in context.decode(packet)]:
                 return frames[0]
         context.flush_buffers()
     return None

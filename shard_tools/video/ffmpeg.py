@@ -11,6 +11,7 @@ import numpy as np
 from av.stream import Disposition
 
 from shard_tools.format.sample import Coding
+from shard_tools.video.bitstream import without_user_data
 
 # By default FFmpeg also opens still pictures as videos, and playlists, which open other files.
 _FORMATS = "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"
@@ -63,9 +64,13 @@ def coding_of(context: av.VideoCodecContext) -> Coding:
         tag = context.codec_tag.strip("\0")
     except UnicodeDecodeError:  # not ASCII, which PyAV expects: no decoder knows such a tag
         tag = ""
-    extradata = base64.b64encode(context.extradata or b"").decode()
+    extradata = context.extradata or b""
+    if context.name == "hevc":
+        extradata = without_user_data(extradata)
     size = context.width, context.height
-    return Coding(context.name, tag, *size, context.pix_fmt, context.bits_per_coded_sample, extradata)
+    return Coding(
+        context.name, tag, *size, context.pix_fmt, context.bits_per_coded_sample, base64.b64encode(extradata).decode()
+    )
 
 
 def decoder_options(codec: str) -> dict[str, str]:

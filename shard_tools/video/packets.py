@@ -93,6 +93,16 @@ class Packets:
         places[self.frame[shown]] = shown
         return places
 
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """(n,) where the packets of each packet's picture end (exclusive); a second field may follow the first."""
+        assert self.frame is not None
+        number = np.arange(len(self.frame))
+        if self.coding.codec not in _SKIPPING:
+            return number + 1
+        shown = np.append(np.where(self.frame >= 0, number, len(number)), len(number))
+        return np.minimum.accumulate(shown[:0:-1])[::-1]
+
     def between(self, begin: int, end: int) -> Iterator[av.Packet]:
         """The packets `begin` to `end` (exclusive) for a decoder; the time stamp of each is its number."""
         if isinstance(self.content, list):
@@ -125,10 +135,11 @@ class Packets:
             av.FFmpegError: a packet that shows a frame is damaged.
         """
         decoder, found = decoder_of(self.coding), False
-        spare = None  # packets whose frames are not wanted; not second fields, which show no frame of their own
+        spare = None  # packets of pictures that are not wanted
         if wanted is not None and self.frame is not None and self.coding.codec in _SKIPPING:
-            spare = self.frame >= 0
-            spare[list(wanted)] = False
+            spare = np.full(len(self.frame), True)
+            for number in wanted:
+                spare[number : self.ends[number]] = False
         for number, packet in enumerate(self.between(begin, end), begin):
             if spare is not None:
                 decoder.skip_frame = "NONREF" if spare[number] else "DEFAULT"
@@ -167,11 +178,11 @@ class Packets:
         while (leading := (self.frame[starts[last]] > wanted) & (last > 0)).any():
             last -= leading
         found: list[tuple[int, int]] = []
-        for begin, place in zip(starts[last].tolist(), places.tolist(), strict=True):
+        for begin, end in zip(starts[last].tolist(), self.ends[places].tolist(), strict=True):
             if found and begin <= found[-1][1]:
-                found[-1] = found[-1][0], max(found[-1][1], place + 1)
+                found[-1] = found[-1][0], max(found[-1][1], end)
             else:
-                found.append((begin, place + 1))
+                found.append((begin, end))
         return found
 
     def frames(self, numbers: Sequence[int] | None) -> Iterator[av.VideoFrame]:
@@ -334,8 +345,8 @@ def resolve(packets: Packets) -> Packets:
     frame = np.full(len(packets.is_start), -1, np.int64)
     frame[np.array(shown_by, np.int64)] = np.arange(len(shown_by))
     marked = np.array([packet.is_keyframe for packet in packets.content], bool)
-    is_start = _exact_starts(packets, frame, marked, digests)
-    return dataclasses.replace(packets, frame=frame, is_start=is_start, resolved=True)
+    packets = dataclasses.replace(packets, frame=frame, resolved=True)
+    return dataclasses.replace(packets, is_start=_exact_starts(packets, frame, marked, digests))
 
 
 def _exact_starts(
@@ -361,7 +372,7 @@ def _is_exact(packets: Packets, begin: int, wanted: list[int], digests: dict[int
     """Whether decoding from `begin` gives the expected frames of the wanted packets."""
     missing = set(wanted)
     try:
-        for frame in packets.decode(begin, wanted[-1] + 1, concealed=True):
+        for frame in packets.decode(begin, packets.ends[wanted[-1]], concealed=True):
             if frame.pts in missing:
                 if _digest(frame) != digests[frame.pts]:
                     return False

@@ -201,6 +201,28 @@ def test_what_h264_says_of_the_first_frame_holds_for_all(tmp_path: Path, contain
         assert all(np.array_equal(f, t) for f, t in zip(found, turned, strict=True))
 
 
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_what_hevc_says_holds(tmp_path: Path, container: str) -> None:
+    """A display orientation message (ITU-T H.265 D.2.17) before every picture: mirrored, then turned by 270 degrees."""
+    plain, turned = tmp_path / "plain.mp4", tmp_path / f"turned.{container}"
+    run_ffmpeg(
+        "-f", "lavfi", "-i", "testsrc2=s=96x64:d=0.5", "-c:v", "libx265", "-x265-params", "log-level=none", plain
+    )
+    units = (
+        run_ffmpeg("-i", plain, "-c", "copy", "-f", "hevc", "-").replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]
+    )
+    orientation = f"{0:b}{1:b}{0:b}{1 << 14:016b}{1:b}".ljust(24, "0")
+    message = bytes([39 << 1, 1, 47, 3]) + int(orientation, 2).to_bytes(3, "big") + b"\x80"
+    with_message = [(message, unit) if unit[0] >> 1 < 32 and unit[2] & 0x80 else (unit,) for unit in units]
+    raw = b"".join(b"\0\0\0\1" + unit for pair in with_message for unit in pair)
+    (tmp_path / "raw.hevc").write_bytes(raw)
+    run_ffmpeg("-framerate", "25", "-i", tmp_path / "raw.hevc", "-c", "copy", "-bsf:v", "setts=pts=N:dts=N", turned)
+    video = probe(turned.read_bytes())
+    assert (video.width, video.height, video.rotation, video.mirrored) == (64, 96, 270, True)
+    first = run_ffmpeg("-i", turned, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-")
+    assert b"".join(plane.tobytes() for plane in shown(turned.read_bytes())[0][0]) == first
+
+
 def test_vp9_in_matroska_is_turned(tmp_path: Path) -> None:
     if not hasattr(av.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV writes no display matrix")

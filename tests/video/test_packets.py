@@ -16,6 +16,7 @@ import pytest
 import xxhash
 
 from shard_tools.format.sample import PacketTable
+from shard_tools.video.bitstream import without_user_data
 from shard_tools.video.packet_table import from_table, to_table
 from shard_tools.video.packets import SPLIT, DecodeError, Packets, read_packets, resolve
 from shard_tools.video.probe import probe_packets
@@ -234,6 +235,23 @@ def test_frames_that_are_made_up_fail_every_clip_that_they_are_part_of(video: Vi
     for numbers in ([first], [first + 5], None):
         with pytest.raises(DecodeError, match=f"frame {first} is damaged"):
             list(found.frames(numbers))
+
+
+def test_user_data_in_the_extradata_of_hevc_is_left_out() -> None:
+    """x265 writes its options there, which would be most of the table of a small video."""
+
+    def array(*units: bytes) -> bytes:
+        sized = b"".join(len(unit).to_bytes(2, "big") + unit for unit in units)
+        return bytes([units[0][0] >> 1]) + len(units).to_bytes(2, "big") + sized
+
+    head, sps = b"\1" + bytes(21), array(b"\x42\1\0\0\3\0")
+    user_data = b"\x4e\1\5\xff\x05" + b"x" * 260 + b"\x80"
+    turned = b"\x4e\1\x2f\3\x50\0\1\x80"
+    both = user_data[:-1] + turned[2:]
+    assert without_user_data(head + b"\2" + sps + array(user_data)) == head + b"\1" + sps
+    assert without_user_data(head + b"\2" + array(turned, user_data) + sps) == head + b"\2" + array(turned) + sps
+    for kept in (head + b"\1" + array(both), head + b"\1" + array(user_data)[:-9], b"\0\0\1" + user_data, b"", head):
+        assert without_user_data(kept) == kept
 
 
 def column(values: list[int]) -> str:

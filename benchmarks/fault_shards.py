@@ -2,7 +2,8 @@
 
     python benchmarks/fault_shards.py --clips CLIPS --faults 200 --out benchmarks/results/fault_shards.json
 
-The clips are packed into shards of 256 KiB, and each fault (`tests/damage.py`) is made in a copy of them. Of `verify
+The clips are packed into shards of 256 KiB, and each fault (`tests/damage.py`) is made in a copy of them; faults of
+tables of packets in a copy of the same tars with tables beside them (`index --packets`). Of `verify
 --json` (its own `main`, in this process) is asked: exit code 1 or 2; every shard that is named is the damaged one; the
 keys that are named are exactly those of the samples whose bytes have changed, or of the edited index row. Beside it
 what `webdataset.WebDataset` gives for the same files: an exception or warning; other bytes than were packed, without a
@@ -34,7 +35,7 @@ sys.path.insert(0, str(harness.REPOSITORY))
 sys.path.insert(0, str(harness.REPOSITORY / "tests"))
 
 from conftest import serially
-from damage import FAULTS, Copy, Fault
+from damage import FAULTS, PACKETS_FAULTS, Copy, Fault, PacketsFault
 
 from shard_tools.common.cli import USAGE, CommandError
 from shard_tools.format.dataset import read_dataset
@@ -106,9 +107,19 @@ def main() -> int:
         folder = work / "shards"
         harness.watch(harness.module("shard_tools.pack", args.clips, "--out", folder, "--shard-size", "256KiB"))
         shards = Shards(folder)
-        assert by_verify(folder)[0] == 0, "the intact data set"
-        rng = random.Random(args.seed)
-        trials = [one_trial(shards, work / "copy", FAULTS[n % len(FAULTS)], rng) for n in range(args.faults)]
+        foreign = work / "foreign"
+        foreign.mkdir()
+        for tar in shards.tars:
+            shutil.copy(folder / tar, foreign)
+        harness.watch(harness.module("shard_tools.index", foreign, "--packets"))
+        indexed = Shards(foreign)
+        for intact in (folder, foreign):
+            assert by_verify(intact)[0] == 0, "the intact data set"
+        rng, kinds = random.Random(args.seed), [*FAULTS, *PACKETS_FAULTS]
+        trials = [
+            one_trial(indexed if kind in PACKETS_FAULTS else shards, work / "copy", kind, rng)
+            for kind in (kinds[n % len(kinds)] for n in range(args.faults))
+        ]
         result |= {"samples": len(shards.samples), "shards": len(shards.tars)}
     result |= summary(trials) | {"trials": [in_a_line(trial) for trial in trials]}
     print(table(result["kinds"]))
@@ -122,7 +133,7 @@ def main() -> int:
 
 def one_trial(shards: Shards, folder: Path, kind: str, rng: random.Random) -> dict[str, Any]:
     copy = Copy(shards.folder, folder)
-    fault = Fault(copy, rng, kind)
+    fault = (PacketsFault if kind in PACKETS_FAULTS else Fault)(copy, rng, kind)
     code, problems, error = by_verify(folder)
     samples, raised = by_webdataset(folder, shards.tars)
     named = {problem["shard"] or "dataset.json" for problem in problems}
@@ -166,7 +177,7 @@ def in_a_line(trial: dict[str, Any]) -> str:
 
 def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     kinds = {}
-    for kind in FAULTS:
+    for kind in (*FAULTS, *PACKETS_FAULTS):
         own = [trial for trial in trials if trial["kind"] == kind]
         outcomes = Counter(trial["webdataset"] for trial in own)
         kinds[kind] = {"faults": len(own)} | {

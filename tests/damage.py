@@ -13,7 +13,7 @@ from unittest import mock
 import xxhash
 from conftest import serially
 
-from shard_tools.format.dataset import DATASET_FILE, ShardInfo, index_name, make_dataset, read_dataset
+from shard_tools.format.dataset import DATASET_FILE, ShardInfo, index_name, make_dataset, packets_name, read_dataset
 from shard_tools.format.index import index_bytes, parse_index
 from shard_tools.format.tar import BLOCK
 from shard_tools.verify import inspection
@@ -210,4 +210,28 @@ class Fault:
         self.shard, self.key, self.kinds = None, None, {"dataset_mismatch"}
 
 
+class PacketsFault(Fault):
+    """A fault in the tables of packets beside the shard."""
+
+    def deleted_packets(self) -> None:
+        self._path.unlink()
+        self.key, self.kinds = None, {"missing_packets"}
+
+    def flipped_packets(self) -> None:
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        number = self.copy.rows.index(self.row)
+        start = sum(map(len, lines[:number]))
+        flip(self._path, self.rng.randrange(start, start + len(lines[number]) - 1), 1)  # a line keeps being one
+        self.kinds = {"packets_mismatch"}
+
+    def cut_packets(self) -> None:
+        self._path.write_bytes(b"".join(self._path.read_bytes().splitlines(keepends=True)[:-1]))
+        self.key, self.kinds = None, {"packets_mismatch"}
+
+    @property
+    def _path(self) -> Path:
+        return self.copy.folder / packets_name(self.copy.shard)
+
+
 FAULTS = [name for name in vars(Fault) if not name.startswith("_")]
+PACKETS_FAULTS = [name for name in vars(PacketsFault) if not name.startswith("_")]

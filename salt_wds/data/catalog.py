@@ -17,13 +17,17 @@ import pyarrow as pa
 import xxhash
 
 from salt_wds.data.memory import SharedArray
-from shard_tools.format.dataset import Dataset, DatasetError, index_name, read_dataset
+from shard_tools.format.dataset import Dataset, DatasetError, index_name, packets_name, read_dataset
 from shard_tools.format.index import INDEX_SCHEMA, read_index
+from shard_tools.format.packet_file import read_lines
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where one sample lies in its shard, and its hashes. Offsets and sizes in bytes; json_size 0: it has no JSON."""
+    """Where one sample lies in its shard, and its hashes. Offsets and sizes in bytes; json_size 0: it has no JSON.
+
+    The last two say where its table of packets lies in the file beside the tar; packets_size 0: it has none there.
+    """
 
     key: str
     ext: str
@@ -37,10 +41,15 @@ class Row:
     num_frames: int
     width: int
     height: int
+    packets_offset: int
+    packets_size: int
 
 
+# Where the sample's table of packets lies in the file beside the tar; zeros if it has none there.
+_PACKETS = [("packets_offset", np.int64), ("packets_size", np.int64)]
 # The columns of numbers, as in Row; a missing label is -1.
 _NUMBERS = [(field.name, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA if field.name not in ("key", "ext")]
+_NUMBERS += _PACKETS
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,10 @@ class Catalog:
         """The shard's tar."""
         return Path(self.part(shard).folder, self.files[shard])
 
+    def packets_path(self, shard: int) -> Path:
+        """The tables of packets beside the shard's tar."""
+        return Path(self.part(shard).folder, packets_name(self.files[shard]))
+
     def row(self, shard: int, row: int) -> Row:
         """The index row of a sample."""
         *numbers, ext, key = self.table.array[self.first[shard] + row].item()
@@ -149,7 +162,7 @@ def open_catalog(folders: Sequence[Path], split: str) -> Catalog:
         counts += [info.samples for info in shards]
         tables.append(index)
         labels.append(_labels(index, dataset.classes, classes))
-    table, extensions = _to_shared(pa.concat_tables(tables), np.concatenate(labels))
+    table, extensions = _to_shared(pa.concat_tables(tables, promote_options="default"), np.concatenate(labels))
     first = tuple(np.concatenate(([0], np.cumsum(counts))).tolist())
     return Catalog(tuple(parts), split, tuple(files), first, extensions, tuple(classes), table)
 
@@ -179,10 +192,21 @@ def _read_split(folder: Path, dataset: Dataset, split: str) -> pa.Table:
             raise DatasetError(
                 f"{folder / info.file}: the shard is missing; check: python -m shard_tools.verify {folder}"
             )
-        tables.append(read_index(folder / index_name(info.file), info.index_xxh3))
+        index = read_index(folder / index_name(info.file), info.index_xxh3)
+        if info.packets_xxh3 is not None:
+            index = _with_packets(index, read_lines(folder / packets_name(info.file), info.packets_xxh3, info.samples))
+        tables.append(index)
     if not sum(info.samples for info in shards):
         raise DatasetError(f"{folder}: split {split!r} has no samples; set data.split or pack again")
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _with_packets(index: pa.Table, lines: Sequence[bytes]) -> pa.Table:
+    """The index of a shard with the place of each line of its tables of packets."""
+    sizes = np.array([len(line) for line in lines])
+    for (name, _), values in zip(_PACKETS, (np.cumsum(sizes) - sizes, sizes), strict=True):
+        index = index.append_column(name, pa.array(values))
+    return index
 
 
 def _labels(index: pa.Table, names: Sequence[str], classes: dict[str, int]) -> np.ndarray:
@@ -202,6 +226,6 @@ def _to_shared(index: pa.Table, labels: np.ndarray) -> tuple[SharedArray, tuple[
     rows = table.array
     rows["key"], rows["ext"], rows["label"] = keys, ext_numbers, labels
     for name, _ in _NUMBERS:
-        if name != "label":
-            rows[name] = index[name].to_numpy()
+        if name != "label" and name in index.column_names:
+            rows[name] = index[name].fill_null(0).to_numpy()
     return table, tuple(str(name) for name in names)

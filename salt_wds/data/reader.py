@@ -1,7 +1,8 @@
 """Bytes of samples out of shards: `pread` at indexed offsets, checked against the hashes taken when they were packed.
 
 In the storage tier "source", a small file is read as a whole, and of a large one only the chunks with the packets that
-the wanted frames need. In "mjpeg" and "y4m" only the wanted frames are read. Offsets and hashes are in KEY.json.
+the wanted frames need. In "mjpeg" and "y4m" only the wanted frames are read. Offsets and hashes are in KEY.json, or in
+the tables of packets beside the tar.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import xxhash
 
 from salt_wds.data.catalog import Catalog, Row
 from shard_tools.format.latents import LATENTS
+from shard_tools.format.packet_file import PacketLine, parse_line
 from shard_tools.format.sample import FRAME_TIERS, Y4M_FRAME_MARK, PacketTable, frame_span, y4m_frame_bytes
 from shard_tools.video.packet_table import CHUNK_BYTES, LEAST_CHUNKED, chunk_hashes, from_table
 from shard_tools.video.packets import Packets
@@ -57,7 +59,7 @@ class Reader:
     def prefetch(self, shard: int, row: Row, numbers: Sequence[int]) -> None:
         """Have the kernel read these frames of a sample ahead, so that the drive works while we decode."""
         try:
-            for start, end in _spans(row, numbers, self._whole):
+            for start, end in _spans(row, numbers, self._whole or (self._is_foreign(shard) and not row.packets_size)):
                 os.posix_fadvise(self._file(shard), start, end - start, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # only a hint: reading this sample meets the same error and records it
@@ -67,7 +69,7 @@ class Reader:
     ) -> tuple[dict[str, Any], bytes | Packets | Iterator[bytes]]:
         """A sample's JSON (empty if it has none) and its payload, checked against their hashes.
 
-        The payload is the whole file, or its packets if KEY.json has a table of them. In the frame tiers it is an
+        The payload is the whole file, or its packets if there is a table of them. In the frame tiers it is an
         iterator over the bytes of each wanted frame. It reads on demand, so that a frame is still in the processor's
         cache when it is decoded.
 
@@ -82,11 +84,17 @@ class Reader:
         record = self._with_retries(shard, functools.partial(self._read_json, shard, row))
         if row.ext in _BY_FRAME:
             return record, self._frames(shard, row, record, numbers)
-        table = None if self._whole or self._catalog.part(shard).foreign else record.get("packets")
-        if not isinstance(table, dict):
+        table, video = None, None
+        if row.packets_size and not self._whole:
+            line = self._with_retries(shard, functools.partial(self._read_line, shard, row))
+            table, video = line.packets, line.video
+        elif not (self._whole or self._is_foreign(shard)) and isinstance(record.get("packets"), dict):
+            table = PacketTable(**record["packets"])
+        if not isinstance(table, PacketTable):
             return record, self._with_retries(shard, functools.partial(self._read_payload, shard, row))
-        packets = from_table(PacketTable(**table), row.payload_size, row.num_frames)
-        if hashes := chunk_hashes(table["chunk_xxh3"], row.payload_size):
+        packets = from_table(table, row.payload_size, row.num_frames)
+        packets.display = video
+        if hashes := chunk_hashes(table.chunk_xxh3, row.payload_size):
             chunks = _chunks(packets, [number for number in numbers if number < row.num_frames])
             read_chunks = functools.partial(self._read_chunks, shard, row, chunks, hashes)
             packets.content = self._with_retries(shard, read_chunks)
@@ -111,6 +119,7 @@ class Reader:
                     raise
                 self._recovered = self._recovered or error
                 self._close(shard)  # a descriptor may be stale
+                self._close(~shard)
                 time.sleep(_FIRST_PAUSE_S * 2**attempt if isinstance(error, OSError) else 0)
                 attempt += 1
 
@@ -121,6 +130,12 @@ class Reader:
         if xxhash.xxh3_64_intdigest(data) != row.xxh3_json:
             raise self._mismatch(shard, row, "json")
         return json.loads(data)
+
+    def _read_line(self, shard: int, row: Row) -> PacketLine:
+        try:
+            return parse_line(self._pread(~shard, row.packets_offset, row.packets_size), row.xxh3_payload)
+        except ValueError:
+            raise self._mismatch(shard, row, "packets") from None
 
     def _read_payload(self, shard: int, row: Row) -> bytes:
         payload = self._pread_payload(shard, row, 0, row.payload_size)
@@ -168,12 +183,17 @@ class Reader:
         self.bytes_read += len(data)
         return data
 
+    def _is_foreign(self, shard: int) -> bool:
+        return self._catalog.part(shard).foreign
+
     def _file(self, shard: int) -> int:
+        """The descriptor of a shard; of ~shard: that of the tables of packets beside it."""
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
             if len(self._open) >= _MAX_OPEN:
                 self._close(next(iter(self._open)))
-            descriptor = os.open(self._catalog.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            path = self._catalog.path(shard) if shard >= 0 else self._catalog.packets_path(~shard)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = descriptor
         return descriptor
 
@@ -205,10 +225,11 @@ def _spans(row: Row, numbers: Sequence[int], whole: bool) -> Iterator[tuple[int,
     """
     start = min(row.json_offset, row.payload_offset) if row.json_size else row.payload_offset
     is_video = row.ext not in _BY_FRAME
-    if is_video and (whole or row.payload_size < LEAST_CHUNKED or not row.json_size):
+    if is_video and (whole or row.payload_size < LEAST_CHUNKED or not (row.json_size or row.packets_size)):
         yield start, row.payload_offset + row.payload_size
         return
-    yield row.json_offset, row.json_offset + row.json_size
+    if row.json_size:
+        yield row.json_offset, row.json_offset + row.json_size
     end = row.payload_offset + row.payload_size
     if row.ext == "y4m":
         step = len(Y4M_FRAME_MARK) + y4m_frame_bytes(row.width, row.height)

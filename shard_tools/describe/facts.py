@@ -51,6 +51,7 @@ def describe_dataset(folder: Path, dataset: Dataset, samples: pa.Table) -> tuple
         "tier": dataset.frames,
         "foreign": dataset.foreign,
         "seed": dataset.seed,
+        "packets_beside": sum(info.packets_xxh3 is not None for info in dataset.shards),
         "plan_hash": dataset.plan_hash,
         "version": dataset.created_by.version,
         "samples": len(samples),
@@ -154,6 +155,8 @@ def format_facts(facts: dict[str, Any]) -> Iterator[str]:
     yield f"{facts['dir']}: {facts['name']}, {facts['samples']:,} samples in {facts['shards']:,} shards"
     yield f"  tier        {facts['tier']} ({', '.join(facts['codecs']) or 'no sample could be read'})"
     origin = "indexed     tars of another tool" if facts["foreign"] else f"packed      seed {facts['seed']}"
+    if facts["packets_beside"]:
+        yield f"  packets     tables beside {facts['packets_beside']:,} of {facts['shards']:,} tars"
     yield f"  {origin}, plan {facts['plan_hash'][:12]}, version {facts['version']}"
     yield f"  {'split':<12}{'shards':>8}{'samples':>12}{'bytes':>12}"
     for name, split in (*facts["splits"].items(), ("together", facts)):

@@ -49,15 +49,24 @@ def index_name(shard: str) -> str:
     return Path(shard).stem + ".parquet"
 
 
+def packets_name(shard: str) -> str:
+    """File name of a shard's tables of packets: the same stem, `.packets.jsonl`."""
+    return Path(shard).stem + ".packets.jsonl"
+
+
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: file name, its size, number of samples, XXH3-64 of the tar and of its index as 16 hex digits."""
+    """One shard: file name, its size, number of samples, XXH3-64 of the tar and of its index as 16 hex digits.
+
+    `packets_xxh3` is the hash of the tables of packets beside the tar; only in the JSON where there are some.
+    """
 
     file: str
     bytes: int
     samples: int
     xxh3: str
     index_xxh3: str
+    packets_xxh3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,9 @@ class Dataset:
 
     def _record(self) -> dict[str, Any]:
         record = dataclasses.asdict(self)
+        for info in (info for split in record["splits"].values() for info in split["shards"]):
+            if info["packets_xxh3"] is None:
+                del info["packets_xxh3"]
         if not self.foreign:
             del record["foreign"]
         if self.latents is None:
@@ -202,6 +214,6 @@ def read_dataset(folder: Path) -> Dataset:
 
 
 def remove_shard(folder: Path, shard: str) -> None:
-    """Remove the index and the tar of a shard, where they exist."""
-    for name in (index_name(shard), shard):
+    """Remove the tar of a shard and what belongs to it, where they exist."""
+    for name in (index_name(shard), packets_name(shard), shard):
         (folder / name).unlink(missing_ok=True)

@@ -9,7 +9,8 @@ from unicodedata import normalize
 
 from shard_tools.common.cli import CommandError, Parser, path, run
 from shard_tools.format.dataset import SPLITS
-from shard_tools.index.indexing import index_folder
+from shard_tools.index.indexing import index_folder, packed_here
+from shard_tools.index.packets import add_packets
 from shard_tools.index.scan import is_video
 
 
@@ -34,12 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         "--ext", type=_ext, metavar="EXT", help="extension of the video, if samples have several (default: the first)"
     )
     parser.add_argument("--classes", type=path, metavar="FILE", help="names of the classes in order, one per line")
+    parser.add_argument(
+        "--packets", action="store_true", help="also write tables of packets, which save training the demuxing; takes "
+        "data sets that version 0.1 packed, too"
+    )  # fmt: skip
     parser.add_workers("tars read at once")
     args = parser.parse_args(argv)
+    if args.packets and packed_here(args.dir):
+        for name in ("out", "ext", "classes"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name}: {args.dir} is a data set of shard_tools.pack; it only gets tables of packets")
+        return add_packets(args.dir, args.workers)
     names = _class_names(args.classes) if args.classes else None
-    return index_folder(
-        args.dir, args.out or args.dir, split=args.split, ext=args.ext, names=names, workers=args.workers
-    )
+    out = args.out or args.dir
+    code = index_folder(args.dir, out, split=args.split, ext=args.ext, names=names, workers=args.workers)
+    return max(code, add_packets(out, args.workers)) if args.packets else code
 
 
 def _ext(text: str) -> str:

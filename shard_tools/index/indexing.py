@@ -34,10 +34,12 @@ from shard_tools.format.dataset import (
     ShardInfo,
     index_name,
     make_dataset,
+    packets_name,
     read_dataset,
 )
 from shard_tools.format.index import INDEX_SCHEMA, index_bytes
 from shard_tools.format.ledger import Failure
+from shard_tools.index.packets import has_packets, with_packets
 from shard_tools.index.scan import (
     Scan,
     ScanJob,
@@ -76,6 +78,9 @@ def index_folder(source: Path, out: Path, *, split: str, ext: str | None, names:
         job = ScanJob(source, source.resolve().name.encode(errors="replace").decode(), ext)
         scans = scan_tars(job, tars, workers)
         dataset, indexes = _assemble(job, scans, names, split)
+        if old is not None:  # tables of packets stay beside tars that have not changed
+            kept = {(i.file, i.xxh3, i.index_xxh3): i.packets_xxh3 for i in old.shards if has_packets(out, i)}
+            dataset = with_packets(dataset, {i.file: kept.get((i.file, i.xxh3, i.index_xxh3)) for i in dataset.shards})
         failures = [failure for scan in scans for failure in scan.failures]
         _commit(out, dataset, indexes, failures, _links(source, out, indexes), old)
     for note, count in sum((scan.notes for scan in scans), Counter[str]()).items():
@@ -129,9 +134,14 @@ def _indexed_before(folder: Path) -> Dataset | None:
     return dataset
 
 
+def packed_here(folder: Path) -> bool:
+    """Whether a folder holds a data set of shard_tools.pack."""
+    return (folder / DATASET_FILE).exists() and not read_dataset(folder).foreign
+
+
 def _clean_up(out: Path) -> None:
     """Remove what a killed run left behind."""
-    for name in ("*.parquet", DATASET_FILE, FAILURES_FILE):
+    for name in ("*.parquet", "*.packets.jsonl", DATASET_FILE, FAILURES_FILE):
         for temporary in out.glob(f".{name}.*.tmp"):
             temporary.unlink()
     if not os.access(out, os.W_OK):
@@ -251,6 +261,10 @@ def _commit(
             (out / index_name(file)).unlink()
         if links and (out / file).is_symlink():
             (out / file).unlink()
+    kept = {info.file for info in dataset.shards if info.packets_xxh3 is not None}
+    for info in old.shards if old else ():
+        if info.packets_xxh3 is not None and info.file not in kept:
+            (out / packets_name(info.file)).unlink(missing_ok=True)
     for link, target in links.items():
         if not (link.is_symlink() and link.readlink() == target):
             link.unlink(missing_ok=True)

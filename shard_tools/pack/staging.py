@@ -46,7 +46,7 @@ from shard_tools.video.tiers import Encoding
 STAGING = ".packing"
 _PLAN_FILE = "plan.json"
 _COUNT = "slices-"
-_SHARD_FILE = re.compile(rf"({'|'.join((*SPLITS, LATENTS))})-\d{{6,}}\.(tar|parquet)")
+_SHARD_FILE = re.compile(rf"({'|'.join((*SPLITS, LATENTS))})-\d{{6,}}\.(tar|parquet|packets\.jsonl)")
 
 
 @dataclass(frozen=True)

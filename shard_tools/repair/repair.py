@@ -18,6 +18,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, one_line
 from shard_tools.common.files import file_hash, sync_folder, write_atomic
 from shard_tools.common.processes import WorkerDiedError, run_local
@@ -26,9 +28,11 @@ from shard_tools.format.dataset import (
     Dataset,
     ShardInfo,
     index_name,
+    packets_name,
     read_dataset,
     remove_shard,
 )
+from shard_tools.index.packets import has_packets, make_packets
 from shard_tools.index.scan import index_again
 from shard_tools.pack import staging
 from shard_tools.repair import salvage as salvaging
@@ -128,8 +132,7 @@ def _repair_shards(job: RepairJob, workers: int) -> int:
         return PROBLEMS if strays else OK
     job.scratch.mkdir(exist_ok=True)
     outcomes: dict[str, Outcome] = {}
-    work = functools.partial(repair_foreign if job.dataset.foreign else repair_shard, job)
-    for task, result in run_local(work, list(damaged), workers):
+    for task, result in run_local(functools.partial(repair_shard, job), list(damaged), workers):
         if isinstance(result, WorkerDiedError):
             detail = "making its samples again kills the process (a crash in a decoding library, or out of memory)"
             result = Outcome("left", f"not repaired: {detail}")
@@ -179,6 +182,35 @@ def _access_error(path: Path) -> OSError | None:
 
 
 def repair_shard(job: RepairJob, task: Task) -> Outcome:
+    """Restore one shard: tar and index, then the tables of packets, which are made from both."""
+    _, info = task
+    packets_only = (
+        info.packets_xxh3 is not None
+        and file_hash(job.folder / info.file) == info.xxh3
+        and file_hash(job.folder / index_name(info.file)) == info.index_xxh3
+    )
+    if packets_only:
+        what = "can be repaired" if job.dry_run else "repaired"
+        outcome = Outcome("repaired", f"{what} byte for byte: the tables of packets were made again from the tar")
+    else:
+        outcome = (_repair_foreign if job.dataset.foreign else _repair_packed)(job, task)
+        if job.dry_run:
+            return outcome
+    if outcome.status != "repaired" or info.packets_xxh3 is None or has_packets(job.folder, info):
+        return outcome
+    data, _ = make_packets(job.folder, info)
+    path = job.folder / packets_name(info.file)
+    if path.is_dir():
+        return Outcome("left", f"not repaired: {path} is a folder; move it away")
+    if xxhash.xxh3_64_hexdigest(data) != info.packets_xxh3:
+        again = f"delete {path}, then python -m shard_tools.index {job.folder} --packets"
+        return Outcome("left", f"not repaired: this FFmpeg gives other tables of packets; write them anew: {again}")
+    if not job.dry_run:
+        write_atomic(path, data)
+    return outcome
+
+
+def _repair_packed(job: RepairJob, task: Task) -> Outcome:
     """Rebuild one shard in the scratch folder, and put it in place if it is what dataset.json says."""
     split, info = task
     for path in (job.folder / info.file, job.folder / index_name(info.file)):
@@ -217,7 +249,7 @@ def repair_shard(job: RepairJob, task: Task) -> Outcome:
     return Outcome("left", detail, None, tuple(lost))
 
 
-def repair_foreign(job: RepairJob, task: Task) -> Outcome:
+def _repair_foreign(job: RepairJob, task: Task) -> Outcome:
     """Restore the index of a tar that another tool wrote."""
     _, info = task
     index = job.folder / index_name(info.file)

@@ -23,6 +23,7 @@ from shard_tools.format.dataset import (
     ShardInfo,
     index_name,
     make_dataset,
+    packets_name,
     remove_shard,
 )
 from shard_tools.format.ledger import Failure
@@ -75,6 +76,8 @@ def complete(folder: Path, dataset: Dataset) -> bool:
             for name in (index_name(info.file), info.file):
                 if (record.parent / name).exists():
                     (record.parent / name).rename(folder / name)
+            if info.packets_xxh3 is None:  # those of a new shard are not made again
+                (folder / packets_name(info.file)).unlink(missing_ok=True)
         sync_folder(folder)
         dropped = ledger.read(record)[0]
         known = ledger.read(folder / FAILURES_FILE)[0] if (folder / FAILURES_FILE).exists() else []

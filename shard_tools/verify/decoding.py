@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
+import av
 import xxhash
 
-from shard_tools.format.dataset import index_name
+from shard_tools.format.dataset import index_name, packets_name, read_dataset
 from shard_tools.format.index import read_index
 from shard_tools.format.latents import LATENTS, parse_latent_sample
-from shard_tools.format.sample import FRAME_TIERS, SampleInfo, parse_sample
+from shard_tools.format.packet_file import parse_line, read_lines
+from shard_tools.format.sample import FRAME_TIERS, PacketTable, SampleInfo, parse_sample
 from shard_tools.verify.problems import Problem
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.ffmpeg import UNREADABLE, error_text
-from shard_tools.video.packets import Packets
+from shard_tools.video.packet_table import from_table
+from shard_tools.video.packets import Packets, digest, read_packets
 
 _LEAVE = "again, or leave it: training skips the video, and names it"
 
@@ -48,7 +52,13 @@ def decode_sample(folder: Path, foreign: bool, sample: tuple[str, int]) -> Probl
                 detail = _decoding_error(frames, row["ext"], VideoInfo.of(info.video))
             except DecodeError as error:  # of the table of packets
                 detail = str(error)
-    return None if detail is None else undecodable(folder, foreign, sample, detail)
+    if detail is not None:
+        return undecodable(folder, foreign, sample, detail)
+    lines = _packet_lines(folder, shard)
+    if not lines or (detail := _table_error(lines[number], row, payload)) is None:
+        return None
+    remedy = f"delete {packets_name(shard)}, and write it again: python -m shard_tools.index {folder} --packets"
+    return Problem(shard, row["key"], "packets_mismatch", row["payload_offset"], detail, remedy)
 
 
 def undecodable(folder: Path, foreign: bool, sample: tuple[str, int], detail: str) -> Problem:
@@ -63,6 +73,37 @@ def undecodable(folder: Path, foreign: bool, sample: tuple[str, int], detail: st
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of an index, kept for the other samples of the shard."""
     return read_index(path).to_pylist()
+
+
+@functools.lru_cache(maxsize=2)
+def _packet_lines(folder: Path, shard: str) -> list[bytes]:
+    """The tables of packets beside a shard; none if they are in KEY.json."""
+    info = next(info for info in read_dataset(folder).shards if info.file == shard)
+    if info.packets_xxh3 is None:
+        return []
+    return read_lines(folder / packets_name(shard), info.packets_xxh3, info.samples)
+
+
+def _table_error(data: bytes, row: dict[str, Any], payload: bytes) -> str | None:
+    """What is wrong with a table beside a tar, from every start of which the frames of the container must come out."""
+    try:
+        table = parse_line(data, row["xxh3_payload"]).packets
+        if not isinstance(table, PacketTable):
+            return None
+        packets = from_table(table, len(payload), row["num_frames"])
+        packets.content = payload
+        assert packets.frame is not None
+        expected = [digest(frame) for frame in read_packets(payload).frames(None)]
+        begins = sorted({0, *packets.frame[packets.is_start & (packets.frame >= 0)].tolist(), len(expected)})
+        for begin, end in itertools.pairwise(begins):
+            found = [digest(frame) for frame in packets.frames(range(begin, end))]
+            if found != expected[begin:end]:
+                return f"packet table: from the start of frame {begin}, other frames come out than from the container"
+    except av.FFmpegError as error:
+        return f"packet table: its packets cannot be decoded: {error_text(error)}"
+    except (ValueError, DecodeError) as error:
+        return str(error)
+    return None
 
 
 def _decoding_error(frames: bytes | Packets | list[memoryview], ext: str, info: VideoInfo) -> str | None:

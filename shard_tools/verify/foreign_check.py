@@ -14,7 +14,7 @@ from shard_tools.index.tar_reader import Entry, TarStream, iter_members, split_n
 from shard_tools.verify.problems import repair_command, restore_tar
 from shard_tools.verify.shard_check import IndexedMember, ShardCheck
 
-_OF_THE_INDEX = ("missing_index", "index_mismatch", "duplicate_key")
+_REPAIRED = ("missing_index", "index_mismatch", "duplicate_key", "missing_packets", "packets_mismatch")
 
 
 class ForeignCheck(ShardCheck):
@@ -22,7 +22,7 @@ class ForeignCheck(ShardCheck):
 
     def _remedy(self, kind: str) -> str:
         folder = self.path.parent
-        return repair_command(folder) if kind in _OF_THE_INDEX else restore_tar(folder)
+        return repair_command(folder) if kind in _REPAIRED else restore_tar(folder)
 
     def _check_members(self, file: FileIO, hasher: xxhash.xxh3_64, seen: set[str]) -> None:
         expected = {member.offset: member for member in self._indexed()}

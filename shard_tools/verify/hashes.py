@@ -13,7 +13,7 @@ from threading import Event
 import xxhash
 
 from shard_tools.common.cli import CommandError
-from shard_tools.format.dataset import Dataset, ShardInfo, index_name
+from shard_tools.format.dataset import Dataset, ShardInfo, index_name, packets_name
 
 _CHUNK = 1 << 19  # hashed while it is in the processor's cache
 
@@ -21,7 +21,9 @@ _CHUNK = 1 << 19  # hashed while it is in the processor's cache
 def check_hashes(
     folder: Path, dataset: Dataset, workers: int, progress: Callable[[int], object] = lambda size: None
 ) -> set[str]:
-    """Names of the shards whose tar and index are, byte for byte, what dataset.json says. Reads every byte once.
+    """Names of the shards that are what dataset.json says, byte for byte: tar, index and tables of packets, if any.
+
+    Reads every byte once.
 
     Args:
         workers: shards read at once.
@@ -51,6 +53,10 @@ def _matches(folder: Path, info: ShardInfo, stop: Event) -> bool:
         index = (folder / index_name(info.file)).read_bytes()
         if xxhash.xxh3_64_hexdigest(index) != info.index_xxh3:
             return False
+        if info.packets_xxh3 is not None:
+            packets = (folder / packets_name(info.file)).read_bytes()
+            if xxhash.xxh3_64_hexdigest(packets) != info.packets_xxh3:
+                return False
         with (folder / info.file).open("rb", buffering=0) as file:
             hasher, size = xxhash.xxh3_64(), 0
             while not stop.is_set() and (chunk := file.read(_CHUNK)):

@@ -14,7 +14,7 @@ from shard_tools.format.sample import FRAME_TIERS
 KINDS = (
     "missing_shard", "extra_shard", "unreadable", "truncated", "bad_header", "payload_mismatch", "json_mismatch",
     "missing_member", "extra_member", "duplicate_key", "index_mismatch", "missing_index", "dataset_mismatch",
-    "undecodable",
+    "undecodable", "missing_packets", "packets_mismatch",
 )  # fmt: skip
 PACK_AGAIN = "pack again from the sources: python -m shard_tools.pack ROOT --overwrite"
 _INDEX_AGAIN = "if this is intended, index again: python -m shard_tools.index"

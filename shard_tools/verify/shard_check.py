@@ -17,11 +17,14 @@ from typing import Any
 
 import xxhash
 
-from shard_tools.format.dataset import ShardInfo, index_name
+from shard_tools.format.dataset import ShardInfo, index_name, packets_name
 from shard_tools.format.index import parse_index
 from shard_tools.format.latents import parse_any_sample
+from shard_tools.format.packet_file import parse_line
+from shard_tools.format.sample import PacketTable
 from shard_tools.format.tar import BLOCK, Member, ShardDamage, parse_header, read_members
 from shard_tools.verify.problems import Problem, repair_command
+from shard_tools.video.packet_table import from_table
 
 _CHUNK = 1 << 20
 
@@ -60,6 +63,8 @@ class ShardCheck(ABC):
         """Check the index, then the tar: every byte, or only its size and headers."""
         try:
             self._check_index()
+            if self.info.packets_xxh3 is not None:
+                self._check_packets(self.path.with_name(packets_name(self.info.file)))
             with self.path.open("rb", buffering=0) as file:
                 if quick:
                     total = file.seek(0, os.SEEK_END)
@@ -115,6 +120,26 @@ class ShardCheck(ABC):
                 self.report("duplicate_key", row["key"], row["json_offset"], "the key has two index rows")
             self.rows[row["key"]] = row
         self.has_index = True
+
+    def _check_packets(self, path: Path) -> None:
+        """Check the tables of packets beside the tar: their hash, and the place of what does not match it."""
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            self.report("missing_packets", None, None, f"{path.name} does not exist")
+            return
+        if xxhash.xxh3_64_hexdigest(data) == self.info.packets_xxh3:
+            return
+        before, lines = len(self.problems), data.splitlines(keepends=True)
+        for row, line in zip(self.rows.values(), lines, strict=False):
+            try:
+                packets = parse_line(line, row["xxh3_payload"]).packets
+                if isinstance(packets, PacketTable):
+                    from_table(packets, row["payload_size"], row["num_frames"])
+            except ValueError as error:
+                self.report("packets_mismatch", row["key"], row["payload_offset"], f"{path.name}: {error}")
+        if len(self.problems) == before:
+            self.report("packets_mismatch", None, None, f"{path.name} does not match its hash in dataset.json")
 
     def _indexed(self) -> Iterator[IndexedMember]:
         """The members that the index has; tars from other tools may have samples without JSON."""

@@ -130,7 +130,7 @@ def decode_video(payload: bytes | Packets, info: VideoInfo, numbers: Sequence[in
     return Decoded(info.colour, _pictures(packets, info, COLOURS[info.colour][1], numbers), packets)
 
 
-def _with_display(info: VideoInfo, shown: Display) -> VideoInfo:
+def _with_display(info: VideoInfo, shown: Display | Video) -> VideoInfo:
     colour = COLOURS.index((shown.matrix, shown.range))
     if (info.width, info.height) == (shown.height, shown.width) != (shown.width, shown.height):
         return dataclasses.replace(info, colour=colour)  # indexed by format version 1, with the size before rotation

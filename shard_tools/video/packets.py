@@ -19,7 +19,7 @@ import av
 import numpy as np
 import xxhash
 
-from shard_tools.format.sample import Coding
+from shard_tools.format.sample import Coding, Video
 from shard_tools.video.bitstream import get_inspector
 from shard_tools.video.display import Display, first_display
 from shard_tools.video.ffmpeg import (
@@ -62,7 +62,7 @@ class Packets:
         size: (n,) bytes.
         offset: (n,) where each begins in the payload; None if a packet does not lie there in one piece.
         content: the payload, or the demuxed packets.
-        display: how the frames are shown; None if the packets come from a table, or if no frame can be decoded.
+        display: how the frames are shown; None if KEY.json says it, or if no frame can be decoded.
         reason: why there can be no table; empty if there can.
         resolved: whether `frame` and `is_start` are final; if not, `resolve` finds them by decoding.
         decoded: frames that decoders have given so far, wanted or not.
@@ -74,7 +74,7 @@ class Packets:
     size: np.ndarray
     offset: np.ndarray | None
     content: Any = None
-    display: Display | None = None
+    display: Display | Video | None = None
     reason: str = ""
     resolved: bool = True
     decoded: int = 0
@@ -339,7 +339,7 @@ def resolve(packets: Packets) -> Packets:
     digests: dict[int | None, str] = {}
     for found in dataclasses.replace(packets, frame=None).decode(0, len(packets.is_start), concealed=True):
         shown_by.append(found.pts)
-        digests[found.pts] = _digest(found)
+        digests[found.pts] = digest(found)
     if None in digests or len(digests) < len(shown_by):
         return dataclasses.replace(packets, frame=None, reason=packets.reason or UNNAMED)
     frame = np.full(len(packets.is_start), -1, np.int64)
@@ -374,7 +374,7 @@ def _is_exact(packets: Packets, begin: int, wanted: list[int], digests: dict[int
     try:
         for frame in packets.decode(begin, packets.ends[wanted[-1]], concealed=True):
             if frame.pts in missing:
-                if _digest(frame) != digests[frame.pts]:
+                if digest(frame) != digests[frame.pts]:
                     return False
                 missing.remove(frame.pts)
     except av.FFmpegError:
@@ -382,7 +382,8 @@ def _is_exact(packets: Packets, begin: int, wanted: list[int], digests: dict[int
     return not missing
 
 
-def _digest(frame: av.VideoFrame) -> str:
+def digest(frame: av.VideoFrame) -> str:
+    """The hash of a frame's planes, which tells whether two frames are equal."""
     hasher = xxhash.xxh3_64()
     for plane in planes_of(frame, frame.width, frame.height, "limited"):
         hasher.update(plane.tobytes())

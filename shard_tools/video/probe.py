@@ -10,6 +10,7 @@ import av
 
 from shard_tools.format.sample import Video
 from shard_tools.video.completeness import check_filled, check_size
+from shard_tools.video.display import Display
 from shard_tools.video.ffmpeg import UNREADABLE, error_text, open_video, video_streams
 from shard_tools.video.ffmpeg import BadVideoError as BadVideoError
 from shard_tools.video.packets import Packets, count_frames, demux, resolve
@@ -45,7 +46,7 @@ def probe_packets(payload: bytes) -> tuple[Video, Packets]:
                 raise BadVideoError("FFmpeg does not know its codec")
             packets = resolve(demux(container, stream, payload))
             num_frames = count_frames(packets)
-            if not num_frames or packets.display is None:
+            if not num_frames or not isinstance(packets.display, Display):
                 raise BadVideoError("no video frames in the file")
             video = Video(
                 codec=stream.codec_context.name,

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import xxhash
 from conftest import RunModule, contents, pack_here, serially
-from damage import FAULTS, Copy, Fault, find_problems
+from damage import FAULTS, Copy, Fault, PacketsFault, find_problems
 from indexed import command
 
 from shard_tools.common.cli import CommandError
@@ -279,7 +279,7 @@ def test_every_random_fault_is_found_at_its_place(dataset: Path, tmp_path: Path)
 
 
 def test_every_kind_of_problem_has_a_test() -> None:
-    text = Path(__file__).read_text() + inspect.getsource(Fault)
+    text = Path(__file__).read_text() + inspect.getsource(Fault) + inspect.getsource(PacketsFault)
     assert not [kind for kind in KINDS if f'"{kind}"' not in text]
 
 

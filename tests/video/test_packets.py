@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
+import io
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +17,12 @@ import av
 import numpy as np
 import pytest
 import xxhash
+from conftest import serially
+from indexed import command
 
 from shard_tools.format.sample import PacketTable
+from shard_tools.index import __main__ as index
+from shard_tools.index import packets as index_packets
 from shard_tools.video.bitstream import without_user_data
 from shard_tools.video.packet_table import from_table, to_table
 from shard_tools.video.packets import SPLIT, DecodeError, Packets, read_packets, resolve
@@ -161,6 +168,50 @@ def test_frames_are_those_of_a_full_decode(video: Video, tmp_path: Path, name: s
 def test_two_thousand_clips(video: Video, tmp_path: Path, name: str) -> None:
     payload = video(name)
     check_clips(payload, fully_decoded(payload, tmp_path / name), 52)
+
+
+@pytest.mark.parametrize(
+    ("names", "clips"), [(sorted(FAST), 60), pytest.param([*VIDEOS, *CUT], 1000, marks=pytest.mark.slow)]
+)
+def test_clips_of_foreign_tars_with_and_without_tables(
+    video: Video, tmp_path: Path, names: list[str], clips: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from salt_wds.data.catalog import open_catalog
+    from salt_wds.data.reader import Reader
+
+    monkeypatch.setattr(index_packets, "run_local", serially)
+    (tmp_path / "tars").mkdir()
+    made: dict[str, bytes] = {}
+    for name in names:
+        with contextlib.suppress(pytest.skip.Exception):  # this ffmpeg cannot make it
+            made[name] = video(name)
+    with tarfile.open(tmp_path / "tars/train.tar", "w") as tar:
+        for name, payload in made.items():
+            stem, _, ext = name.rpartition(".")
+            info = tarfile.TarInfo(f"{stem}_{ext}.{ext}")
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    expected = {name: fully_decoded(payload, tmp_path / name) for name, payload in made.items()}
+    rng, tables = np.random.default_rng(0), 0
+    for options in ([], ["--packets"]):
+        assert command(index, tmp_path / "tars", *options) == 0
+        catalog = open_catalog([tmp_path / "tars"], "train")
+        reader = Reader(catalog, 0)
+        assert catalog.num_samples == len(made)
+        for number, name in enumerate(made):
+            row, frames = catalog.row(0, number), expected[name]
+            assert row.num_frames == len(frames), name
+            for _ in range(clips // len(made)):
+                first, stride, count = (int(rng.integers(*span)) for span in ((0, len(frames)), (1, 9), (1, 17)))
+                numbers = list(range(first, len(frames), stride))[:count]
+                _, payload = reader.read(0, row, numbers)
+                packets = read_packets(payload) if isinstance(payload, bytes) else payload
+                assert [digest(frame) for frame in packets.frames(numbers)] == [frames[n] for n in numbers], (
+                    name,
+                    numbers,
+                )
+            tables += isinstance(payload, Packets)
+    assert tables > len(made) / 2
 
 
 @pytest.mark.parametrize(

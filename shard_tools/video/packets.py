@@ -146,9 +146,9 @@ class Packets:
             try:
                 frames = decoder.decode(packet)
             except av.FFmpegError:
-                if found if self.frame is None else self.frame[number] >= 0:
+                if not packet.is_corrupt and (found if self.frame is None else self.frame[number] >= 0):
                     raise
-                continue  # its references are missing: the video begins without a key frame
+                continue  # known to be incomplete, or without references: the video begins without a key frame
             found = found or bool(frames)
             yield from self._checked(frames, concealed)
         yield from self._checked(decoder.decode(None), concealed)
@@ -246,7 +246,8 @@ def demux(container: av.container.InputContainer, stream: av.VideoStream, payloa
     display = first_display(context, demuxed, header)
     size = np.array([packet.size for packet in demuxed], np.int64)
     shown, clean = _inspect(context, demuxed)
-    frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] else None
+    has_losses = any(packet.is_corrupt for packet in demuxed)  # gaps in MPEG-TS, a file that ends in a packet
+    frame = _number_by_time(demuxed, shown) if len(clean) and clean[0] and not has_losses else None
     if frame is not None and context.has_b_frames and (np.diff(frame[frame >= 0]) > 0).all():
         frame = None  # AVI has no presentation times; FFmpeg gives decoding times instead
     is_start = np.array(clean or [False] * len(demuxed), bool)

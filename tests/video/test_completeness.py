@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import re
 import struct
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from video_maker import make_video
 
-from shard_tools.video.probe import BadVideoError, probe
+from shard_tools.video.probe import BadVideoError, probe, probe_packets
 
 FRAMES = 48
 MORE = 400_000  # bytes of something else, several times the video
@@ -56,6 +58,29 @@ def with_garbage(payload: bytes, begin: float, end: float, random_bytes: bool) -
     first, last = int(begin * len(payload)), int(end * len(payload))
     garbage = random.Random(0).randbytes(last - first) if random_bytes else bytes(last - first)
     return payload[:first] + garbage + payload[last:]
+
+
+@pytest.mark.parametrize("container", ["mpegts", "flv"])
+def test_only_frames_that_come_out_count_where_packets_are_incomplete(container: str) -> None:
+    """Overwritten transport packets, and a file that ends in a packet; compared with FFmpeg alone."""
+    options = {"g": "10", "bf": "2"}
+    data = make_video(160, 120, 40, "libx264", container=container, options=options, noise=container == "flv")
+    if container == "flv":
+        damaged = data[: len(data) // 2]
+    else:
+        rng = np.random.default_rng(4)
+        transport = np.frombuffer(data, np.uint8).reshape(-1, 188).copy()
+        lost = rng.random(len(transport)) < 0.15
+        lost[:10] = False
+        transport[lost] = rng.integers(0, 256, transport[lost].shape, np.uint8)
+        damaged = transport.tobytes()
+    with av.open(io.BytesIO(damaged)) as opened:
+        expected = 0
+        for packet in opened.demux(video=0):
+            with contextlib.suppress(av.InvalidDataError):
+                expected += len(packet.decode())
+    video, packets = probe_packets(damaged)
+    assert video.num_frames == expected < len(packets.size)
 
 
 @pytest.mark.parametrize("container", ["matroska", "mp4", "mpegts", "flv", "avi", "asf"])

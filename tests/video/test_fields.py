@@ -92,7 +92,7 @@ def payload(request: pytest.FixtureRequest) -> bytes:
     units = [parameter_sets() * (not number % GOP) + field(number, False) for number in range(FRAMES)]
     raw = b"".join(first + field(number, True) for number, first in enumerate(units))
     buffer = io.BytesIO()
-    with av.open(io.BytesIO(raw), format="h264") as source, av.open(buffer, "w", format=request.param) as out:
+    with av.open(io.BytesIO(raw), "r", format="h264") as source, av.open(buffer, "w", format=request.param) as out:
         stream = out.add_stream_from_template(source.streams.video[0])
         packets = [packet for packet in source.demux(video=0) if packet.size]
         assert len(packets) == 2 * FRAMES

@@ -4,14 +4,17 @@ Why here: 1.5 bytes per pixel cross shared memory and the bus instead of 3 (uint
 arithmetic fuses into one kernel on the GPU, where it is free. The step copies nothing from the host for it: the colour
 of every clip is an index, and its coefficients are computed on the device.
 
-Shapes: B clips, T frames, S height and width in pixels (even), P = S * S * 3 / 2 bytes of a frame.
+Shapes: B clips, T frames, S height and width in pixels (even), P = S * S * 3 / 2 bytes of a frame, N tokens of a clip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from salt_wds.config import PATCH, TUBELET
 from shard_tools.format.sample import LUMA_WEIGHTS, RANGES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +33,32 @@ def to_normalised_rgb(clips: Tensor, colour: Tensor, size: int, dtype: torch.dty
     Returns:
         (B, 3, T, S, S) of `dtype`.
     """
-    return torch.stack(_channels(clips, colour, size, IMAGENET_MEAN, IMAGENET_STD), dim=1).to(dtype)
+    channels = _channels(_planes(clips, size), colour, IMAGENET_MEAN, IMAGENET_STD)
+    return torch.stack(channels, dim=1).to(dtype)
+
+
+def to_normalised_patches(
+    clips: Tensor, colour: Tensor, size: int, dtype: torch.dtype, index: Tensor | None = None
+) -> Tensor:
+    """`to_normalised_rgb` cut into the patches of tokens, only those at `index`: no other pixel is converted.
+
+    Args:
+        index: int64 (B, K), tokens by time, row and column; None takes all N.
+
+    Returns:
+        (B, K or N, 3 * 2 * 16 * 16) of `dtype`; the values of a patch by channel, frame, row and column.
+    """
+    parts = []
+    for plane, side in zip(_planes(clips, size), (PATCH, PATCH // 2, PATCH // 2), strict=True):
+        b, frames, height, width = plane.shape
+        grid = (frames // TUBELET, TUBELET, height // side, side, width // side, side)
+        tubelets = plane.reshape(b, *grid).permute(0, 1, 3, 5, 2, 4, 6).flatten(1, 3).flatten(2)  # (B, N, 2 * side^2)
+        if index is not None:
+            tubelets = tubelets.gather(1, index[..., None].expand(-1, -1, tubelets.shape[-1]))
+        parts.append(tubelets.reshape(b, -1, side, side))  # (B, frames of all tubelets, side, side)
+    channels = _channels(parts, colour, IMAGENET_MEAN, IMAGENET_STD)
+    patches = [channel.reshape(len(clips), -1, TUBELET * PATCH * PATCH) for channel in channels]
+    return torch.stack(patches, dim=2).flatten(2).to(dtype)
 
 
 def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
@@ -46,21 +74,27 @@ def yuv_to_rgb(clips: Tensor, colour: Tensor, size: int) -> Tensor:
     Returns:
         float32 (B, 3, T, S, S) in 0..1, clamped.
     """
-    return torch.stack(_channels(clips, colour, size, (0.0,) * 3, (1.0,) * 3), dim=1)
+    return torch.stack(_channels(_planes(clips, size), colour, (0.0,) * 3, (1.0,) * 3), dim=1)
+
+
+def _planes(clips: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of Y (B, T, S, S), U and V (B, T, S/2, S/2 each)."""
+    luma, half = size * size, size // 2
+    u, v = clips[..., luma:].unflatten(-1, (2, half, half)).unbind(2)
+    return clips[..., :luma].unflatten(-1, (size, size)), u, v
 
 
 def _channels(
-    clips: Tensor, colour: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    planes: Sequence[Tensor], colour: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> list[Tensor]:
-    """Red, green and blue in 0..1, minus `mean` and divided by `std`, each (B, T, S, S).
+    """Red, green and blue in 0..1, minus `mean` and divided by `std`, each as large as the plane Y: (B, T, H, W).
 
     All that is linear goes into one factor of luma and one summand at the chroma's resolution, so that where nothing is
     compiled, too, full-size arrays are only passed three times per channel.
     """
-    luma, half = size * size, size // 2
-    planes = clips.to(torch.float32)
-    y = planes[..., :luma].unflatten(-1, (half, 2, half, 2))  # (B, T, S/2, 2, S/2, 2)
-    u, v = planes[..., luma:].unflatten(-1, (2, half, half)).unbind(2)  # (B, T, S/2, S/2) each
+    y, u, v = (plane.to(torch.float32) for plane in planes)
+    shape = y.shape
+    y = y.reshape(*shape[:2], shape[2] // 2, 2, shape[3] // 2, 2)
 
     # COLOURS has every matrix with every range. Limited range keeps luma in 16..235 and chroma in 16..240.
     matrix, limited = colour // len(RANGES), colour % len(RANGES) == RANGES.index("limited")
@@ -78,7 +112,7 @@ def _channels(
     for less_luma, m, s in zip((red, green, blue), mean, std, strict=True):
         summand = (less_luma - y_zero * y_scale - m) / s
         channel = y * (y_scale / s)[..., None, None] + summand[:, :, :, None, :, None]
-        channels.append(channel.clamp(-m / s, (1 - m) / s).reshape(*clips.shape[:2], size, size))
+        channels.append(channel.clamp(-m / s, (1 - m) / s).reshape(shape))
     return channels
 
 

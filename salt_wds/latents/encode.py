@@ -73,9 +73,7 @@ class Encoder:
         torch.stack([view.clip for view in group], out=clips[: len(group)])
         colour = torch.tensor([view.colour for view in group] + [0] * (data.batch_size - len(group)))
         video = to_normalised_rgb(clips.to(self.device), colour.to(self.device), data.size, dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            tokens = self.teacher(video)
-        return normalise_targets(tokens, self.config.loss.target_norm)[: len(group)]
+        return normalise_targets(self.teacher(video), self.config.loss.target_norm)[: len(group)]
 
     def calibrated(self, store: str, catalog: Catalog, ledger: Path) -> tuple[Quantiser, float, float]:
         """The quantiser for a store, and the summed squares (see ShardResult) of the clips it was made from."""

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from salt_wds.config import Config
 from salt_wds.data.latents import read_latents
+from salt_wds.data.masks import num_masked
+from salt_wds.data.pixels import to_normalised_patches
 from salt_wds.models.from_run import load_run_teacher
 from salt_wds.models.stored_teacher import stored_quantiser, teacher_hash
 from salt_wds.models.student import Student, build_student
@@ -65,6 +68,15 @@ def build_targets(config: Config) -> Teacher:
     if config.objective == "pixels":
         return pixel_targets(config.num_tokens)
     return stored_teacher(config) if config.teacher.latents else build_teacher(config)
+
+
+def student_inputs(config: Config, clips: Tensor, colour: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a `Student` takes of a batch (see `Loader`): patches in train.precision, visible (B, V), masked (B, K)."""
+    num_hidden = num_masked(config.grid, config.mask)
+    visible, masked = mask.long().split([config.num_tokens - num_hidden, num_hidden], dim=1)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    seen = visible if config.student.mode == "visible" else None
+    return to_normalised_patches(clips, colour, config.data.size, dtype, seen), visible, masked
 
 
 def build_teacher(config: Config) -> Teacher:

@@ -49,6 +49,14 @@ def sinusoid_3d(grid: Grid, width: int) -> Tensor:
     return torch.cat(parts, dim=-1).reshape(1, t * h * w, width)
 
 
+def at(table: Tensor, index: Tensor) -> Tensor:
+    """The positions (1, N, D) of the tokens at `index` (B, K): (B, K, D).
+
+    Gathered from a table that is expanded over the clips, its gradient would be written into B tables of zeros first.
+    """
+    return F.embedding(index, table[0])
+
+
 def _sinusoid(length: int, width: int) -> Tensor:
     """(length, width): sines, then cosines, of wavelengths 2 pi to 20000 pi (arXiv 1706.03762)."""
     half = (width + 1) // 2

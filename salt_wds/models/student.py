@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from salt_wds.config import StudentConfig
-from salt_wds.models.positions import position_table, sinusoid_3d, temporal_table
+from salt_wds.models.positions import at, position_table, sinusoid_3d, temporal_table
 from salt_wds.models.timm_vit import INIT_STD, Grid, image_vit, inflate, load_image_weights, tubelets
 from shard_tools.common.cli import CommandError
 
@@ -79,11 +79,12 @@ class Student(nn.Module):
             self.mask_token = _parameter(1, 1, encoder.width)
             self.head = _linear(encoder.width, target_width)
 
-    def forward(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predict the teacher's tokens at masked positions.
 
         Args:
-            video: (B, 3, T, H, W), normalised.
+            patches: of normalised video, see `salt_wds.data.pixels.to_normalised_patches`; with a predictor those of
+                the visible tokens only, (B, V, 1536), otherwise all, (B, N, 1536).
             visible: int64 (B, V), indices of visible tokens.
             masked: int64 (B, K), indices of masked tokens.
 
@@ -91,21 +92,21 @@ class Student(nn.Module):
             (B, K, target width), in the order of `masked`.
         """
         if self.predictor is not None:
-            return self.predictor(self.encoder(video, visible), visible, masked)
-        return self.head(_take(self._with_mask_tokens(video, masked), masked))
+            return self.predictor(self.features(patches, visible, masked), visible, masked)
+        return self.head(_take(self._with_mask_tokens(patches, masked), masked))
 
-    def features(self, video: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    def features(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """The encoder's tokens at visible positions in the forward pass: (B, V, D)."""
         if self.predictor is not None:
-            return self.encoder(video, visible)
-        return _take(self._with_mask_tokens(video, masked), visible)
+            return self.encoder.transform(self.encoder.embed(patches) + at(self.encoder.positions, visible))
+        return _take(self._with_mask_tokens(patches, masked), visible)
 
-    def _with_mask_tokens(self, video: Tensor, masked: Tensor) -> Tensor:
+    def _with_mask_tokens(self, patches: Tensor, masked: Tensor) -> Tensor:
         """All tokens after the final norm, with mask tokens at masked positions in the input: (B, N, D)."""
-        embeddings, positions = self.encoder.embed(video)
+        embeddings = self.encoder.embed(patches)
         hidden = torch.zeros_like(embeddings[..., :1], dtype=torch.bool).scatter(1, masked[..., None], True)
         embeddings = torch.where(hidden, self.mask_token.to(embeddings.dtype), embeddings)
-        return self.encoder.transform(embeddings + positions)
+        return self.encoder.transform(embeddings + self.encoder.positions)
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
         """Choose what the backward pass recomputes: nothing, every block's MLP, or every block.
@@ -164,23 +165,17 @@ class Encoder(nn.Module):
         self.heads = cast(int, next(m.num_heads for m in self.blocks.modules() if hasattr(m, "num_heads")))
         _fix_key_biases(self.blocks)
 
-    def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
-        """Tokens of (B, 3, T, H, W) after the final norm: all N, or only the V at `index` (B, V), unaware of others."""
-        embeddings, positions = self.embed(video, index)
-        return self.transform(embeddings + positions)
+    def forward(self, video: Tensor) -> Tensor:
+        """All tokens of (B, 3, T, H, W) after the final norm: (B, N, D)."""
+        return self.transform(self.embed(tubelets(video).flatten(2)) + self.positions)
 
-    def embed(self, video: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Patch embeddings (B, N or V, D), and positions that broadcast against them.
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patches (B, K, 3 * 2 * 16 * 16) of any K tokens to embeddings (B, K, D), without positions.
 
         The convolution's stride equals its kernel, so it is written as one matrix product: 3D convolutions are slow in
-        bf16, and only the patches of `index` take part.
+        bf16, and only the patches that are given take part.
         """
-        patches = tubelets(video).flatten(2)  # (B, N, 3 * 2 * 16 * 16)
-        positions = self.positions
-        if index is not None:
-            patches, positions = _take(patches, index), _take(positions, index)
-        embeddings = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
-        return self.embed_norm(embeddings), positions
+        return self.embed_norm(F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias))
 
     @property
     def positions(self) -> Tensor:
@@ -219,8 +214,8 @@ class Predictor(nn.Module):
 
     def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """(B, V, D) at `visible` (B, V) -> predictions (B, K, target width) at `masked` (B, K)."""
-        seen = self.embed(tokens) + _take(self.positions, visible)
-        asked = self.mask_token + _take(self.positions, masked)
+        seen = self.embed(tokens) + at(self.positions, visible)
+        asked = self.mask_token + at(self.positions, masked)
         both = self.blocks(torch.cat([seen, asked], dim=1))
         return self.head(self.norm(both[:, visible.shape[1] :]))
 
@@ -280,9 +275,8 @@ def _mlp_half(block: Block, tokens: Tensor) -> Tensor:
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B or 1, N, D) at `index` (B, K): (B, K, D)."""
-    b, k = index.shape
-    return tokens.expand(b, -1, -1).gather(1, index[..., None].expand(b, k, tokens.shape[-1]))
+    """Tokens (B, N, D) at `index` (B, K), each clip its own: (B, K, D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 # --- new parts ---

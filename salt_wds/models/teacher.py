@@ -12,9 +12,11 @@ import logging
 from collections.abc import Iterable
 from typing import Self
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import VideoMAEModel
+from transformers.models.videomae.modeling_videomae import VideoMAEAttention, VideoMAESelfAttention
 
 from salt_wds.config import PATCH, TUBELET
 from salt_wds.models.positions import position_table
@@ -110,6 +112,25 @@ class _Patches(nn.Module):
         return tubelets(video).permute(0, 1, 3, 4, 5, 2).flatten(2)
 
 
+class _Attention(nn.Module):
+    """transformers' attention, with query, key and value as one matrix product."""
+
+    def __init__(self, separate: VideoMAESelfAttention) -> None:
+        super().__init__()
+        parts = separate.query, separate.key, separate.value
+        width = separate.query.in_features
+        self.heads, self.qkv = separate.num_attention_heads, nn.utils.skip_init(nn.Linear, width, 3 * width)
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+            nothing = torch.zeros(width)  # the key never has a bias
+            self.qkv.bias.copy_(torch.cat([nothing if part.bias is None else part.bias for part in parts]))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
+        """(B, N, D) -> (B, N, D), and no scores."""
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), None
+
+
 class _VideoMAE(nn.Module):
     """Patch embedding, positions and blocks of transformers' model."""
 
@@ -119,6 +140,9 @@ class _VideoMAE(nn.Module):
         super().__init__()
         self.projection = model.embeddings.patch_embeddings.projection
         self.encoder = model.encoder
+        for layer in model.encoder.modules():
+            if isinstance(layer, VideoMAEAttention):
+                layer.register_module("attention", _Attention(layer.attention))
         # A buffer, which moves with the module: transformers keeps a plain CPU tensor and copies it in every forward.
         self.register_buffer("positions", positions, persistent=False)  # (1, N, D)
 

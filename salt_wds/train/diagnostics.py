@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from salt_wds.config import Config
 from salt_wds.data.masks import num_masked
-from salt_wds.data.pixels import to_normalised_rgb
+from salt_wds.models.build import student_inputs
 from salt_wds.models.student import Student
 
 _DECAY = 0.99  # of the weight of a past step, each step: the means are over about the last hundred steps
@@ -121,15 +121,12 @@ def feature_diagnostics(
     A separate forward pass, not compiled, over enough clips for 8 tokens per channel: once per interval, that is
     cheaper than returning features from every step.
     """
-    num_visible = config.num_tokens - num_masked(config.grid, config.mask)
     clips = rank_clips(config, student.width)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pixels, colour, mask = (batch[name][:clips].to(device) for name in ("clips", "colour", "mask"))
-    visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        video = to_normalised_rgb(pixels, colour, config.data.size, dtype)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            features = student.features(video, visible, masked)
+        inputs = student_inputs(config, pixels, colour, mask)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            features = student.features(*inputs)
         tokens = features.flatten(0, 1).double()
         spread = (tokens - tokens.mean(dim=0)).norm() / tokens.norm().clamp_min(_SMALLEST)
         return {"effective_rank": effective_rank(tokens).item(), "token_spread": spread.item()}

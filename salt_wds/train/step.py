@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from salt_wds.config import Config
 from salt_wds.data.masks import num_masked
 from salt_wds.data.pixels import to_normalised_rgb
+from salt_wds.models.build import student_inputs
 from salt_wds.models.student import Student
 from salt_wds.train.attention import UNPINNED, Attention, pinned
 from salt_wds.train.diagnostics import PositionMean
@@ -70,19 +71,14 @@ def make_forward(
     # bf16 would round pixels to about the steps of the 8-bit video, and normalising a plain patch would blow that up.
     target_dtype = torch.float32 if config.objective == "pixels" else dtype
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
     def targets(clips: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
         video = to_normalised_rgb(clips, colour, config.data.size, target_dtype)  # (B, 3, T, S, S)
-        with autocast():
-            return gather_tokens(teacher(video), mask[:, num_visible:].long())
+        return gather_tokens(teacher(video), mask[:, num_visible:].long())
 
     def loss(clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor) -> Result:
-        video = to_normalised_rgb(clips, colour, config.data.size, dtype)
-        visible, masked = mask.long().split([num_visible, config.num_tokens - num_visible], dim=1)
-        with autocast():
-            predictions = student(video, visible, masked)  # (B, K, D)
+        patches, visible, masked = student_inputs(config, clips, colour, mask)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            predictions = student(patches, visible, masked)  # (B, K, D)
         # Stored targets were normalised before they were stored; the stand-in for their teacher makes fp32 of them.
         targets = teacher(targets) if stored else normalise_targets(targets, config.loss.target_norm)
         distance, stats = masked_loss(predictions, targets, config.loss)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from av.video.reformatter import ColorRange
 
-from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD, to_normalised_rgb, yuv_to_rgb
+from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD, to_normalised_patches, to_normalised_rgb, yuv_to_rgb
+from salt_wds.models.timm_vit import tubelets
 from shard_tools.format.sample import COLOURS
 
 SIZE = 32
@@ -100,3 +101,16 @@ def test_compiles_into_one_graph():
     compiled = torch.compile(to_normalised_rgb, backend="aot_eager", fullgraph=True)
     expected = to_normalised_rgb(clips, colour, SIZE, torch.float32)
     torch.testing.assert_close(compiled(clips, colour, SIZE, torch.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_those_of_the_converted_video(dtype):
+    """To the bit, whether all pixels are converted or only those of some tokens."""
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(0, 256, (4, 4, 48 * 48 * 3 // 2), dtype=torch.uint8, generator=generator)
+    colour = torch.arange(4)
+    index = torch.stack([torch.randperm(18, generator=generator)[:5] for _ in range(4)])
+    expected = tubelets(to_normalised_rgb(clips, colour, 48, dtype)).flatten(2)
+    assert torch.equal(to_normalised_patches(clips, colour, 48, dtype), expected)
+    some = torch.stack([patches[places] for patches, places in zip(expected, index, strict=True)])
+    assert torch.equal(to_normalised_patches(clips, colour, 48, dtype, index), some)

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from salt_wds.config import MaskConfig, StudentConfig
 from salt_wds.data.masks import make_mask, num_masked
 from salt_wds.models import timm_vit
-from salt_wds.models.positions import position_table
+from salt_wds.models.positions import at, position_table
 from salt_wds.models.student import Student, build_student
+from salt_wds.models.timm_vit import tubelets
 from shard_tools.common.cli import CommandError
 
 GRID = (2, 3, 3)
@@ -30,7 +31,7 @@ def build(seed: int = 0, grid=GRID, checkpointing="off", **changes) -> Student:
     return student
 
 
-def batch(clips: int = 2, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def video_batch(clips: int = 2, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random video and masks: (B, 3, T, H, W), visible (B, V), masked (B, K)."""
     t, h, w = grid
     video = torch.randn(clips, 3, 2 * t, 16 * h, 16 * w, generator=torch.Generator().manual_seed(1))
@@ -38,6 +39,18 @@ def batch(clips: int = 2, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, torch.
     masks = np.stack([make_mask(grid, config, np.random.default_rng(i)) for i in range(clips)]).astype(np.int64)
     visible, masked = np.split(masks, [masks.shape[1] - num_masked(grid, config)], axis=1)
     return video, torch.from_numpy(visible), torch.from_numpy(masked)
+
+
+def batch(clips: int = 2, grid=GRID, mode: str = "visible") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a student takes of it."""
+    return of_student(*video_batch(clips, grid), mode)
+
+
+def of_student(video, visible, masked, mode: str = "visible") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    patches = tubelets(video).flatten(2)
+    if mode == "visible":
+        patches = torch.stack([clip[index] for clip, index in zip(patches, visible, strict=True)])
+    return patches, visible, masked
 
 
 def image_model_of(student: Student, grid=GRID) -> torch.nn.Module:
@@ -70,15 +83,13 @@ def test_inflated_on_a_static_clip_equals_the_image_model(grid):
 def test_all_tokens_visible_equals_timm_on_the_same_weights():
     # A moving clip, temporal table and all, embedded by a real Conv3d.
     student = build().eval()
-    video, _, _ = batch()
-    everything = torch.arange(18).expand(2, -1)
+    video, _, _ = video_batch()
     with torch.no_grad():
         vit = image_model_of(student)
         embedded = student.encoder.patch_embed(video).flatten(2).transpose(1, 2)
         table = vit.pos_embed[:, None] + student.encoder.temporal_positions
         vit.patch_embed, vit.pos_embed = torch.nn.Identity(), torch.nn.Parameter(table.reshape(1, 18, -1))
         expected = vit.forward_features(embedded)
-        torch.testing.assert_close(student.encoder(video, everything), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(student.encode(video), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -86,9 +97,8 @@ def test_fixed_positions_are_videomaes_and_no_weights():
     student = build(positions="sincos").eval()
     assert torch.equal(student.encoder.positions, position_table(GRID, GRID, SIZES["width"]))
     assert not [name for name in student.encoder.state_dict() if "positions" in name]
-    embeddings, positions = student.encoder.embed(*batch()[:2])
-    assert torch.equal(positions[1], student.encoder.positions[0, batch()[1][1]])
-    assert embeddings.shape == positions.shape
+    _, visible, _ = batch()
+    assert torch.equal(at(student.encoder.positions, visible)[1], student.encoder.positions[0, visible[1]])
     with pytest.raises(ValidationError, match="pretrained = true brings positions of its own"):
         StudentConfig(positions="sincos", pretrained=True)
 
@@ -96,23 +106,25 @@ def test_fixed_positions_are_videomaes_and_no_weights():
 @pytest.mark.parametrize("changes", [{}, {"mode": "dense"}, {"positions": "sincos"}], ids=str)
 def test_masked_tokens_are_not_seen(changes):
     student = build(**changes).eval()
-    video, visible, masked = batch(clips=1)
+    video, visible, masked = video_batch(clips=1)
     changed = video.clone()
     t, y, x = np.unravel_index(int(masked[0, 0]), GRID)
     changed[:, :, 2 * t : 2 * t + 2, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = 9.0
     assert not torch.equal(student.encode(video), student.encode(changed))
-    assert torch.equal(student(video, visible, masked), student(changed, visible, masked))
+    mode = changes.get("mode", "visible")
+    first, other = (student(*of_student(v, visible, masked, mode)) for v in (video, changed))
+    assert torch.equal(first, other)
 
 
 @pytest.mark.parametrize("mode", ["visible", "dense"])
 def test_predictions_follow_the_order_of_the_masked_tokens(mode):
     student = build(mode=mode).eval()
-    video, visible, masked = batch()
-    predictions = student(video, visible, masked)
+    video, visible, masked = video_batch()
+    predictions = student(*of_student(video, visible, masked, mode))
     assert predictions.shape == (2, masked.shape[1], TARGET_WIDTH)
     assert student.encode(video).shape == (2, 18, SIZES["width"])
     assert (student.width, student.num_tokens) == (SIZES["width"], 18)
-    flipped = student(video, visible.flip(1), masked.flip(1))
+    flipped = student(*of_student(video, visible.flip(1), masked.flip(1), mode))
     torch.testing.assert_close(flipped, predictions.flip(1), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(predictions[:, 0], predictions[:, 1], atol=1e-3)
 
@@ -122,7 +134,7 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(mode):
     gradients = {}
     for checkpointing in ("off", "full"):
         student = build(mode=mode, checkpointing=checkpointing).train()
-        student(*batch()).square().mean().backward()
+        student(*batch(mode=mode)).square().mean().backward()
         gradients[checkpointing] = {name: p.grad for name, p in student.named_parameters()}
         for name, gradient in gradients[checkpointing].items():
             assert gradient is not None, name
@@ -140,7 +152,7 @@ def test_biases_of_keys_have_no_gradient_and_would_have_only_rounding(mode):
         if hasattr(block, "qkv"):
             block.qkv.__class__ = torch.nn.Linear
     for one in (student, plain):
-        one(*batch()).square().mean().backward()
+        one(*batch(mode=mode)).square().mean().backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     biases = 0
     for name, p in student.named_parameters():
@@ -180,11 +192,11 @@ def test_checkpointing_keeps_fewer_activations_and_only_in_training(monkeypatch)
 def test_compiles_into_one_graph(mode, checkpointing):
     torch._dynamo.reset()
     student = build(mode=mode, checkpointing=checkpointing, depth=1, predictor_depth=1).train()
-    expected = student(*batch())
+    expected = student(*batch(mode=mode))
     expected.square().mean().backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     student.zero_grad()
-    predictions = torch.compile(student, backend="aot_eager", fullgraph=True)(*batch())
+    predictions = torch.compile(student, backend="aot_eager", fullgraph=True)(*batch(mode=mode))
     torch.testing.assert_close(predictions, expected)
     predictions.square().mean().backward()
     torch.testing.assert_close({name: p.grad for name, p in student.named_parameters()}, gradients)

@@ -143,12 +143,11 @@ def assert_same_tokens(teacher: Teacher, expected: torch.Tensor, video: torch.Te
 def test_published_folder(teacher, state, expected):
     assert_same_tokens(teacher, expected)
     assert (teacher.width, teacher.num_tokens, teacher.heads, len(teacher.blocks)) == (WIDTH, 18, HEADS, DEPTH)
-    assert teacher.network.encoder.config._attn_implementation == "sdpa"
-    parameters = dict(teacher.named_parameters())
-    for i in range(DEPTH):
-        for names, theirs in ((("query.bias", "q_bias"), "q_bias"), (("value.bias", "v_bias"), "v_bias")):
-            (loaded,) = (p for n, p in parameters.items() if f"encoder.layer.{i}." in n and n.endswith(names))
-            assert torch.equal(loaded, state[f"blocks.{i}.attn.{theirs}"])
+    for i, block in enumerate(teacher.blocks):
+        query, key, value = block.attention.attention.qkv.bias.chunk(3)
+        assert torch.equal(query, state[f"blocks.{i}.attn.q_bias"])
+        assert torch.equal(value, state[f"blocks.{i}.attn.v_bias"])
+        assert not key.any()
     zeroed = {key: torch.zeros_like(v) if key.endswith(("q_bias", "v_bias")) else v for key, v in state.items()}
     assert (reference_tokens(zeroed, clip()) - expected).abs().max() > 0.05 * expected.abs().max()
 

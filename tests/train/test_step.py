@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import small
 
+from salt_wds.config import PATCH, TUBELET
 from salt_wds.train.distributed import World, shard_model
 from salt_wds.train.step import Forward, Step, make_forward
 from salt_wds.train.tuning import synthetic_batch
@@ -146,3 +149,58 @@ def test_every_attention_is_in_a_compiled_graph_and_none_is_compiled_again(compi
     assert compiled["attention"] == 3 * 2 * (1 + 2 + 2)  # steps, micro-batches, blocks
     assert graphs[:3] == [0, 0, 0]
     assert graphs[3:] == [compiled["graphs"]] * 3
+
+
+# --- what a step does not compute ---------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator with the shape and type of its (first) result."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple | list) else result
+        if isinstance(first, torch.Tensor):
+            self.found.append((func.overloadpacket.__name__, tuple(first.shape), first.dtype))
+        return result
+
+    def count(self, name, shape=None):
+        return sum(found == name and (shape is None or shape == size) for found, size, _ in self.found)
+
+
+def test_the_teacher_multiplies_in_its_own_precision_without_casts():
+    """Under autocast, a LayerNorm would give fp32, which is rounded once for each product that reads it."""
+    config, models = small("teacher.random_depth=2", "train.precision=bf16")
+    batch = synthetic_batch(config, 2, torch.device("cpu"))
+    with Operators() as operators:
+        make_forward(config, models.teacher, models.student, torch.device("cpu")).targets(*batch)
+    norms = [dtype for name, _, dtype in operators.found if name == "native_layer_norm"]
+    assert norms == [torch.bfloat16] * 2 * 2
+    assert operators.count("addmm") == 1 + 2 * 4  # patches; per block q, k and v at once, projection, MLP
+    wide = [
+        (name, shape)
+        for name, shape, dtype in operators.found
+        if dtype == torch.float32 and shape[-1:] == (models.teacher.width,)
+    ]
+    assert not wide
+
+
+def test_only_visible_patches_are_converted_and_positions_have_no_gradient_for_each_clip():
+    config, models = small("student.depth=1", "student.predictor_depth=1")
+    clips, tokens, width = 3, config.num_tokens, models.student.width
+    batch = synthetic_batch(config, clips, torch.device("cpu"))
+    forward = make_forward(config, models.teacher, models.student, torch.device("cpu"))
+    targets = forward.targets(*batch)
+    with Operators() as operators:
+        forward.loss(*batch, targets)[0].backward()
+    pixels = clips * tokens * TUBELET * PATCH * PATCH
+    sizes = {math.prod(shape) for _, shape, dtype in operators.found if dtype == torch.float32}
+    assert pixels not in sizes
+    assert pixels * (tokens - targets.shape[1]) // tokens in sizes
+    assert operators.count("new_zeros", (clips, tokens, width)) == 0
+    assert operators.count("scatter_add") == 0
+    assert models.student.encoder.spatial_positions.grad.abs().max() > 0

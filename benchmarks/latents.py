@@ -24,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import harness
 import xxhash
@@ -32,6 +33,7 @@ from kill_pack import contents, hashes
 sys.path.insert(0, str(harness.REPOSITORY))
 sys.path.insert(0, str(harness.REPOSITORY / "tests"))
 
+from conftest import serially
 from damage import FAULTS, Copy, Fault
 
 from salt_wds.config import load_config
@@ -43,7 +45,8 @@ from shard_tools.format.dataset import ShardInfo, index_name, make_dataset
 from shard_tools.format.index import index_bytes
 from shard_tools.format.latents import LATENTS
 from shard_tools.pack.staging import ShardResult
-from shard_tools.repair.repair import repair
+from shard_tools.repair import repair as repairing
+from shard_tools.verify import inspection
 
 TINY = ("teacher.random_width=32", "teacher.random_depth=1", "data.batch_size=4")
 NOT_OF_A_SHARD = ("stray_shard", "edited_dataset")
@@ -131,7 +134,11 @@ def faults(work: Path, shards: Path, count: int) -> dict[str, Any]:
             wrong.append(f"{number} {name}: not found")
         if name in NOT_OF_A_SHARD:
             continue
-        repair(copy.folder, None, False, False, 1)
+        with (  # each worker would load this file, and torch with it
+            mock.patch.object(repairing, "run_local", serially),
+            mock.patch.object(inspection, "run_local", serially),
+        ):
+            repairing.repair(copy.folder, None, False, False, 1)
         command_line.main(words(shards, copy.folder, "--store", "fp32", "--repair", "--set", "data.num_workers=0"))
         repaired += contents(copy.folder) == expected
         if contents(copy.folder) != expected:

@@ -225,7 +225,7 @@ def _verdict(result: dict[str, Any], busy: float) -> str:
     if decoded > _FAR_KEY_FRAMES * spanned:
         return (
             f"decoding limits: a clip decodes {decoded:.0f} frames on average to use {result['used_a_clip']:.0f}: "
-            "key frames are far apart; pack with --frames mjpeg or y4m, or re-encode the sources with closer key frames"
+            "key frames are far apart; pack with --frames h264 (a start every 16 frames or --gop N), mjpeg or y4m"
         )
     return "decoding limits: raise data.num_workers up to the cores, or pack with --frames mjpeg or y4m"
 

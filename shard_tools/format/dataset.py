@@ -89,9 +89,9 @@ class CreatedBy:
 class Settings:
     """The options of pack that decided the bytes, beside the tier: what `repair` needs to encode a sample again.
 
-    `layout` is "ssv2", "folders" or "labels"; `quality` and `short_side` are those of the encoding (None: automatic; as
-    it is). `labels` are the paths of list files, relative to the root, `split_folders` as given (NAME=SPLIT); both are
-    only in the JSON where there are some.
+    `layout` is "ssv2", "folders" or "labels"; `quality`, `short_side` and `gop` are those of the encoding (None:
+    automatic; as it is; none), and `encoder` is the build that made it. `labels` are the paths of list files, relative
+    to the root, `split_folders` as given (NAME=SPLIT). The last four are only in the JSON where there are some.
     """
 
     layout: str
@@ -100,6 +100,8 @@ class Settings:
     shard_bytes: int
     labels: tuple[str, ...] = ()
     split_folders: tuple[str, ...] = ()
+    gop: int | None = None
+    encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class Dataset:
         if self.settings is None:
             del record["settings"]
         else:
-            record["settings"] = {name: value for name, value in record["settings"].items() if value != ()}
+            absent = {field.name: field.default for field in dataclasses.fields(Settings)}
+            record["settings"] = {k: value for k, value in record["settings"].items() if value != absent[k]}
         return record
 
 

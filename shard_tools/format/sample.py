@@ -128,8 +128,8 @@ class PacketTable(Coding):
 class SampleInfo:
     """The content of KEY.json.
 
-    `packets` belongs to tier "source": the table, or the reason why there is none. The last two belong to frame tiers:
-    the offset of each frame, and its XXH3-64 as 16 hex digits.
+    `packets` belongs to tiers "source" and "h264": the table, or the reason why there is none. The last two belong to
+    frame tiers: the offset of each frame, and its XXH3-64 as 16 hex digits.
     """
 
     key: str

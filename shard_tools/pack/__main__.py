@@ -19,10 +19,12 @@ from shard_tools.common.cli import (
 from shard_tools.pack.packing import pack
 from shard_tools.pack.ray_executor import require_ray
 from shard_tools.video.layouts import LAYOUTS, split_folder
-from shard_tools.video.tiers import BEST_QUALITY, TIERS, WORST_QUALITY
+from shard_tools.video.tiers import BEST_QUALITY, DEFAULT_CRF, DEFAULT_GOP, LONGEST_GOP, TIERS, WORST_CRF, WORST_QUALITY
 
 _LEAST_SHARD_BYTES = 64 << 10
 _LEAST_SHORT_SIDE = 16
+# The tiers that each option is for.
+_TIERS_OF = {"quality": ("mjpeg",), "crf": ("h264",), "gop": ("h264",), "short_side": TIERS[1:]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--frames", choices=TIERS, default="source", help="storage tier (default source)")
     quality = f"of mjpeg: {BEST_QUALITY} (best) to {WORST_QUALITY}, or auto"
     add("--quality", type=_or_auto(whole_number(BEST_QUALITY, WORST_QUALITY)), metavar="N", help=quality)
-    add("--short-side", type=whole_number(_LEAST_SHORT_SIDE), metavar="N", help="of mjpeg and y4m: shrink frames to N")
+    add("--short-side", type=whole_number(_LEAST_SHORT_SIDE), metavar="N", help="shrink frames to N; not of source")
+    crf, gop = whole_number(0, WORST_CRF), whole_number(1, LONGEST_GOP)
+    add("--crf", type=crf, metavar="N", help=f"of h264: 0 (best) to {WORST_CRF} (default {DEFAULT_CRF})")
+    add("--gop", type=gop, metavar="N", help=f"of h264: frames from start to start (default {DEFAULT_GOP})")
     add("--shard-size", type=_or_auto(_shard_size), metavar="SIZE", help="such as 256MiB, or auto (default)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of the samples' order (default 0)")
     add("--limit", type=positive_int, metavar="N", help="pack only N videos, from all splits")
@@ -69,8 +74,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.executor == "local" or args.dry_run:
         args.workers = args.workers or available_cores()
-    if args.frames == "source" and args.short_side is not None:
-        parser.error("--short-side: the tier source keeps the files' own bytes; choose --frames mjpeg or y4m")
+    for option, tiers in _TIERS_OF.items():
+        if getattr(args, option) is not None and args.frames not in tiers and not args.dry_run:
+            parser.error(
+                f"--{option.replace('_', '-')}: tier {args.frames} has no such option; "
+                f"choose --frames {' or '.join(tiers)}"
+            )
     for option in ("want_clips_per_sec", "cores"):
         if getattr(args, option) is not None and not args.dry_run:
             parser.error(f"--{option.replace('_', '-')}: only an estimate needs it; add --dry-run")

@@ -1,4 +1,4 @@
-"""What `pack --dry-run` says about each storage tier: bytes, time to pack, and how many clips per second it can feed.
+"""What `pack --dry-run` says about each storage tier: bytes, quality, time to pack, clips per second it can feed.
 
 The plans have the bytes and shards. Time is measured on a few of the videos, which are packed in memory and decoded
 again in one thread; the others are assumed to be like them, byte for byte. Nothing is written.
@@ -26,9 +26,9 @@ from shard_tools.pack.plan import SAMPLE_BYTES, Plan
 from shard_tools.pack.sizes import MOST, choose
 from shard_tools.video.decode import DecodeError, VideoInfo, get_decoder, payload_frames
 from shard_tools.video.ffmpeg import UNREADABLE
-from shard_tools.video.probe import BadVideoError
+from shard_tools.video.probe import BadVideoError, probe_packets
 from shard_tools.video.sources import Source
-from shard_tools.video.tiers import SOURCE, TIERS, Encoding, Payload
+from shard_tools.video.tiers import SOURCE, TIERS, Encoding, Payload, stored_pictures
 
 CLIP_FRAMES, STRIDE, SIZE = 16, 2, 224  # a training clip, as configs/base.toml has it
 _SAMPLES, _FEWEST = 24, 4
@@ -36,12 +36,13 @@ _SECONDS = 5.0  # for a tier: then no further video is tried
 
 
 class Measured(NamedTuple):
-    """One video in one tier: bytes of the source, and CPU seconds of one thread."""
+    """One video in one tier: bytes of the source, CPU seconds of one thread, mean squared error of luma."""
 
     source_bytes: int
     packing: float  # to read, probe, encode and hash
     decoding: float
     resizing: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TierEstimate:
     pack_seconds: float
     decoded: float  # clips per second that one core decodes
     fed: float  # the same, with the resize
+    psnr: float = math.inf  # dB, of luma; infinite where all is kept
 
 
 @dataclass
@@ -106,7 +108,7 @@ def estimate(
 
 def _scale(tier: str, clips: Sequence[Measured], plan: Plan, total_bytes: int, workers: int) -> TierEstimate:
     """The estimate of a tier for all videos, which have `total_bytes`."""
-    source_bytes, packing, decoding, resizing = (sum(column) for column in zip(*clips, strict=True))
+    source_bytes, packing, decoding, resizing, error = (sum(column) for column in zip(*clips, strict=True))
     shards = len(plan.tasks)
     size = shards * (2 * BLOCK + RECORD // 2)  # the tars' ends
     size += sum(task.bytes + len(task.sources) * SAMPLE_BYTES for task in plan.tasks)
@@ -115,6 +117,7 @@ def _scale(tier: str, clips: Sequence[Measured], plan: Plan, total_bytes: int, w
         tier=tier,
         shards=shards,
         bytes=size,
+        psnr=10 * math.log10(255**2 * len(clips) / error) if error else math.inf,
         pack_seconds=packing / source_bytes * total_bytes * math.ceil(shards / at_once) / shards,  # the busiest process
         decoded=len(clips) / max(decoding, 1e-9),
         fed=len(clips) / max(decoding + resizing, 1e-9),
@@ -134,7 +137,8 @@ def _measure(root: Path, encoding: Encoding, chosen: Sequence[Source], failed: d
             data, payload = read_source(root, source, encoding)
             info = payload.sample_info(source, data)
             packing = time.thread_time() - start
-            clips.append(Measured(len(data), packing, *clip_seconds(info, payload)))
+            error = luma_error(data, info, payload, encoding)
+            clips.append(Measured(len(data), packing, *clip_seconds(info, payload), error))
         except (OSError, BadVideoError, DecodeError, *UNREADABLE) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             failed.setdefault(source.path, one_line(reason))
@@ -156,6 +160,16 @@ def clip_seconds(info: SampleInfo, payload: Payload) -> tuple[float, float]:
     return time.thread_time() - began - resizing, resizing
 
 
+def luma_error(data: bytes, info: SampleInfo, payload: Payload, encoding: Encoding) -> float:
+    """Mean squared difference of luma between a training clip of a payload and that of its source, in its size."""
+    video, packets = probe_packets(data)
+    numbers = clip_frames(video.num_frames)
+    content = payload_frames(payload.data, payload.ext, info, numbers)
+    found = get_decoder(payload.ext)(content, VideoInfo.of(info.video), numbers).pictures
+    pairs = zip(stored_pictures(packets, video, encoding, numbers), found, strict=True)
+    return sum(cv2.norm(a[0], b[0], cv2.NORM_L2SQR) / a[0].size for a, b in pairs) / len(numbers)
+
+
 def clip_frames(num_frames: int) -> list[int]:
     """Numbers of the different frames of the middlemost clip, whose cost is the mean over random starts."""
     last = num_frames - 1
@@ -169,20 +183,22 @@ def clip_frames(num_frames: int) -> list[int]:
 def estimate_lines(result: Estimate, videos: int, workers: int, cores: int, want: int | None) -> Iterator[str]:
     """The estimate as text: a table, what it rests on, and the verdict where one is wanted."""
     yield f"estimate for every tier, from {result.clips} of {videos:,} videos:"
-    heads = f"  {'tier':<7}{'shards':>8}{'bytes':>12}{'fits':>6}{'packing':>16}{'1 core decodes':>18}"
+    heads = f"  {'tier':<7}{'shards':>8}{'bytes':>12}{'fits':>6}{'luma':>9}{'packing':>16}{'1 core decodes':>18}"
     yield heads + f"{_cores(cores) + ' feed':>18}" + (f"{f'cores for {want:,}/s':>20}" if want else "")
     for tier in result.tiers:
+        quality = "exact" if math.isinf(tier.psnr) else f"{tier.psnr:.1f} dB"
         fits = "yes" if tier.bytes <= result.free else "no"
         packing = str(timedelta(seconds=math.ceil(tier.pack_seconds)))
-        row = f"  {tier.tier:<7}{tier.shards:>8,}{_size(tier.bytes):>12}{fits:>6}{packing:>16}"
+        row = f"  {tier.tier:<7}{tier.shards:>8,}{_size(tier.bytes):>12}{fits:>6}{quality:>9}{packing:>16}"
         row += f"{_rate(tier.decoded):>18}{_rate(tier.fed * cores):>18}"
         yield row + (f"{_needed(tier, want):>20,}" if want else "")
     for name in sorted(set(TIERS) - {tier.tier for tier in result.tiers}):
         yield f"  {name:<7} none of the sampled videos can be packed in it"
     for path, reason in result.failed.items():
         yield f"  left out: {one_line(path)}: {reason}"
-    yield f"  shards and bytes: as planned, for mjpeg and y4m from a few frames of at most {MOST} videos"
+    yield f"  shards and bytes: as planned, for all but source from a few frames of at most {MOST} videos"
     yield f"  fits: {_size(result.free)} are free in {result.folder}"
+    yield "  luma: PSNR of these clips against the frames of the source, decoded (and shrunk, with --short-side)"
     yield f"  packing: {workers} workers on the {_cores(available_cores())} of this machine, without the drive's part"
     yield f"  decodes: {CLIP_FRAMES} frames at stride {STRIDE} from the middle of a video, CPU time of one thread"
     yield f"  feed: with the resize to {SIZE} x {SIZE} of training, on cores that do nothing else; without cold reads"

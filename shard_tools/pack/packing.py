@@ -27,7 +27,7 @@ from shard_tools.pack.sizes import predict_sizes
 from shard_tools.pack.staging import PackPlan, ShardResult, Staging, lock_output
 from shard_tools.video.layouts import find_sources
 from shard_tools.video.sources import SourceSet, count_by_suffix
-from shard_tools.video.tiers import SOURCE, TIERS, Encoding
+from shard_tools.video.tiers import SOURCE, TIERS, Encoding, has_x264
 
 _SHOWN = 10  # names printed of a longer list; the files name them all
 
@@ -84,10 +84,16 @@ def _prepare(args: argparse.Namespace) -> Packing:
     if args.limit:
         found = _limited(found, args.limit, args.seed)
     source_bytes = {s.key: 0 if s.fault else _size(args.root / s.path) for s in found.sources}
-    encoding = Encoding(args.frames, args.quality, args.short_side)
+    encoding = _encoding(args, args.frames)
     plan = _plan(args, found, source_bytes, encoding)
     asked = PackPlan(plan.hash, args.name, args.seed, str(encoding), plan.shard_bytes, len(found.sources))
     return Packing(args, found, source_bytes, encoding, plan, Staging(out, asked))
+
+
+def _encoding(args: argparse.Namespace, tier: str) -> Encoding:
+    """A tier with the options that it takes."""
+    quality, gop = {"mjpeg": (args.quality, None), "h264": (args.crf, args.gop)}.get(tier, (None, None))
+    return SOURCE if tier == "source" else Encoding(tier, quality, args.short_side, gop)
 
 
 def _plan(
@@ -168,6 +174,8 @@ def _commit(packing: Packing, results: dict[str, ShardResult]) -> None:
         plan.shard_bytes,
         tuple(os.path.relpath(path, args.root) for path in args.labels),
         tuple(map("=".join, args.split_folder)),
+        encoding.gop,
+        encoding.encoder,
     )
     dataset = make_dataset(
         args.name, encoding.tier, plan.hash, args.seed, shards, packing.found.classes, settings=settings
@@ -203,8 +211,8 @@ def _print_estimate(packing: Packing) -> None:
     """Every tier, measured on some of the videos."""
     args, found = packing.args, packing.found
     plans = {}
-    for tier in TIERS:
-        encoding = SOURCE if tier == "source" else Encoding(tier, args.quality, args.short_side)
+    for tier in (tier for tier in TIERS if tier != "h264" or has_x264()):
+        encoding = _encoding(args, tier)
         plans[encoding] = packing.plan if encoding == packing.encoding else _plan(
             args, found, packing.source_bytes, encoding, roughly=True)  # fmt: skip
     total = sum(packing.source_bytes.values())

@@ -1,6 +1,6 @@
 """Predict how many bytes each source takes in a storage tier; `pack` plans its shards with these sizes.
 
-In the tier source a file keeps its size. For frame tiers, some videos, chosen by hash, are measured: they are probed,
+In the tier source a file keeps its size. For other tiers, some videos, chosen by hash, are measured: they are probed,
 and a few of their frames are encoded. Every other video is opened for the bytes of its raw frames, and is assumed to
 keep the same share of these as measured videos that are compressed about as much. All of this depends on the files
 alone, so that every machine and every slice makes the same plan.
@@ -28,11 +28,12 @@ from shard_tools.video.sources import Source
 from shard_tools.video.tiers import Encoding, make_payload, target_size
 
 MOST, _MOST_BYTES = 512, 4 << 30  # videos to measure, and their bytes
-# Frames of a video to encode, spread over it, and how many frames may have to be decoded for each.
-_FRAMES, _DECODED = 5, 25
+# Frames of a video to encode, spread over it, and how many frames may have to be decoded for each. Of h264, groups of
+# frames instead, with so many frames in all unless one group has more.
+_FRAMES, _DECODED, _GROUPED = 5, 25, 80
 _NEIGHBOURS = 16  # measured videos that another video is compared with
 _STEPS = 16  # steps per factor of two, to which the bytes of a video as mjpeg are rounded
-_TABLE_BYTES = {"mjpeg": 26, "y4m": 19}  # in KEY.json for each frame
+_TABLE_BYTES = {"h264": 6, "mjpeg": 26, "y4m": 19}  # in KEY.json for each frame
 
 Executor = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[tuple[Any, Any]]]  # run_local, run_ray
 
@@ -107,7 +108,7 @@ def measure(root: Path, encoding: Encoding, source: Source) -> int:
     try:
         data = read_file(root / source.path)
         video, packets = probe_packets(data)
-        numbers = _some_frames(packets, video.num_frames) if encoding.tier == "mjpeg" else [0]
+        numbers = [0] if encoding.tier == "y4m" else _some_frames(packets, video.num_frames, encoding.gop or 1)
         payload = make_payload(data, "", video, packets, encoding, numbers)
     except (OSError, BadVideoError) as error:
         if is_the_machines_fault(error):
@@ -116,12 +117,14 @@ def measure(root: Path, encoding: Encoding, source: Source) -> int:
     return round((len(payload.data) / len(numbers) + _TABLE_BYTES[encoding.tier]) * video.num_frames)
 
 
-def _some_frames(packets: Packets, num_frames: int) -> list[int]:
-    """Frames spread over a video, each moved towards the start from which it is decoded if that is far away."""
+def _some_frames(packets: Packets, num_frames: int, group: int) -> list[int]:
+    """Groups of frames spread over a video, each moved towards the start where its decoding begins if that is far."""
     starts = np.array([0]) if packets.frame is None else np.sort(packets.frame[packets.is_start & (packets.frame >= 0)])
-    even = np.arange(_FRAMES) * (num_frames - 1) // (_FRAMES - 1)
+    count = max(min(_FRAMES, _GROUPED // group), 1)
+    even = np.arange(count) * max(num_frames - group, 0) // max(count - 1, 1)
     nearest = starts[np.maximum(np.searchsorted(starts, even, "right") - 1, 0)]
-    return sorted({*np.minimum(even, nearest + _DECODED - 1).tolist()})
+    first = np.minimum(even, nearest + _DECODED - 1)
+    return np.unique(np.minimum(np.add.outer(first, np.arange(group)), num_frames - 1)).tolist()
 
 
 def _rounded(measured: dict[str, int]) -> dict[str, int]:

@@ -149,7 +149,7 @@ class Staging:
         failed = len(ledger.read(failures)[0]) if failures.exists() else 0
         known: dict[str, Any] = {"videos": sum(info.samples for info in dataset.shards) + failed}
         if (settings := dataset.settings) is not None:
-            known["frames"] = str(Encoding(dataset.frames, settings.quality, settings.short_side))
+            known["frames"] = str(Encoding.of(dataset.frames, settings))
             known["shard_bytes"] = settings.shard_bytes
         elif dataset.latents is not None:
             known["frames"] = dataset.latents.summary()

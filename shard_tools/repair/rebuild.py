@@ -121,20 +121,23 @@ class DamagedShard:
         """Make the damaged members of a sample again from its source; the JSON from the label files, too."""
         if self.dataset.latents is not None:
             raise _LostError(_ONLY_THE_TEACHER)
+        other = self._other_build()
         if head is not None:
             origin = parse_sample(head).source
             source, path = None, origin.path
             data = self._read_source(path)
             if (len(data), xxhash.xxh3_64_hexdigest(data)) != (origin.bytes, origin.xxh3):
                 raise _LostError(f"its source {path} has changed since it was packed")
-            otherwise = f"its source {path} is unchanged, but encodes to other bytes (another FFmpeg?)"
+            otherwise = f"its source {path} is unchanged, but encodes to other bytes ({other or 'another FFmpeg?'})"
         else:
             source = self._source(row["key"])
             if source is None:
                 raise _LostError(_NO_SOURCE)
             path = source.path
             data = payload if payload is not None and self.dataset.frames == "source" else self._read_source(path)
-            otherwise = f"its KEY.json is damaged, and source {path} or its label has changed"
+            otherwise = f"its KEY.json is damaged, and source {path} or its label has changed" + (
+                other and f", or {other}"
+            )
         for new_head, ext, new in self._encode(source, path, data, row):
             right_head = head is not None or fits(new_head, row["json_size"], row["xxh3_json"])
             if right_head and fits(new, row["payload_size"], row["xxh3_payload"]):
@@ -195,7 +198,7 @@ class DamagedShard:
                         if made[0] in heads:
                             self.remade += made[1:] not in payloads
                             return made
-                        likely = made
+                        likely = made if not self._other_build() else None
         if proven_only:
             raise _LostError(_UNPROVEN)
         if likely is not None:
@@ -257,11 +260,19 @@ class DamagedShard:
             info = dataclasses.replace(info, packets=None, video=info.video.in_version_1())
         return info.to_json()
 
+    def _other_build(self) -> str:
+        """That another build of the encoder made this data set; empty if not, or if it is not recorded."""
+        settings = self.dataset.settings
+        here = Encoding(self.dataset.frames).encoder
+        if settings is None or settings.encoder == here:
+            return ""
+        return f"it was packed by {settings.encoder}, and this is {here}: use the PyAV that packed it"
+
     def _encodings(self, video: Video, row: Row | None) -> list[Encoding]:
         """How the sources of this data set may be encoded: dataset.json says it, unless version 0.1 wrote it."""
         tier, settings = self.dataset.frames, self.dataset.settings
         if settings is not None:
-            return [Encoding(tier, settings.quality, settings.short_side)]
+            return [Encoding.of(tier, settings)]
         if self._encoding is not None:
             return [self._encoding]
         sides: list[int | None] = [None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from shard_tools.common.cli import one_line
 from shard_tools.format.dataset import DATASET_FILE, Dataset
 from shard_tools.format.latents import LATENTS
-from shard_tools.format.sample import FRAME_TIERS
+from shard_tools.video.tiers import TIERS
 
 KINDS = (
     "missing_shard", "extra_shard", "unreadable", "truncated", "bad_header", "payload_mismatch", "json_mismatch",
@@ -69,7 +69,7 @@ def check_dataset(folder: Path, dataset: Dataset) -> Iterator[Problem]:
 
 def _contradictions(folder: Path, dataset: Dataset) -> Iterator[str]:
     """What is wrong with dataset.json by itself."""
-    tiers = ("source", *FRAME_TIERS, LATENTS)
+    tiers = (*TIERS, LATENTS)
     if dataset.frames not in tiers:
         yield f"the tier {dataset.frames!r} is none of {', '.join(tiers)}"
     if len(set(dataset.classes)) != len(dataset.classes):

@@ -18,16 +18,18 @@ import cv2
 import numpy as np
 
 from shard_tools.video.bitstream import vp9_key_frame
-from shard_tools.video.ffmpeg import BadVideoError, Planes, padded_packet
+from shard_tools.video.ffmpeg import FULL_RANGE, BadVideoError, Planes, padded_packet
 
 # FFmpeg's numbers (libavutil/pixfmt.h). Unspecified colour counts as bt601 limited, as in swscale.
-_RGB, _UNSPECIFIED, _FULL_RANGE = 0, 2, 2
+_RGB, _UNSPECIFIED = 0, 2
 _MATRICES = {1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 _REFUSED = {
     0: "gbr", 8: "ycgco", 10: "bt2020c", 11: "smpte2085", 12: "chroma-derived-nc", 13: "chroma-derived-c",
     14: "ictcp", 15: "ipt-c2", 16: "ycgco-re", 17: "ycgco-ro",
 }  # fmt: skip
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
+MATRIX_NUMBERS = {name: number for number, name in _MATRICES.items()}  # bt601: 6
+TRANSFER_NUMBERS = {name: number for number, name in _HDR.items()}
 # ProjectionPoseRoll, Matroska's element for rotation, and the first byte of its size, which is 4 or 8 written in one to
 # eight bytes.
 _POSE_ROLL = re.compile(rb"\x76\x75[\x84\x88\x40\x20\x10\x08\x04\x02\x01]")
@@ -89,7 +91,7 @@ def _display_of(context: av.VideoCodecContext, stated: tuple[int, int, int], tur
     matrix, transfer = context.colorspace, _HDR.get(context.color_trc)
     if matrix == _RGB and len(pixels.components) <= 2:  # grey PNG is marked as RGB
         matrix = _UNSPECIFIED
-    is_full = (context.color_range or stated[1]) == _FULL_RANGE or pixels.name.startswith("yuvj")
+    is_full = (context.color_range or stated[1]) == FULL_RANGE or pixels.name.startswith("yuvj")
     if pixels.is_rgb or pixels.has_palette:  # planes_of converts it to bt601 limited
         return _display(width, height, _UNSPECIFIED, (_UNSPECIFIED, 0, stated[2]), False, transfer, turned)
     return _display(width, height, matrix, stated, is_full, transfer, turned)

@@ -19,7 +19,8 @@ _FORMATS = "matroska,mov,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,mxf,rm"
 _OPTIONS = {"format_whitelist": _FORMATS, "codec_whitelist": "none"}
 # H.264: hold frames back as long as the level allows, instead of guessing the reordering delay.
 _DECODER_OPTIONS = {"h264": {"strict": "1"}}
-_BT601, _LIMITED_RANGE = 5, 1  # FFmpeg's numbers of the colour that RGB is converted to
+LIMITED_RANGE, FULL_RANGE = 1, 2  # FFmpeg's numbers
+_BT601 = 5  # that RGB is converted to
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y; U and V of half the size, rounded up; uint8
 
@@ -118,7 +119,7 @@ def planes_of(frame: av.VideoFrame, width: int, height: int, colour_range: str) 
     if frame.format.name not in ("yuv420p", "yuvj420p") or (frame.width, frame.height) != (width, height):
         format_name = "yuvj420p" if colour_range == "full" else "yuv420p"
         is_rgb = frame.format.is_rgb or frame.format.has_palette
-        colour = {"dst_colorspace": _BT601, "dst_color_range": _LIMITED_RANGE} if is_rgb else {}
+        colour = {"dst_colorspace": _BT601, "dst_color_range": LIMITED_RANGE} if is_rgb else {}
         frame = frame.reformat(width=width, height=height, format=format_name, interpolation="AREA", **colour)
     y, u, v = frame.planes
     rows, columns = (height + 1) // 2, (width + 1) // 2

@@ -1,6 +1,7 @@
 """Storage tiers: what of a video goes into its shard, trading disk space for decoding time.
 
     source   the file's own bytes
+    h264     every frame encoded again (MP4, libx264), with a start at least every `gop` frames
     mjpeg    every frame as a JPEG (bt601, full range), one after the other; each can be found and decoded alone
     y4m      every frame as decoded (YUV4MPEG2); found by arithmetic, nothing left to decode
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,6 +23,8 @@ import cv2
 import numpy as np
 import xxhash
 
+from shard_tools.common.cli import CommandError
+from shard_tools.format.dataset import Settings
 from shard_tools.format.sample import (
     COLOURS,
     LUMA_WEIGHTS,
@@ -30,13 +35,22 @@ from shard_tools.format.sample import (
     y4m_frame_bytes,
 )
 from shard_tools.video.decode import DecodeError, VideoInfo, decode_mjpeg, decode_video
-from shard_tools.video.ffmpeg import UNREADABLE, Planes, error_text, fill_frame
+from shard_tools.video.display import MATRIX_NUMBERS, TRANSFER_NUMBERS
+from shard_tools.video.ffmpeg import FULL_RANGE, LIMITED_RANGE, UNREADABLE, Planes, error_text, fill_frame
 from shard_tools.video.packet_table import to_table
-from shard_tools.video.packets import Packets
+from shard_tools.video.packets import Packets, read_packets, resolve
 from shard_tools.video.probe import BadVideoError
 from shard_tools.video.sources import Source
 
-TIERS = ("source", "mjpeg", "y4m")
+TIERS = ("source", "h264", "mjpeg", "y4m")
+
+DEFAULT_CRF, WORST_CRF = 20, 51  # libx264's constant rate factor; 0 is without loss
+DEFAULT_GOP, LONGEST_GOP = 16, 250  # frames; a clip decodes at most one group more than it spans
+_X264 = {
+    "preset": "medium",
+    "tune": "fastdecode",  # neither CABAC nor deblocking: a third more bytes, almost twice the clips a second
+    "x264-params": "open-gop=0:cpu-independent=1",  # the same bytes on every processor
+}
 
 BEST_QUALITY, WORST_QUALITY = 2, 31  # FFmpeg's qscale
 # The automatic quality is the coarsest that keeps every plane of every frame this close to the decoded one: decoding
@@ -51,17 +65,35 @@ class Encoding:
     """A tier and its settings.
 
     Attributes:
-        quality: of mjpeg, FFmpeg's qscale from 2 (best) to 31; None chooses it for each video (LEAST_PSNR_DB).
+        quality: of mjpeg, FFmpeg's qscale from 2 (best) to 31; None chooses it for each video (LEAST_PSNR_DB). Of h264,
+            libx264's CRF from 0 (best) to 51; None is DEFAULT_CRF.
         short_side: pixels; frames whose shorter side is longer are shrunk to it. Not for tier "source".
+        gop: of h264, the most frames from one start to the next; None is DEFAULT_GOP.
+        encoder: of h264, the build of the encoder; None is the one that is installed. Others give other bytes.
     """
 
     tier: str = "source"
     quality: int | None = None
     short_side: int | None = None
+    gop: int | None = None
+    encoder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier == "h264":
+            object.__setattr__(self, "quality", DEFAULT_CRF if self.quality is None else self.quality)
+            object.__setattr__(self, "gop", self.gop or DEFAULT_GOP)
+            object.__setattr__(self, "encoder", x264_build() if self.encoder is None else self.encoder)
 
     def __str__(self) -> str:
-        quality = f" quality {self.quality or 'auto'}" if self.tier == "mjpeg" else ""
-        return self.tier + quality + (f" short side {self.short_side}" if self.short_side else "")
+        """All that decides the bytes, for the plan."""
+        quality = {"mjpeg": f" quality {self.quality or 'auto'}", "h264": f" crf {self.quality} gop {self.gop}"}
+        side = f" short side {self.short_side}" if self.short_side else ""
+        return self.tier + quality.get(self.tier, "") + side + (f", {self.encoder}" if self.encoder else "")
+
+    @classmethod
+    def of(cls, tier: str, settings: Settings) -> Encoding:
+        """How the payloads of a data set were made."""
+        return cls(tier, settings.quality, settings.short_side, settings.gop, settings.encoder)
 
 
 SOURCE = Encoding()
@@ -71,8 +103,9 @@ SOURCE = Encoding()
 class Payload:
     """What goes into the shard: extension without dot, bytes, and the video as it is stored.
 
-    `packets` (source) is the table of its packets, or says why it has none; `frame_offsets` (mjpeg) are byte offsets in
-    the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes as 16 hex digits. None: the tier has none.
+    `packets` (source, h264) is the table of its packets, or says why it has none; `frame_offsets` (mjpeg) are byte
+    offsets in the payload; `frame_xxh3` (mjpeg, y4m) are XXH3-64 of each frame's bytes as 16 hex digits. None: the tier
+    has none.
     """
 
     ext: str
@@ -108,35 +141,57 @@ def make_payload(
         data: the file's bytes.
         ext: the file's extension, without dot.
         video, packets: the result of `probe_packets`.
-        numbers: in a frame tier, the frames to encode; None for all.
+        numbers: in another tier than source, the frames to encode; None for all.
 
     Raises:
-        BadVideoError: the video cannot be decoded to its end.
+        BadVideoError: the video cannot be decoded to its end, or not be encoded.
     """
-    assert encoding.tier in TIERS, encoding.tier
     if encoding.tier == "source":
         return Payload(ext, data, video, to_table(packets, data))
-    try:
-        pictures = _decode(packets, video, encoding.short_side, numbers)
-    except DecodeError as error:
-        raise BadVideoError(f"cannot be decoded to its end: {error}") from error
-    except UNREADABLE as error:
-        raise BadVideoError(f"cannot be decoded to its end: {error_text(error)}") from error
-    if len(pictures) != (video.num_frames if numbers is None else len(numbers)):
-        raise BadVideoError(f"{len(pictures)} frames can be decoded, the file should have {video.num_frames}")
-    height, width = pictures[0][0].shape
+    pictures = stored_pictures(packets, video, encoding, numbers)
+    width, height = _stored_size(video, encoding)
     video = dataclasses.replace(video, width=width, height=height, rotation=0, mirrored=False)  # upright now
-    return _to_mjpeg(pictures, video, encoding.quality) if encoding.tier == "mjpeg" else _to_y4m(pictures, video)
+    encode = {"h264": _to_h264, "mjpeg": _to_mjpeg, "y4m": _to_y4m}[encoding.tier]
+    try:
+        return encode(pictures, video, encoding)
+    except av.FFmpegError as error:
+        raise BadVideoError(f"cannot be encoded as {encoding.tier}, {width}x{height}: {error_text(error)}") from error
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def _decode(packets: Packets, video: Video, short_side: int | None, numbers: Sequence[int] | None) -> list[Planes]:
-    """Copies of Y, U, V of the frames at the size of the tier."""
-    width, height = target_size(video.width, video.height, short_side)
+def stored_pictures(
+    packets: Packets, video: Video, encoding: Encoding, numbers: Sequence[int] | None = None
+) -> Iterator[Planes]:
+    """Copies of Y, U, V of the frames as a tier is to keep them: upright, in its size and colour.
+
+    Raises (while they are taken):
+        BadVideoError: the video cannot be decoded to its end.
+    """
+    width, height = target_size(video.width, video.height, encoding.short_side)
     info = dataclasses.replace(VideoInfo.of(video), width=width, height=height)
-    return [(y.copy(), u.copy(), v.copy()) for y, u, v in decode_video(packets, info, numbers).pictures]
+    expected, found = video.num_frames if numbers is None else len(numbers), 0
+    try:
+        for y, u, v in decode_video(packets, info, numbers).pictures:
+            planes = y.copy(), u.copy(), v.copy()
+            if encoding.tier == "mjpeg":
+                planes = to_jpeg_colour(planes, video)
+            if encoding.tier == "h264":
+                planes = _even(planes)
+            yield planes
+            found += 1
+    except DecodeError as error:
+        raise BadVideoError(f"cannot be decoded to its end: {error}") from error
+    except UNREADABLE as error:
+        raise BadVideoError(f"cannot be decoded to its end: {error_text(error)}") from error
+    if found != expected:
+        raise BadVideoError(f"{found} frames can be decoded, the file should have {video.num_frames}")
+
+
+def _stored_size(video: Video, encoding: Encoding) -> tuple[int, int]:
+    width, height = target_size(video.width, video.height, encoding.short_side)
+    return (width + width % 2, height + height % 2) if encoding.tier == "h264" else (width, height)
 
 
 def target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
@@ -148,11 +203,69 @@ def target_size(width: int, height: int, short_side: int | None) -> tuple[int, i
     return max(2 * round(width * scale / 2), 2), max(2 * round(height * scale / 2), 2)
 
 
+# --- H.264 --------------------------------------------------------------------------------------------------------
+
+
+def _to_h264(pictures: Iterator[Planes], video: Video, encoding: Encoding) -> Payload:
+    data = _h264_file(pictures, video, encoding)
+    packets = resolve(read_packets(data))
+    return Payload("mp4", data, dataclasses.replace(video, codec=packets.coding.codec), to_table(packets, data))
+
+
+def _h264_file(pictures: Iterator[Planes], video: Video, encoding: Encoding) -> bytes:
+    """The pictures as an MP4 file without time stamps of its making, at a constant frame rate."""
+    rate = _rate(video.fps)
+    options = _X264 | {"crf": str(encoding.quality), "g": str(encoding.gop)}
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out:
+        stream = out.add_stream("libx264", rate=rate, options=options)
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = video.width, video.height, "yuv420p"
+        context.time_base = 1 / rate
+        context.thread_count = 1
+        context.colorspace = MATRIX_NUMBERS[video.matrix]
+        context.color_range = FULL_RANGE if video.range == "full" else LIMITED_RANGE
+        if video.transfer is not None:
+            context.color_trc = TRANSFER_NUMBERS[video.transfer]
+        for number, planes in enumerate(pictures):
+            frame = fill_frame(planes, "yuv420p")
+            frame.pts = number
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _even(planes: Planes) -> Planes:
+    """Planes without odd sides, which H.264 does not have in 4:2:0: the last row or column of luma is repeated."""
+    y, u, v = planes
+    return np.pad(y, [(0, side % 2) for side in y.shape], "edge"), u, v
+
+
+def has_x264() -> bool:
+    """Whether this FFmpeg can encode H.264."""
+    return "libx264" in av.codecs_available
+
+
+@functools.cache
+def x264_build() -> str:
+    """The build of libx264, as it writes it into each file, and FFmpeg's version.
+
+    Raises:
+        CommandError: FFmpeg was built without libx264.
+    """
+    if not has_x264():
+        raise CommandError("tier h264: this PyAV was built without libx264; pip install av has it")
+    black = np.zeros((16, 16), np.uint8), *np.full((2, 8, 8), 128, np.uint8)
+    data = _h264_file(iter([black]), Video("", 16, 16, 1, 25.0, "bt601", "limited"), Encoding("h264", encoder=""))
+    found = re.search(rb"x264 - ([^-]+) - H\.264", data)
+    return f"x264 {found[1].decode() if found else 'of an unknown build'}, FFmpeg {av.ffmpeg_version_info}"
+
+
 # --- MJPEG --------------------------------------------------------------------------------------------------------
 
 
-def _to_mjpeg(pictures: list[Planes], video: Video, quality: int | None) -> Payload:
-    pictures = [to_jpeg_colour(planes, video) for planes in pictures]
+def _to_mjpeg(found: Iterator[Planes], video: Video, encoding: Encoding) -> Payload:
+    pictures, quality = list(found), encoding.quality
     jpegs = _jpegs(pictures, video, quality) if quality is not None else _coarsest_jpegs(pictures, video)
     offsets = np.concatenate(([0], np.cumsum([len(jpeg) for jpeg in jpegs])[:-1]))
     return Payload(
@@ -246,7 +359,7 @@ def _clip(values: np.ndarray) -> np.ndarray:
 # --- YUV4MPEG2 ----------------------------------------------------------------------------------------------------
 
 
-def _to_y4m(pictures: list[Planes], video: Video) -> Payload:
+def _to_y4m(pictures: Iterator[Planes], video: Video, encoding: Encoding) -> Payload:
     rate = _rate(video.fps)
     colour_range = "FULL" if video.range == "full" else "LIMITED"
     header = (
@@ -264,4 +377,4 @@ def _to_y4m(pictures: list[Planes], video: Video) -> Payload:
 
 
 def _rate(fps: float) -> Fraction:
-    return Fraction(fps or 25).limit_denominator(1001)
+    return max(Fraction(fps or 25).limit_denominator(1001), Fraction(1, 1001))

@@ -12,6 +12,7 @@ from conftest import pack_here
 
 from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
+from shard_tools.format.tar import RECORD
 from shard_tools.pack import estimate
 from shard_tools.pack.estimate import Estimate, TierEstimate, clip_frames, verdict
 from shard_tools.pack.pack_shard import read_source
@@ -53,12 +54,14 @@ def test_shards_are_those_of_packing_and_bytes_are_within_5_percent(folder, opti
     assert tuple(expected) == TIERS
     for tier, (shards, size) in expected.items():
         out = tmp_path / tier
-        allowed = options if tier != "source" else [o for o in options if o not in ("--short-side", 112)]
+        others = [("--quality", 5)] * (tier != "mjpeg") + [("--short-side", 112)] * (tier == "source")
+        allowed = [o for o in options if not any(o in other for other in others)]
         assert pack_here(root, "--out", out, "--frames", tier, *allowed) == 0
         splits = read_dataset(out).splits.values()
         assert sum(len(split.shards) for split in splits) == shards
         packed = sum(split.bytes for split in splits)
-        assert size == pytest.approx(packed, rel=0.05), (tier, size, packed)
+        half = shards * RECORD / 2  # by which tars of a few records may miss
+        assert size == pytest.approx(packed, rel=0.05, abs=half if tier == "h264" else 0), (tier, size, packed)
 
 
 def test_few_videos_are_read_and_fewer_when_they_are_slow(videos, capsys, monkeypatch):
@@ -133,8 +136,8 @@ def test_without_a_single_readable_video_one_line_says_so(some_videos):
 def test_a_small_wish_is_met_by_the_smallest_tier_and_a_huge_one_by_none(videos, capsys):
     assert pack_here(videos, "--dry-run", "--want-clips-per-sec", 1, "--cores", 1) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^verdict: source, mjpeg and y4m feed 1 clips/s with 1 core; the smallest that fits is source "
-                     r"\(.*\): --frames source$", printed, re.MULTILINE)  # fmt: skip
+    assert re.search(r"^verdict: source, h264, mjpeg and y4m feed 1 clips/s with 1 core; the smallest that fits is "
+                     r"h264 \(.*\): --frames h264$", printed, re.MULTILINE)  # fmt: skip
     assert "cores for 1/s" in printed
     assert pack_here(videos, "--dry-run", "--want-clips-per-sec", 10**9, "--cores", 3) == 0
     assert re.search(r"^verdict: no tier feeds 1,000,000,000 clips/s with 3 cores; y4m needs the fewest, [\d,]+$",

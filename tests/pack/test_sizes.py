@@ -37,7 +37,9 @@ def phone_videos(tmp_path_factory):
     [
         ("phone_videos", "mjpeg", 300_000),
         ("phone_videos", "y4m", 1_500_000),
+        ("phone_videos", "h264", 300_000),
         ("videos", "mjpeg", 128 << 10),
+        ("videos", "h264", 64 << 10),
         ("videos", "y4m", 800_000),
         pytest.param("real_clips", "mjpeg", 2 << 20, marks=pytest.mark.slow),
         pytest.param("real_clips", "y4m", 24 << 20, marks=pytest.mark.slow),

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from shard_tools.format.latents import parse_any_sample
 from shard_tools.format.sample import Video, parse_sample
 from shard_tools.format.shard_writer import ShardWriter
 from shard_tools.format.tar import read_members
+from shard_tools.pack.plan import make_plan
+from shard_tools.pack.sizes import predict_sizes
 from shard_tools.repair.damaged_tar import DamagedTar, fits
 from shard_tools.video.layouts import find_sources, split_folder
 from shard_tools.video.probe import BadVideoError, probe_packets
@@ -43,6 +45,11 @@ Members = tuple[bytes, str, bytes]  # of one sample: its JSON, extension and pay
 
 class _LostError(Exception):
     """A sample that cannot be recovered; the message says why."""
+
+
+def _here(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """What run_local does, in this process, which is a worker already."""
+    return ((task, function(task)) for task in tasks)
 
 
 def _intact(members: Members) -> Members:
@@ -150,18 +157,20 @@ class DamagedShard:
         """Keys of the samples, in the order of the plan: those named in the tar, and those that the plan has here."""
         seed = self.dataset.seed
 
-        def order(key: str) -> tuple[int, str]:  # as plan.make_plan orders the samples of a split
+        def order(key: str) -> tuple[int, str]:  # as older versions ordered the samples of a split
             return xxhash.xxh3_64_intdigest(key.encode(), seed=seed), key
 
+        failed = set()
+        with contextlib.suppress(OSError):
+            failed = {failure.key for failure in ledger.read(self.folder / FAILURES_FILE)[0]}
+        if (planned := self._planned_keys()) is not None:
+            return [key for key in planned if key not in failed]
         named = {name.partition(".")[0] for name in self.remains.places}
         keys = named if len(named) <= self.info.samples else set()  # else some do not belong here
         shards = [info.file for info in self.dataset.splits[self.split].shards]
         number = shards.index(self.info.file)
         before = next((rows[-1] for file in reversed(shards[:number]) if (rows := self._keys_of(file))), None)
         after = next((rows[0] for file in shards[number + 1 :] if (rows := self._keys_of(file))), None)
-        failed = set()
-        with contextlib.suppress(OSError):
-            failed = {failure.key for failure in ledger.read(self.folder / FAILURES_FILE)[0]}
         for source in self._sources.values():
             place = order(source.key)
             if source.split != self.split or source.key in failed:
@@ -169,6 +178,23 @@ class DamagedShard:
             if (before is None or order(before) < place) and (after is None or place < order(after)):
                 keys.add(source.key)
         return sorted(keys, key=order)[: self.info.samples]
+
+    def _planned_keys(self) -> list[str] | None:
+        """The keys of the shard as `pack` planned it; None if the sources no longer give that plan."""
+        settings, dataset = self.dataset.settings, self.dataset
+        if settings is None or self.root is None or not self._sources:
+            return None
+        sources, paths = list(self._sources.values()), {key: self.root / s.path for key, s in self._sources.items()}
+        sizes = {key: path.stat().st_size if path.is_file() else 0 for key, path in paths.items()}
+        encoding = Encoding(dataset.frames, settings.quality, settings.short_side)
+        plan = make_plan(
+            dataset.name, sources, dataset.classes, predict_sizes(self.root, sources, sizes, encoding, _here, 1),
+            encoding=str(encoding), seed=dataset.seed, shard_bytes=settings.shard_bytes,
+            exact=encoding.tier == "source",
+        )  # fmt: skip
+        if plan.hash != dataset.plan_hash:
+            return None
+        return next([source.key for source in task.sources] for task in plan.tasks if task.file == self.info.file)
 
     def _keys_of(self, shard: str) -> list[str]:
         """The keys of another shard; none where its index is damaged."""

@@ -84,7 +84,8 @@ class DataConfig(Section):
     prefetch_factor: Annotated[PositiveInt, OnResume.MAY_CHANGE] = 4
     """Batches that each worker prepares ahead. Lowered at start, with the arithmetic printed, if memory is short."""
     pin_memory: Annotated[bool, OnResume.MAY_CHANGE] = True
-    """Copy batches to page-locked memory, so that the copy to the GPU overlaps the step. No effect without a GPU."""
+    """Copy batches to page-locked memory, from which they are copied to the GPU while it computes an earlier step. From
+    other memory the trainer waits for each copy. No effect without a GPU."""
     persistent_workers: Annotated[bool, OnResume.MAY_CHANGE] = True
     """Keep workers for the whole run. The training order is endless, so there is no epoch end at which to restart."""
     start_method: Annotated[Literal["forkserver"], OnResume.MAY_CHANGE] = "forkserver"
@@ -282,9 +283,9 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: every matrix product in bfloat16, with master weights and AdamW state in fp32 (parameters in bf16 would
     not move at this learning rate); fp32: for comparisons on a CPU."""
-    attention: Annotated[Literal["auto", "flash", "cudnn", "efficient", "math"], OnResume.MAY_CHANGE] = "auto"
+    attention: Annotated[Literal["auto", "flash", "flash3", "cudnn", "efficient", "math"], OnResume.MAY_CHANGE] = "auto"
     """Attention kernel. auto: on a GPU, time the available kernels at the start and use the fastest; on a CPU, torch
-    chooses. Other values select that kernel."""
+    chooses. Other values select that kernel. flash3 is FlashAttention 3, for Hopper, if its package is installed."""
     checkpointing: Annotated[Literal["off", "selective", "full", "auto"], OnResume.MAY_CHANGE] = "full"
     """Gradient checkpointing of the student. full: keep only the inputs of the blocks and compute each block twice.
     selective: compute only the MLPs twice, whose activations are the largest. auto: the first of off, selective and

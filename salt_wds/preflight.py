@@ -25,7 +25,7 @@ from salt_wds.data.loader import Loader
 from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import shared_memory_used
 from salt_wds.models.build import build_models, pick_device
-from salt_wds.train.step import step_inputs
+from salt_wds.train.feed import step_inputs
 from salt_wds.train.tuning import tuned_step
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, positive_int, run
 from shard_tools.format.dataset import DATASET_FILE

@@ -20,7 +20,7 @@ from salt_wds.config import Config
 from salt_wds.data.batches import Batch
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
-from salt_wds.train.step import step_inputs
+from salt_wds.train.feed import step_inputs
 from salt_wds.train.tuning import synthetic_batch, tuned_step
 
 

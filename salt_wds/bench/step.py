@@ -85,7 +85,6 @@ def make_update(config: Config, student: nn.Module, tuned: TunedStep, targets: T
     optimizer = build_optimizer(student, config.optim, fused=True)
 
     def update(batch: Sequence[Tensor]) -> None:
-        optimizer.zero_grad(set_to_none=True)
         clips, colour, mask, *stored = batch
         tuned.step(clips, colour, mask, stored[0] if stored else targets)
         nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad_norm or float("inf"))

@@ -89,7 +89,7 @@ class Loader:
             data.batch_size // world_size, (data.num_frames, data.size**2 * 3 // 2), config.grid,
             target_shape(latents, config.grid, config.mask),
         )  # fmt: skip
-        self.budget = fit_budget(self.batch_bytes, data)
+        self.budget = fit_budget(self.batch_bytes, data, pinned=data.pin_memory and torch.cuda.is_available())
         workers = max(data.num_workers, 1)
         earlier = earlier_failures(Path(ledger_path))
         resumed = views is None and start > 0

@@ -21,6 +21,9 @@ from salt_wds.config import DataConfig
 from shard_tools.common.cli import CommandError
 
 _USABLE = 0.8  # share of the available memory that batches may take; models, workers and the page cache need the rest
+# Page-locked memory is for the batch being taken, that of this step and one whose copy may not be done, each at most
+# twice as large, because torch rounds the size up to a power of two.
+_PINNED = 3 * 2
 _CGROUP_V1 = "/sys/fs/cgroup/memory"
 _CGROUPS = (  # limit, usage, statistics
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
@@ -81,6 +84,8 @@ class Budget:
     prefetch: int
     free: int
     limited_by: str
+    pinned: int = 0
+    """Bytes of page-locked copies on their way to a GPU."""
 
     @property
     def slots(self) -> int:
@@ -97,32 +102,40 @@ class Budget:
             f"batch {self.batch / 1e6:.1f} MB x {self.workers} workers x ({self.prefetch} prefetched + 1) = "
             f"{self.total / 1e9:.2f} GB of {self.free / 1e9:.2f} GB available ({self.limited_by})"
         )
+        if self.pinned:
+            line += f", besides {self.pinned / 1e9:.2f} GB page-locked"
         if self.prefetch < self.wanted_prefetch:
             wanted = self.batch * self.workers * (self.wanted_prefetch + 1)
             line += f"; prefetch_factor lowered from {self.wanted_prefetch}, which needs {wanted / 1e9:.2f} GB"
         return line
 
 
-def fit_budget(batch_bytes: int, data: DataConfig) -> Budget:
+def fit_budget(batch_bytes: int, data: DataConfig, *, pinned: bool = False) -> Budget:
     """The largest prefetch factor, up to the configured one, whose slots fit into the available memory.
+
+    Args:
+        pinned: batches are copied to page-locked memory, too.
 
     Raises:
         CommandError: not even one prefetched batch a worker fits; states the arithmetic and what to change.
     """
     free, limited_by = available_memory()
-    usable = int(free * _USABLE)
+    copies = _PINNED * batch_bytes if pinned else 0
+    usable = max(int(free * _USABLE) - copies, 0)
     workers = max(data.num_workers, 1)
     if 2 * batch_bytes * workers > usable:
         fewer = usable // (2 * batch_bytes)
+        less = f", less {copies / 1e9:.2f} GB page-locked" if copies else ""
+        workers_or = f"data.num_workers to {fewer} or " if fewer else ""
         raise CommandError(
             f"memory: {workers} worker{'s' if workers > 1 else ''} x 2 batches of {batch_bytes / 1e6:,.1f} MB = "
             f"{2 * workers * batch_bytes / 1e9:.2f} GB, but {limited_by} leaves {free / 1e9:.2f} GB (of which batches "
-            f"may take {_USABLE:.0%}); lower {f'data.num_workers to {fewer} or ' if fewer else ''}data.batch_size, "
+            f"may take {_USABLE:.0%}{less}); lower {workers_or}data.batch_size, "
             "or give the job more memory"
         )
     wanted = data.prefetch_factor if data.num_workers else 0
     prefetch = min(wanted, usable // (batch_bytes * workers) - 1)
-    return Budget(batch_bytes, data.num_workers, wanted, prefetch, free, limited_by)
+    return Budget(batch_bytes, data.num_workers, wanted, prefetch, free, limited_by, copies)
 
 
 def available_memory() -> tuple[int, str]:

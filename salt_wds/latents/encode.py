@@ -124,7 +124,9 @@ def _views(batch: Batch, loader: Loader, order: Repeated) -> Iterator[View]:
         shown = training_view(row.num_frames, row.width, row.height, spec.data, view_rng(spec.seed, row.key, view))
         clip, colour = batch["clips"][number], int(batch["colour"][number])
         index = catalog.first[place.shard] + place.row
-        yield View(place.shard, row, index, view, shown, clip, colour, failures.get(position // spec.views.count))
+        failure = failures.get(position // spec.views.count)
+        assert (failure is not None) == bool(batch["substituted"][number]), "a blank is never stored as a clip"
+        yield View(place.shard, row, index, view, shown, clip, colour, failure)
 
 
 class RowWriter:

@@ -4,6 +4,7 @@ torch picks one of several kernels of F.scaled_dot_product_attention by rules of
 twice as fast as flash for training shapes; elsewhere it is slower. So all are timed. timm's blocks and transformers'
 encoder call that function, and torch chooses while it traces, so a context around the step pins the kernel, compiled or
 not. One kernel for each network: torch never caches a graph that switches kernels inside (pytorch#194007).
+FlashAttention 3 (flash3) is a package that takes the place of torch's flash kernel, in the whole process.
 
 Shapes: B clips, h heads, N tokens, d width of a head.
 """
@@ -23,11 +24,12 @@ from shard_tools.common.cli import CommandError
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
+    "flash3": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_TIMED = ("flash", "cudnn", "efficient")  # math keeps all N x N scores
+_TIMED = ("flash", "flash3", "cudnn", "efficient")  # math keeps all N x N scores
 _REPEATS = 10
 
 
@@ -70,11 +72,14 @@ def choose_attention(
     refused: dict[str, str] = {}
     for name in _TIMED if setting == "auto" else (setting,):
         try:
+            _activate(name)
             for_teacher = _milliseconds(name, teacher, clips, dtype, device, backward=False) if teacher else 0.0
             for_student = sum(_milliseconds(name, stack, clips, dtype, device, backward=True) for stack in student)
             times[name] = for_teacher, for_student
         except RuntimeError as error:  # torch's only error for a kernel that does not take these inputs
             refused[name] = " ".join(str(error).split()).rstrip(".")[:60]
+    in_teacher, in_student = (min(times, key=lambda name: times[name][part], default="flash") for part in (0, 1))
+    _activate("flash3" if "flash3" in (in_teacher, in_student) else "flash")
     if not times and setting == "auto":
         return UNPINNED
     if not times:
@@ -83,13 +88,29 @@ def choose_attention(
             f'train.attention = "{setting}": it cannot compute {dtype} heads of {widest.width // widest.heads} on this '
             f'{device.type} ({refused[setting]}); use "auto"'
         )
-    in_teacher, in_student = (min(times, key=lambda name: times[name][part]) for part in (0, 1))
     torch.compiler.config.cache_key_tag = f"attention teacher={in_teacher} student={in_student}"
     words = [f"{name} {t:.1f} + {s:.1f} ms" for name, (t, s) in times.items()]
     words += [f"{name} cannot ({reason})" for name, reason in refused.items()]
     chosen = (f"{in_teacher} in the teacher, " if teacher else "") + f"{in_student} in the student"
     line = f"attention {chosen}; attention in a step's teacher + student takes {', '.join(words)}"
     return Attention(in_teacher, in_student, line)
+
+
+def _activate(name: str) -> None:
+    """Make torch's flash kernel the one that is meant by this name.
+
+    Raises:
+        RuntimeError: FlashAttention 3 is not there.
+    """
+    if name == "flash3":
+        if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+            raise RuntimeError(f"torch {torch.__version__} takes no other flash kernel")
+        try:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+        except (ImportError, ValueError) as error:
+            raise RuntimeError(str(error)) from None
+    elif getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() is not None:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def _milliseconds(

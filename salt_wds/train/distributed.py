@@ -180,7 +180,7 @@ def shard_model(student: nn.Module, mode: Literal["ddp", "fsdp2"], world: World)
         # The only buffers are position tables, equal everywhere: no need to broadcast them before every step.
         new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15
         unsynced: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
-        return DistributedDataParallel(student, device_ids=devices, **unsynced)
+        return DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
     for module in list(student.modules()):
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:

@@ -31,6 +31,7 @@ from salt_wds.runs.metrics import RunLog
 from salt_wds.train.diagnostics import PositionMean, feature_diagnostics
 from salt_wds.train.distributed import World, clip_gradients
 from salt_wds.train.ema import Ema
+from salt_wds.train.feed import Feed
 from salt_wds.train.flops import Utilisation
 from salt_wds.train.held_out_loss import HeldOutLoss
 from salt_wds.train.knn_probe import KnnProbe
@@ -39,7 +40,7 @@ from salt_wds.train.profiling import StepProfiler
 from salt_wds.train.progress import InputBound, Progress, local_cores, summary
 from salt_wds.train.safety import FiniteGuard, LossWatch, record_nonfinite
 from salt_wds.train.signals import STOPPING, StopSignals
-from salt_wds.train.step import Step, step_inputs
+from salt_wds.train.step import Step
 from shard_tools.common.cli import INTERRUPTED, OK, PROBLEMS
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Loop:
         self.run_dir = Path(train.run_dir)
         self.step = state["step"] if state else 0
         self.meter = Meter.from_state(state["meter"], world.device) if state else Meter()
-        self.clock = Clock()
+        self.clock, self.feed = Clock(), Feed(world.device)
         if state and world.first:  # counts are summed over ranks; the first rank continues those of the past
             self.loader.policy.total = state["failures"]["total"]
             self.loader.policy.by_kind = Counter(state["failures"]["by_kind"])
@@ -128,6 +129,7 @@ class Loop:
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """This rank's slice of the next batch; None, on all ranks, if a signal or a stopped loader ends the run."""
+        self.feed.throttle()
         started, batch, problem = time.perf_counter(), None, None
         if not self.stop.requested:
             try:
@@ -139,14 +141,14 @@ class Loop:
             self.loaders_stopped = self.world.gather(problem)
         if batch is None or self.stopped_by or any_problem:
             return None
-        self.clock.add(len(batch["keys"]), time.perf_counter() - started, batch["ms"])
+        self.waited_s = time.perf_counter() - started
         return batch
 
     def update(self, batch: Batch, lr: float) -> None:
         """One optimizer step, without a host sync."""
-        inputs = step_inputs(batch, self.world.device)
+        inputs = self.feed.copy(batch, self.waited_s)
+        self.clock.add(len(batch["keys"]), batch["ms"])
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
         loss, stats = self.forward_backward(*inputs)
         grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
         self.position_mean.advance(stats.pop("position_sums"))
@@ -159,6 +161,7 @@ class Loop:
             self.progress.advance()
         values = {"loss": loss, **stats, "grad_norm": grad_norm}
         self.meter.add({"counted": counts, **{name: torch.where(counts > 0, v, 0) for name, v in values.items()}})
+        self.feed.step_done()
 
     def trace(self, batch: Batch) -> None:
         """Write the first batch as a picture, and with train.trace_samples the keys of every batch."""
@@ -201,12 +204,12 @@ class Loop:
     def write_metrics(self, lr: float, batch: Batch, measured: dict[str, float], *, reset: bool) -> None:
         """Write one line of metrics: means over interval and ranks, rates, failures, and what evaluators measured."""
         self.check_finite()
-        policy, means, worker_ms = self.loader.policy, self.meter.means(), self.clock.worker_ms
+        policy, means, clock = self.loader.policy, self.meter.means(), self.clock
+        rates, self.clock = clock.rates(self.feed.waited_s()), Clock()  # what follows is part of the next interval
         counted = means.pop("counted")  # the share of steps that were not skipped
-        here = {name: value / counted for name, value in means.items()} | self.clock.rates() if counted else {}
+        here = {name: value / counted for name, value in means.items()} | rates if counted else {}
         features = feature_diagnostics(self.config, self.student, batch, self.world.device)
         ranks = self.world.gather((here | features, peak_memory_gb(self.world.device), policy.total, policy.by_kind))
-        self.clock = Clock()
         if reset:
             self.meter = Meter()
         if self.log is None or not counted:
@@ -224,7 +227,8 @@ class Loop:
             **measured,
             "mfu": self.utilisation.mfu(line["clips_per_sec"]),  # the mean over ranks, each with one GPU
             "clips_per_sec": line["clips_per_sec"] * len(ranks),
-            "gpu_memory_gb": max((rank[1] for rank in ranks if rank[1] is not None), default=None),
+            "gpu_memory_gb": max(rank[1][0] for rank in ranks) or None,
+            "gpu_reserved_gb": max(rank[1][1] for rank in ranks) or None,
             "failures": sum(rank[2] for rank in ranks),
             "failures_by_kind": dict(sum((rank[3] for rank in ranks), Counter())),
             "skipped": self.guard.count,
@@ -232,7 +236,7 @@ class Loop:
         }
         self.log.metrics(line)
         self.loss_watch.observe(self.step, line["loss"])
-        if (warning := self.input_bound.observe(line["data_wait_share"], worker_ms)) is not None:
+        if (warning := self.input_bound.observe(line["data_wait_share"], clock.worker_ms)) is not None:
             log.warning(warning)
         if self.progress is not None:
             self.progress.show(line, summary(line, self.config.train.steps))

@@ -53,38 +53,43 @@ class Clock:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._steps = self._clips = 0
-        self._wait_s = 0.0
         self.worker_ms: Counter[str] = Counter()
 
-    def add(self, clips: int, wait_s: float, worker_ms: dict[str, float]) -> None:
-        """One step: its clips, seconds waited for its batch, and a worker's mean ms per clip by stage."""
+    def add(self, clips: int, worker_ms: dict[str, float]) -> None:
+        """One step: its clips, and a worker's mean ms per clip by stage."""
         self._steps += 1
         self._clips += clips
-        self._wait_s += wait_s
         self.worker_ms.update(worker_ms)
 
     def exclude(self, seconds: float) -> None:
         """Leave out time spent on something other than training, such as the held-out loss."""
         self._started += seconds
 
-    def rates(self) -> dict[str, float]:
-        """clips_per_sec; step_ms and data_wait_ms per step; data_wait_share of the time; read_ms, decode_ms and
-        crop_ms per clip, of one worker."""
+    def rates(self, wait_s: float) -> dict[str, float]:
+        """Where the time went, of which `wait_s` seconds were spent waiting for data.
+
+        clips_per_sec; step_ms and data_wait_ms per step; data_wait_share of the time; read_ms, decode_ms and crop_ms
+        per clip, of one worker.
+        """
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = max(self._steps, 1)
         return {
             "clips_per_sec": self._clips / seconds,
             "step_ms": 1e3 * seconds / steps,
-            "data_wait_ms": 1e3 * self._wait_s / steps,
-            "data_wait_share": self._wait_s / seconds,
+            "data_wait_ms": 1e3 * wait_s / steps,
+            "data_wait_share": wait_s / seconds,
             **{f"{stage}_ms": self.worker_ms[stage] / steps for stage in ("read", "decode", "crop")},
         }
 
 
-def peak_memory_gb(device: torch.device) -> float | None:
-    """Most memory allocated on the GPU since the last call, in GB; None on a CPU."""
+def peak_memory_gb(device: torch.device) -> tuple[float, float]:
+    """Most memory allocated and reserved on the GPU since the last call, in GB; 0 on a CPU.
+
+    Reserved is all that torch took from the device. Only it has the memory of CUDA graphs, which counts as allocated
+    while they are recorded, but not when they are replayed.
+    """
     if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
+        return 0.0, 0.0
+    peaks = torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
     torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    return peaks

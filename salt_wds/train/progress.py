@@ -55,7 +55,7 @@ class Progress:
 
 def summary(line: dict[str, Any], steps: int) -> str:
     """A line of metrics for people."""
-    memory = f", {line['gpu_memory_gb']:.1f} GB" if line["gpu_memory_gb"] else ""
+    memory = f", {line['gpu_reserved_gb']:.1f} GB" if line.get("gpu_reserved_gb") else ""
     mfu = f", MFU {line['mfu']:.0%}" if line["mfu"] is not None else ""
     skipped = f", skipped {line['skipped']}" if line["skipped"] else ""
     held_out = f"held-out {line['val_loss']:.4f} ({line['val_r2']:+.3f})  " if "val_loss" in line else ""

@@ -12,9 +12,9 @@ at a hook. So each block is compiled on its own, and the second part is what rem
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,6 @@ def make_forward(
     return Forward(targets, loss)
 
 
-def step_inputs(batch: Mapping[str, Any], device: torch.device) -> list[Tensor]:
-    """What a `Step` takes of the loader's batch, on the device: clips, colour, mask, stored targets if it has some."""
-    names = ("clips", "colour", "mask", *(("targets",) if "targets" in batch else ()))
-    return [batch[name].to(device, non_blocking=True) for name in names]
-
-
 def count_micro_batches(config: Config, world_size: int) -> int:
     """Micro-batches in a step of one rank.
 
@@ -119,8 +113,8 @@ class Step:
     If one of the first passes fails, it falls back to the next simpler compile mode.
 
     Args:
-        network: what the forward pass calls as the student; if it is shared by ranks, they average gradients after the
-            last part only.
+        network: what the forward pass calls as the student: gradients of its parameters are cleared before each step.
+            If it is shared by ranks, they average gradients after the last part only.
     """
 
     def __init__(
@@ -139,7 +133,7 @@ class Step:
         self._run = self._compiled()
 
     def __call__(self, clips: Tensor, colour: Tensor, mask: Tensor, targets: Tensor | None = None) -> Result:
-        """Loss and stats, detached; gradients are added to the parameters. With `targets` the teacher does not run.
+        """Loss and stats, detached; parameters have their gradients then. With `targets` the teacher does not run.
 
         The parts have equally many tokens, so their mean loss is that of the whole batch. Stats are means over the
         parts, too, so R2 and standard deviations refer to each part's own mean.
@@ -149,6 +143,7 @@ class Step:
             torch.distributed.DistError: another rank is gone.
         """
         count = self._micro_batches
+        self._clear_gradients()
         batch = (clips, colour, mask) if targets is None else (clips, colour, mask, targets)
         total, means = torch.zeros((), device=clips.device), dict[str, Tensor]()
         for number, part in enumerate(zip(*(t.chunk(count) for t in batch), strict=True), start=1):
@@ -157,6 +152,21 @@ class Step:
             total = total + loss
             means = {name: means.get(name, 0) + value / count for name, value in stats.items()}
         return total / count, means
+
+    def _clear_gradients(self) -> None:
+        """Remove the gradients, or set them to zero where they accumulate.
+
+        Then they need memory of their own: the gradients of a CUDA graph lie in the graph's memory, and a parameter
+        without a gradient takes over that of the first part as it is, which the second part would overwrite.
+        """
+        parameters = [p for p in self._network.parameters() if p.requires_grad] if self._network else []
+        for p in parameters:
+            if self._micro_batches == 1:
+                p.grad = None
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.zero_()
 
     def _with_fallback(self, *part: Tensor) -> Result:
         while self._passed < _PROOF and self.mode != "off":

@@ -74,7 +74,7 @@ def tuned_step(
     utilisation = utilisation_of(work, device, dtype)
     lines = [attention.line, utilisation.line()]
     world = world or World(device)
-    mode, called = _compile_mode(train.compile, micro_batches, world.size), network or models.student
+    mode, called = _compile_mode(train.compile, world.size), network or models.student
 
     def fresh() -> Step:
         forward = make_forward(config, models.teacher, called, device, position_mean)
@@ -195,11 +195,11 @@ def peak_bytes(step: Step, trained: Sequence[Tensor], batch: tuple[Tensor, ...],
     The gradients of `trained` are afterwards as they were.
     """
     before = [p.grad for p in trained]
+    for p in trained:  # a step would remove them, or write into them
+        p.grad = None
     torch.cuda.reset_peak_memory_stats(device)
     try:
         for _ in range(_WARM_UP):
-            for p in trained:
-                p.grad = None
             step(*batch)
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
@@ -210,9 +210,9 @@ def peak_bytes(step: Step, trained: Sequence[Tensor], batch: tuple[Tensor, ...],
     return torch.cuda.max_memory_allocated(device)
 
 
-def _compile_mode(mode: str, micro_batches: int, world_size: int) -> str:
-    """train.compile, without CUDA graphs where gradients outlive a replay, which would overwrite them."""
-    if mode == "max-autotune" and (micro_batches > 1 or world_size > 1):
+def _compile_mode(mode: str, world_size: int) -> str:
+    """train.compile, without CUDA graphs where ranks average gradients that a replay would overwrite."""
+    if mode == "max-autotune" and world_size > 1:
         log.info("compile mode max-autotune-no-cudagraphs: CUDA graphs would overwrite gradients that are still in use")
         return "max-autotune-no-cudagraphs"
     return mode

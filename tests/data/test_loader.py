@@ -388,6 +388,16 @@ def test_prefetch_is_fitted_to_memory_with_the_arithmetic(
         assert str(budget).startswith(text)
 
 
+def test_page_locked_copies_count_in_the_memory(make_config, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: (int(10e9), "machine"))
+    data = make_config(num_workers=4, prefetch_factor=4).data
+    alone, beside = fit_budget(int(4e8), data), fit_budget(int(4e8), data, pinned=True)
+    assert (alone.prefetch, beside.prefetch) == (4, 2)  # 2.4 of the 8 GB are for copies
+    assert ", besides 2.40 GB page-locked" in str(beside)
+    with pytest.raises(CommandError, match=r"of which batches may take 80%, less 4\.80 GB page-locked"):
+        fit_budget(int(8e8), data, pinned=True)
+
+
 def test_copied_batches_are_not_overwritten_by_later_ones(make_config, undisturbed, tmp_path):
     kept = list(islice(iter(Loader(make_config(num_workers=0), tmp_path / "l.jsonl")), 12))
     assert [int(batch["clips"].long().sum()) for batch in kept] == [content[2] for content in undisturbed[:12]]

@@ -314,11 +314,12 @@ def test_slices_of_an_array_job_give_the_same_bytes(dataset, stored, tmp_path, c
     assert contents(out) == contents(stored)
 
 
-def test_a_sample_that_cannot_be_decoded_has_a_row_that_says_so(damaged, config, tmp_path, capsys):
+@pytest.mark.parametrize("views", [2, 3])  # of batches of 4: with 3, those of a sample lie in two batches
+def test_a_sample_that_cannot_be_decoded_has_a_row_that_says_so(damaged, config, tmp_path, capsys, views):
     folder, damage = damaged
     _, key, _ = damage(0, 1)
     out = tmp_path / "stored"
-    assert write(folder, out, "--store", "fp32", data__read_retries=0) == 1
+    assert write(folder, out, "--store", "fp32", data__read_retries=0, data__views=views) == 1
     assert "have no latents; they are named in" in capsys.readouterr().err
     assert {(failure.key, failure.action) for failure in ledger.read_all(out)[0]} == {(key, "skipped")}
     name = read_dataset(out).shards[0].file

@@ -120,9 +120,24 @@ def test_the_fastest_of_each_network_wins(monkeypatch):
     play(monkeypatch, {"flash": (1.0, 9.0), "cudnn": (2.0, 5.0), "efficient": "no kernel"})
     found = choose_attention("auto", STACK, [STACK], 2, torch.bfloat16, gpu)
     assert (found.teacher, found.student) == ("flash", "cudnn")
-    assert found.line.endswith("flash 1.0 + 9.0 ms, cudnn 2.0 + 5.0 ms, efficient cannot (no kernel)")
+    assert "flash 1.0 + 9.0 ms, cudnn 2.0 + 5.0 ms, flash3 cannot (" in found.line
+    assert found.line.endswith("efficient cannot (no kernel)")
     play(monkeypatch, dict.fromkeys(("flash", "cudnn", "efficient"), "no kernel"))
     assert choose_attention("auto", STACK, [STACK], 2, torch.bfloat16, gpu) is UNPINNED
+
+
+@pytest.mark.parametrize(("time", "stays"), [(1.0, ["FA3"]), (9.0, [])])
+def test_flash_attention_3_takes_the_place_of_torchs_own_where_it_is_faster(monkeypatch, time, stays):
+    active = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear, raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "current_flash_attention_impl", lambda: active[0] if active else None, raising=False
+    )
+    play(monkeypatch, {"flash": (2.0, 5.0), "flash3": (time, time), "cudnn": (3.0, 6.0), "efficient": "no kernel"})
+    found = choose_attention("auto", STACK, [STACK], 2, torch.bfloat16, torch.device("cuda"))
+    assert found.student == ("flash3" if stays else "flash")
+    assert active == stays
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

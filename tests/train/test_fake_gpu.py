@@ -18,8 +18,9 @@ from salt_wds.models.optim import build_optimizer
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import World
 from salt_wds.train.ema import Ema
+from salt_wds.train.feed import Feed
 from salt_wds.train.loop import Loop
-from salt_wds.train.meters import Meter
+from salt_wds.train.meters import Clock, Meter
 from salt_wds.train.safety import FiniteGuard
 from salt_wds.train.step import Step, make_forward
 from salt_wds.train.tuning import synthetic_batch
@@ -77,6 +78,8 @@ def a_loop(config, models, monkeypatch) -> Loop:
     loop.guard = FiniteGuard(3, 0, loop.world)
     loop.optimizer.found_inf = loop.guard.found_inf
     loop.meter, loop.progress = Meter(), None
+    loop.clock, loop.feed, loop.waited_s = Clock(), Feed(CPU), 0.0
+    loop.feed._device = gpu  # without streams, whose stand-ins are in test_feed.py
     forward = make_forward(config, models.teacher, models.student, gpu, means)
     loop.forward_backward = Step(forward, "off", network=models.student, micro_batches=2)
     loop.position_mean, loop.ema = means, Ema(models.student, 0.9)
@@ -95,7 +98,7 @@ def test_an_update_fetches_nothing_and_copies_only_the_batch(monkeypatch, played
     tensors = synthetic_batch(config, 4, CPU)
     with FakeTensorMode(), Copies() as copies:
         loop = a_loop(config, models, monkeypatch)
-        batch = {"keys": [], "shards": []}
+        batch = {"keys": [], "shards": [], "ms": {}}
         for name, tensor in zip(("clips", "colour", "mask"), tensors, strict=True):
             batch[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         for _ in range(2):  # AdamW makes its state in the first

@@ -16,7 +16,7 @@ from train_runs import small
 from salt_wds.config import PATCH, TUBELET
 from salt_wds.train.distributed import World, shard_model
 from salt_wds.train.step import Forward, Step, make_forward
-from salt_wds.train.tuning import synthetic_batch
+from salt_wds.train.tuning import _compile_mode, synthetic_batch
 
 CLIPS = (torch.ones(2),) * 3
 
@@ -204,3 +204,47 @@ def test_only_visible_patches_are_converted_and_positions_have_no_gradient_for_e
     assert operators.count("new_zeros", (clips, tokens, width)) == 0
     assert operators.count("scatter_add") == 0
     assert models.student.encoder.spatial_positions.grad.abs().max() > 0
+
+
+# --- gradients of several parts -----------------------------------------------------------------------------------
+
+
+class Replayed(torch.autograd.Function):
+    """weight * clips, whose gradient lies in memory that every backward pass overwrites, as that of a CUDA graph."""
+
+    memory = torch.zeros(1)
+
+    @staticmethod
+    def forward(ctx, weight, clips):
+        ctx.save_for_backward(clips)
+        return weight * clips
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (clips,) = ctx.saved_tensors
+        Replayed.memory.copy_((gradient * clips).sum())
+        return Replayed.memory.detach(), None
+
+
+def test_gradients_that_accumulate_have_memory_of_their_own():
+    network = nn.Module()
+    network.weight = nn.Parameter(torch.ones(1))
+    forward = Forward(
+        targets=lambda clips, colour, mask: clips,
+        loss=lambda clips, colour, mask, targets: (Replayed.apply(network.weight, clips).mean(), {}),
+    )
+    clips = torch.arange(8.0)
+    step = Step(forward, "off", network=network, micro_batches=4)
+    places = set()
+    for _ in range(3):
+        step(clips, clips, clips)
+        assert network.weight.grad.item() == clips.mean()
+        places.add(network.weight.grad.data_ptr())
+    assert len(places) == 1
+    Step(forward, "off", network=network)(clips, clips, clips)  # in one part there is nothing to keep
+    assert network.weight.grad.data_ptr() == Replayed.memory.data_ptr()
+
+
+def test_accumulation_keeps_cuda_graphs():
+    assert _compile_mode("max-autotune", world_size=1) == "max-autotune"
+    assert _compile_mode("max-autotune", world_size=2) == "max-autotune-no-cudagraphs"

@@ -133,7 +133,9 @@ def test_activations_of_base_are_about_what_the_compiler_keeps():
 @pytest.mark.parametrize("fits", [True, False])
 def test_measuring_leaves_no_trace(monkeypatch, fits):
     config, models = small(*SMALL)
-    step = Step(make_forward(config, models.teacher, models.student, CPU), "off")
+    step = Step(
+        make_forward(config, models.teacher, models.student, CPU), "off", network=models.student, micro_batches=2
+    )
     trained = list(models.student.parameters())
     trained[0].grad = torch.full_like(trained[0], 7)
     before, generator = copy.deepcopy(models.student.state_dict()), torch.random.get_rng_state()

@@ -151,6 +151,9 @@ class TeacherConfig(Section):
     latents: Annotated[PathText | None, OnResume.WARN] = None
     """Folder of latents that `python -m salt_wds.latents` wrote: the teacher's tokens are read from there, and the
     teacher does not run (docs/latents.md). Needs data.views. Unset: the teacher runs."""
+    fp8: bool = False
+    """Compute the matrix products of the teacher's blocks in fp8, on GPUs that have it (RTX 4090, H100 and later). The
+    run says how near its tokens come to those in bf16. MFU still counts against the rate of bf16."""
     random_width: PositiveInt = 768
     """Token width of a teacher with random weights (weights = "random"). Other weights have their own width."""
     random_depth: PositiveInt = 12
@@ -357,6 +360,11 @@ class Config(Section):
                 f"optim.{key}",
                 f"{optim.warmup_steps} steps of warm-up and {optim.wsd_decay_steps} of decay do not fit into {end}",
             )
+        runs = self.objective == "latents" and self.teacher.latents is None and self.train.precision == "bf16"
+        needs = (
+            'needs a teacher that runs in bf16 (objective = "latents", train.precision = "bf16", no teacher.latents)'
+        )
+        require(runs or not self.teacher.fp8, "teacher.fp8", f"{needs}; set it to false")
         if self.teacher.latents is not None:
             key, needs = "teacher.latents", "stored latents need"
             require(self.objective == "latents", key, f'{needs} objective = "latents"; unset it')

@@ -13,6 +13,7 @@ from salt_wds.config import Config
 from salt_wds.data.latents import read_latents
 from salt_wds.data.masks import num_masked
 from salt_wds.data.pixels import to_normalised_patches
+from salt_wds.models.fp8 import check_fp8, multiply_in_fp8
 from salt_wds.models.from_run import load_run_teacher
 from salt_wds.models.stored_teacher import stored_quantiser, teacher_hash
 from salt_wds.models.student import Student, build_student
@@ -46,17 +47,21 @@ class Models:
 
     teacher: Teacher
     student: Student
+    fp8_r2: float | None = None
+    """Of the teacher's tokens in fp8 (teacher.fp8) against bf16."""
 
 
 def build_models(config: Config, device: torch.device) -> Models:
     """Frozen teacher and new student; seed torch first.
 
     Raises:
-        CommandError: weights are missing or of another layout, or sizes do not fit each other.
+        CommandError: weights are missing or of another layout, sizes do not fit each other, or the device has no fp8.
     """
-    teacher = build_targets(config)
-    student = build_student(config.student, grid=config.grid, target_width=teacher.width)
-    return Models(teacher.to(device), student.to(device).train())
+    if config.teacher.fp8:
+        check_fp8(device)
+    teacher = build_targets(config).to(device)
+    student = build_student(config.student, grid=config.grid, target_width=teacher.width).to(device).train()
+    return Models(teacher, student, multiply_in_fp8(teacher, config) if config.teacher.fp8 else None)
 
 
 def build_targets(config: Config) -> Teacher:

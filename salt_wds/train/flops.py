@@ -21,6 +21,7 @@ from torch import nn
 
 from salt_wds.config import PATCH, TUBELET, Config
 from salt_wds.data.masks import num_masked
+from salt_wds.models.fp8 import Fp8Linear
 from salt_wds.models.student import Student
 from salt_wds.models.teacher import Teacher
 
@@ -101,7 +102,7 @@ def workload(config: Config, teacher: Teacher, student: Student) -> Workload:
 
 
 def _stack(blocks: nn.ModuleList | nn.Sequential | tuple[nn.Module, ...], width: int, heads: int, tokens: int) -> Stack:
-    linear = [m for m in blocks[0].modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in blocks[0].modules() if isinstance(m, nn.Linear | Fp8Linear)]
     return Stack(tokens, width, len(blocks), heads, sum(m.in_features * m.out_features for m in linear))
 
 

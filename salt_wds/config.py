@@ -216,8 +216,10 @@ class MaskConfig(Section):
 
 
 class LossConfig(Section):
-    kind: Literal["mse", "l1", "smooth_l1"] = "mse"
-    """Distance between predicted and target tokens: the mean over masked tokens and channels, in fp32."""
+    kind: Literal["mse", "l1", "smooth_l1", "cosine"] = "mse"
+    """Distance between predicted and target tokens: the mean over masked tokens and channels, in fp32. cosine: 1 minus
+    the cosine of the two tokens; it leaves the length of predictions open, so R2 is that of predictions brought to the
+    length of their targets."""
     target_norm: Literal["layer", "none"] = "layer"
     """layer: targets pass a LayerNorm without weights (V-JEPA). none: the teacher's tokens unchanged."""
 
@@ -238,6 +240,9 @@ class OptimConfig(Section):
     wsd, and unset for the other schedules."""
     weight_decay: Annotated[NonNegativeFloat, OnResume.WARN] = 0.05
     """Decoupled weight decay. Not applied to norms, biases, position embeddings and the mask token."""
+    weight_decay_end: Annotated[NonNegativeFloat | None, OnResume.WARN] = None
+    """Weight decay at the end: it moves there from weight_decay by half a cosine, as in DINO and V-JEPA (0.04 to 0.4).
+    The end is that of the learning rate's decay (decay_steps, or train.steps). Unset: weight_decay throughout."""
     warmup_steps: Annotated[NonNegativeInt, OnResume.WARN] = 2000
     """Steps of linear warm-up from 0 to lr."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -1,7 +1,8 @@
 """`python -m salt_wds.evaluate --run RUN`: the held-out loss, R2 and effective rank of a checkpoint or an export.
 
 They are measured as during training (train/held_out_loss.py), so on the same clips and masks as `val_loss` in
-metrics.jsonl. An export has no predictor, so it has a rank, and no loss.
+metrics.jsonl. An export has no predictor, so it has a rank, and no loss. `--temporal` asks what frozen features know
+about the course of videos (probe/temporal.py), beside those of the teacher and of random weights.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import torch
 from torch import nn
 
 from salt_wds.config import Config, DataConfig, TrainConfig
+from salt_wds.data.catalog import open_catalog
 from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.models.build import build_targets, pick_device
 from salt_wds.models.exported import is_export, load_encoder
 from salt_wds.models.from_run import find_checkpoint, load_student, read_config
+from salt_wds.models.frozen import FrozenEncoder, random_of, teacher_of
 from salt_wds.models.student import Predictor, Student
+from salt_wds.probe.temporal import temporal_probes
 from salt_wds.train.distributed import World
-from salt_wds.train.held_out_loss import HeldOutLoss
+from salt_wds.train.held_out_loss import HeldOutLoss, evaluation_loader
 from salt_wds.train.step import make_forward
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, path, positive_int, run
 
@@ -50,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         "--batches", type=positive_int, metavar="N",
         help="the first N batches of the split (default: train.validate_batches of the run)",
     )  # fmt: skip
+    parser.add_argument(
+        "--temporal", type=positive_int, metavar="N",
+        help="also probe direction, motion, order and speed: N videos of data.split to learn from, N to measure",
+    )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="take the moving average of the student's weights")
     parser.add_device()
     args = parser.parse_args(argv)
@@ -64,16 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         config = config.changed(train={"validate_batches": args.batches})
     try:
         measured = _measure(config, subject, device)
+        probed = {"temporal": _probe(config, subject, device, args.temporal)} if args.temporal else {}
     except LoaderStopped as stopped:
         log.error("stopped: %s", stopped)
         return PROBLEMS
     where = {"split": config.data.validation_split, "shards": [str(folder) for folder in config.data.folders]}
     numbers = {name: value if math.isfinite(value) else None for name, value in measured.items()}
-    print(json.dumps({**subject.about, **where, **numbers}))
+    print(json.dumps({**subject.about, **where, **numbers, **probed}))
     if not measured.get("val_clips"):
         log.error("%s: no clip could be read; see: python -m shard_tools.verify %s", where["split"], where["shards"][0])
         return PROBLEMS
     print(_line(subject, measured, config.data.validation_split), file=sys.stderr)
+    print(*(line for table in probed.values() for line in _table(table)), sep="\n", end="", file=sys.stderr)
     return OK if math.isfinite(measured.get("val_loss") or 0.0) else PROBLEMS
 
 
@@ -113,11 +123,42 @@ def _measure(config: Config, subject: Subject, device: torch.device) -> dict[str
     student = subject.student.to(device).requires_grad_(False)
     forward = None
     if subject.has_predictor:
-        forward = make_forward(config, build_targets(config).to(device), student, device)
+        targets, head = build_targets(config).to(device), (student.predictor or student).head
+        if targets.width != head.out_features:
+            raise CommandError(
+                f"teacher.weights = {config.teacher.weights}: tokens of width {targets.width}, and the student "
+                f"predicts {head.out_features}: not the teacher of this run"
+            )
+        forward = make_forward(config, targets, student, device)
     with tempfile.TemporaryDirectory(prefix="salt-wds-evaluate-") as scratch:  # the run itself is only read
         evaluator = HeldOutLoss(config, Path(scratch, "failures.jsonl"), forward, student, World(device))
         print(evaluator.describe(), file=sys.stderr)
         return evaluator.measure()
+
+
+def _probe(config: Config, subject: Subject, device: torch.device, clips: int) -> dict[str, Any]:
+    """Temporal probes of the student, its teacher if it has one here, and random weights."""
+    student = FrozenEncoder("student", subject.student.to(device).eval(), config, device)
+    encoders = {"student": student, "random": random_of(config, device)}
+    if subject.has_predictor and config.objective == "latents":
+        encoders["teacher"] = teacher_of(config, device)
+    data = evaluation_loader(config.data)
+    with tempfile.TemporaryDirectory(prefix="salt-wds-evaluate-") as scratch:
+        return temporal_probes(
+            encoders, config.model_copy(update={"data": data}), open_catalog(data.folders, data.split),
+            open_catalog(data.folders, data.validation_split), clips, Path(scratch, "failures.jsonl"),
+        )  # fmt: skip
+
+
+def _table(probed: dict[str, Any]) -> list[str]:
+    """Temporal probes for people: a row for each encoder, in percent, with the standard error."""
+    questions = list(probed["chance"])
+    rows = [f"{'temporal':<10}" + "".join(f"{question:>14}" for question in questions)]
+    for name, found in probed["encoders"].items():
+        cells = (f"{100 * found[q]['top1']:.1f} +- {100 * found[q]['stderr']:.1f}" for q in questions)
+        rows.append(f"{name:<10}" + "".join(f"{cell:>14}" for cell in cells))
+    chance = "".join(f"{100 * probed['chance'][question]:>14.1f}" for question in questions)
+    return [*rows, f"{'chance':<10}{chance}", ""]
 
 
 def _line(subject: Subject, measured: dict[str, Any], split: str) -> str:

@@ -1,7 +1,8 @@
 """`python -m salt_wds.preflight --config FILE`: try everything that a long run needs, in a few minutes.
 
 Three checks, each a line with its numbers: a single batch; the workers under stress, with their shared memory against
-the forecast; one forward and backward pass of teacher and student. tests/test_dataloader_preflight.py runs them, too.
+the forecast; one forward and backward pass of teacher and student. `--overfit` adds a fourth: a few clips
+are trained on again and again, and their loss must fall. tests/test_dataloader_preflight.py runs them, too.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from salt_wds.data.masks import num_masked
 from salt_wds.data.memory import shared_memory_used
 from salt_wds.models.build import build_models, pick_device
 from salt_wds.train.feed import step_inputs
+from salt_wds.train.overfit import overfit
 from salt_wds.train.tuning import tuned_step
 from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, positive_int, run
 from shard_tools.format.dataset import DATASET_FILE
 from shard_tools.format.sample import COLOURS
 
 STRESS_BATCHES = 30
+OVERFIT_STEPS, OVERFIT_DROP = 200, 0.3
 _SLACK = 64 << 20  # bytes: the index, and other programs
 
 
@@ -51,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         "--batches", type=positive_int, default=STRESS_BATCHES, metavar="N",
         help=f"batches of the worker check (default {STRESS_BATCHES})",
     )  # fmt: skip
+    parser.add_argument(
+        "--overfit", type=positive_int, metavar="N",
+        help=f"also train on N clips for {OVERFIT_STEPS} steps; their loss must fall by {OVERFIT_DROP:.0%}%",
+    )  # fmt: skip
     parser.add_argument("--generated", action="store_true", help="use generated clips in place of data.shards")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -63,15 +70,17 @@ def main(argv: list[str] | None = None) -> int:
                 f"{missing[0]}: no data set there; pack it (python -m shard_tools.pack ROOT), set data.shards, "
                 "or add --generated to check this machine with generated clips"
             )
-        return _run_checks(config, Path(scratch) / "failures.jsonl", args.batches)
+        return _run_checks(config, Path(scratch) / "failures.jsonl", args.batches, args.overfit)
 
 
-def _run_checks(config: Config, ledger_path: Path, batches: int) -> int:
+def _run_checks(config: Config, ledger_path: Path, batches: int, clips: int | None) -> int:
     checks: dict[str, Callable[[], str]] = {
         "single batch": lambda: check_single_batch(config, ledger_path),
         "worker stress": lambda: check_workers(config, ledger_path, batches),
         "models": lambda: check_models(config, ledger_path),
     }
+    if clips is not None:
+        checks["overfit"] = lambda: check_overfit(config, ledger_path, clips)
     failed = 0
     for name, check in checks.items():
         started = time.perf_counter()
@@ -156,6 +165,18 @@ def check_models(config: Config, ledger_path: Path) -> str:
         f"loss {loss.item():.4f}, R2 {stats['r2'].item():+.3f} on {device.type}, compile {step.mode}, "
         f"checkpointing {tuned.checkpointing}{memory}"
     )
+
+
+def check_overfit(config: Config, ledger_path: Path, clips: int, steps: int = OVERFIT_STEPS) -> str:
+    """Train on a few clips over and over: their loss must fall."""
+    found = overfit(config, ledger_path, clips, steps)
+    numbers = f"loss of {clips} clips {found.first:.4f} to {found.last:.4f} in {found.steps} steps at lr {found.lr:g}"
+    if not found.drop >= OVERFIT_DROP:
+        raise CheckFailed(
+            f"{numbers}, {found.drop:.0%} less and not {OVERFIT_DROP:.0%}; gradient {found.grad_norm:.2g}, spread of "
+            f"the targets {found.target_std:.2g}; {found.diagnosis()}"
+        )
+    return f"{numbers}: {found.drop:.0%} less"
 
 
 def _check_batch(batch: Batch, config: Config) -> None:

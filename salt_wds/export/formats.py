@@ -1,4 +1,4 @@
-"""An exported encoder in forms that need no salt-wds: weights for timm's image model, and a torch.export program.
+"""An exported encoder in forms that need no salt-wds: a folder for timm's image model, and a torch.export program.
 
 Each is written, read back and compared with the encoder it was made from.
 """
@@ -6,21 +6,21 @@ Each is written, read back and compared with the encoder it was made from.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import cast
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from salt_wds.models.exported import EncoderConfig, VideoEncoder
+from salt_wds.models.exported import CONFIG_FILE, FACTS_KEY, WEIGHTS_FILE, EncoderConfig, VideoEncoder
 from salt_wds.models.timm_vit import image_vit_arguments
 from salt_wds.runs.checkpoint import save_tensors
 from shard_tools.common.cli import CommandError
 
-TIMM_FILE, PROGRAM_FILE = "timm_vit.safetensors", "encoder.pt2"
+PROGRAM_FILE = "encoder.pt2"
 _TOLERANCE = 1e-3  # of tokens, which the final norm has brought to a scale of 1
 
 
@@ -40,8 +40,10 @@ def check_parity(file: str, difference: float) -> None:
         )
 
 
-def write_timm(encoder: VideoEncoder, path: Path) -> str:
-    """Write `timm_state` and load it into timm's model; returns a description of the file.
+def write_timm(encoder: VideoEncoder, folder: Path) -> dict[str, str]:
+    """Replace the files of an export by those of timm's image model; returns a description of each file.
+
+    timm has no model with a 3D patch embedding, so what it loads takes a single picture: see `timm_state`.
 
     Raises:
         CommandError: the encoder has fixed positions.
@@ -54,10 +56,28 @@ def write_timm(encoder: VideoEncoder, path: Path) -> str:
             "--timm: VideoMAE's fixed table does not separate space from time, so it has no positions for an image; "
             "use --transformers"
         )
-    arguments = image_vit_arguments(config.student, config.grid)
-    save_tensors(timm_state(encoder), path)
-    model = cast(VisionTransformer, timm.create_model(config.arch, **arguments)).eval()
-    model.load_state_dict(load_file(path), strict=True)
+    save_tensors(timm_state(encoder), folder / WEIGHTS_FILE)
+    content = {
+        "architecture": config.arch,
+        "num_classes": 0,
+        "num_features": config.width,
+        "global_pool": "avg",
+        "model_args": image_vit_arguments(config.student, config.grid),
+        "pretrained_cfg": {
+            "input_size": (3, config.size, config.size),
+            "fixed_input_size": True,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": config.mean,
+            "std": config.std,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        FACTS_KEY: config.facts(),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    model = cast(VisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True)).eval()
     timeless = copy.deepcopy(encoder)
     timeless.network.temporal_positions.copy_(timeless.network.temporal_positions.mean(dim=0, keepdim=True))
     clip = random_clip(config)[:, :, :1].expand(-1, -1, config.num_frames, -1, -1)
@@ -66,13 +86,13 @@ def write_timm(encoder: VideoEncoder, path: Path) -> str:
         over_time = timeless(clip).unflatten(1, (config.grid[0], -1))  # (1, t, h * w, D)
         difference = (over_time - tokens[:, None]).abs().max().item()
         cosine = nn.functional.cosine_similarity(tokens.mean(dim=1), encoder.pooled(clip)).item()
-    check_parity(TIMM_FILE, difference)
-    call = ", ".join([repr(config.arch), *(f"{name}={value!r}" for name, value in arguments.items())])
-    return (
-        f"for images: weights of `timm.create_model({call})`, input normalised as for the encoder. On a clip without "
-        f"motion it gives the encoder's tokens (largest difference {difference:.2g}) without its temporal positions; "
-        f"cosine of the two mean tokens with them: {cosine:.4f} on noise"
-    )
+    check_parity(WEIGHTS_FILE, difference)
+    return {
+        WEIGHTS_FILE: f"the encoder as an image model of timm, fp32. On a clip without motion it gives the encoder's "
+        f"tokens (largest difference {difference:.2g}) without its temporal positions; cosine of the two mean tokens "
+        f"with them: {cosine:.4f} on noise",
+        CONFIG_FILE: f"of that model and its input; `{FACTS_KEY}` in it has the training step and versions",
+    }
 
 
 def timm_state(encoder: VideoEncoder) -> dict[str, Tensor]:
@@ -89,13 +109,13 @@ def timm_state(encoder: VideoEncoder) -> dict[str, Tensor]:
     return {"pos_embed": spatial + temporal.mean(dim=0, keepdim=True), **state}
 
 
-def write_program(encoder: VideoEncoder, path: Path) -> str:
-    """Write the encoder as a torch.export program for any number of clips; returns a description of the file.
+def write_program(encoder: VideoEncoder, folder: Path) -> dict[str, str]:
+    """Add the encoder as a torch.export program for any number of clips; returns a description of the file.
 
     Raises:
         ParityError: the program gives other tokens.
     """
-    clip = random_clip(encoder.config)
+    clip, path = random_clip(encoder.config), folder / PROGRAM_FILE
     example = clip.repeat(2, 1, 1, 1, 1)  # with one clip, torch would treat the batch size as static
     program = torch.export.export(encoder, (example,), dynamic_shapes={"video": {0: torch.export.Dim.DYNAMIC}})
     torch.export.save(program, path)
@@ -103,10 +123,9 @@ def write_program(encoder: VideoEncoder, path: Path) -> str:
     with torch.inference_mode():
         difference = (loaded(clip) - encoder(clip)).abs().max().item()
     check_parity(PROGRAM_FILE, difference)
-    return f"`torch.export.load(...).module()`, any number of clips, largest difference {difference:.2g}"
-
-
-FORMATS = {TIMM_FILE: write_timm, PROGRAM_FILE: write_program}
+    return {
+        PROGRAM_FILE: f"`torch.export.load(...).module()`, any number of clips, largest difference {difference:.2g}"
+    }
 
 
 def random_clip(config: EncoderConfig, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import VideoMAEConfig, VideoMAEImageProcessor, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
 from salt_wds.export.formats import check_parity, random_clip
-from salt_wds.models.exported import CONFIG_FILE, TRANSFORMERS_KEY, WEIGHTS_FILE, VideoEncoder
+from salt_wds.models.exported import CONFIG_FILE, FACTS_KEY, WEIGHTS_FILE, VideoEncoder
 from salt_wds.models.teacher_weights import copy_tensors, map_keys
 from shard_tools.common.cli import CommandError, one_line
 
@@ -66,7 +66,6 @@ def write_transformers(encoder: VideoEncoder, folder: Path) -> dict[str, str]:
 
 def _videomae_config(encoder: VideoEncoder) -> VideoMAEConfig:
     config, state = encoder.config, encoder.network.state_dict()
-    facts = config.model_dump(mode="json", include={"frame_stride", "objective", "mode", "step", "ema", "created_by"})
     return VideoMAEConfig.from_dict(
         {
             "image_size": config.size,
@@ -78,7 +77,7 @@ def _videomae_config(encoder: VideoEncoder) -> VideoMAEConfig:
             "layer_norm_eps": cast(nn.LayerNorm, encoder.network.norm).eps,
             "qkv_bias": "blocks.0.attn.qkv.bias" in state,
             "use_mean_pooling": False,  # then the model ends with the norm, as the encoder does
-            TRANSFORMERS_KEY: facts,
+            FACTS_KEY: config.facts(),
         }
     )
 

@@ -6,15 +6,15 @@ A temporary folder is written and renamed, so OUT holds either the whole export 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
 
 from salt_wds import __version__
 from salt_wds.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from salt_wds.export.formats import FORMATS, check_parity, random_clip
+from salt_wds.export.formats import check_parity, random_clip, write_program, write_timm
 from salt_wds.export.model_card import licence_of, model_card
 from salt_wds.export.videomae import write_transformers
 from salt_wds.models.exported import (
@@ -32,19 +32,22 @@ from salt_wds.runs.checkpoint import save_tensors
 from shard_tools.common.cli import CommandError
 from shard_tools.common.files import replace_folder
 
+Form = Literal["transformers", "timm"]
+
 
 def export_run(
-    run_dir: Path, out: Path, *, ema: bool, extras: Sequence[str], overwrite: bool, transformers: bool = False,
-    wanted: str | None = None,
+    run_dir: Path, out: Path, *, ema: bool, program: bool, overwrite: bool, form: Form | None = None,
+    wanted: str | None = None, repository: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Export a checkpoint of a run; returns what was written, in lines for the user.
 
     Args:
         ema: export the moving average of the student's parameters.
-        extras: additional files to write, from `formats.FORMATS`.
+        program: add a torch.export program.
         overwrite: replace an earlier export in `out`.
-        transformers: write the folder of transformers' VideoMAEModel in place of our own.
+        form: write the folder of another library in place of our own.
         wanted: step of the checkpoint, or "best"; None: the newest.
+        repository: on a model hub that the folder is for, for the model card.
 
     Raises:
         CommandError: no run, no checkpoint, `out` holds something that must not be replaced, or another tool cannot
@@ -54,7 +57,7 @@ def export_run(
     _check_target(out, overwrite)
     frozen = student_of(run_dir, torch.device("cpu"), ema=ema, wanted=wanted)
     with replace_folder(out.resolve()) as folder:
-        lines = _write(folder, run_dir, out.resolve().name, frozen, extras, transformers)
+        lines = _write(folder, run_dir, repository or out.resolve().name, frozen, program, form)
         mode = (folder / CARD_FILE).stat().st_mode
         for path in folder.iterdir():
             path.chmod(mode)  # safetensors makes its files readable by their owner only
@@ -75,7 +78,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _write(
-    folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, extras: Sequence[str], transformers: bool
+    folder: Path, run_dir: Path, name: str, frozen: FrozenEncoder, program: bool, form: Form | None
 ) -> list[str]:
     assert isinstance(frozen.network, Student)
     assert frozen.plan_hash is not None
@@ -85,19 +88,19 @@ def _write(
     with torch.inference_mode():
         difference = (encoder(clip) - frozen.network.encode(clip)).abs().max().item()
     check_parity(WEIGHTS_FILE, difference)
-    files = {
+    own = {
         WEIGHTS_FILE: "the encoder, fp32",
         CONFIG_FILE: "sizes, input of the encoder, size and hash of the weights",
-        **{file: FORMATS[file](encoder, folder / file) for file in extras},
     }
-    if transformers:
-        files |= write_transformers(encoder, folder)
-    card = model_card(config, run_dir, frozen.config, frozen.plan_hash, name, files)
+    others = write_program(encoder, folder) if program else {}
+    if form is not None:
+        others |= {"transformers": write_transformers, "timm": write_timm}[form](encoder, folder)
+    card = model_card(config, run_dir, frozen.config, frozen.plan_hash, name, own | others, form or "salt-wds")
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return [
         f"{WEIGHTS_FILE}: {frozen.name} of {run_dir}, step {frozen.step:,}, {config.weights.bytes / 1e6:,.1f} MB; same "
         f"tokens of a random clip as the run's encoder, largest difference {difference:.3g}",
-        *(f"{file}: {text}" for file, text in files.items() if transformers or file in extras),
+        *(f"{file}: {text}" for file, text in others.items()),
     ]
 
 

@@ -29,7 +29,7 @@ from shard_tools.common.cli import CommandError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "salt-wds-encoder"
-TRANSFORMERS_KEY = "salt_wds"  # key of our own entries in the config.json of an encoder for transformers
+FACTS_KEY = "salt_wds"  # key of our own entries in the config.json of an encoder for another library
 COLOUR = (
     "RGB in 0..1, minus mean, divided by std; YUV video is converted by its own matrix and range, or as bt601 limited "
     "where it names none"
@@ -86,6 +86,10 @@ class EncoderConfig(Section):
         return StudentConfig(
             arch=self.arch, width=self.width, depth=self.depth, heads=self.heads, positions=self.positions
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What the config.json of an encoder for another library says about its origin."""
+        return self.model_dump(mode="json", include={"frame_stride", "objective", "mode", "step", "ema", "created_by"})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -205,10 +209,14 @@ def read_config(folder: Path) -> EncoderConfig:
             "from a run"
         ) from None
     except ValidationError as error:
-        if TRANSFORMERS_KEY in read_table(path):
+        if FACTS_KEY in (table := read_table(path)):
+            library, call, option = (
+                ("timm", f'timm.create_model("local-dir:{folder}", pretrained=True)', "--timm")
+                if "architecture" in table
+                else ("transformers", "VideoMAEModel.from_pretrained", "--transformers")
+            )
             raise CommandError(
-                f"{folder}: an encoder for transformers; load it with VideoMAEModel.from_pretrained, or export the run "
-                "again without --transformers"
+                f"{folder}: an encoder for {library}; load it with {call}, or export the run again without {option}"
             ) from None
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
@@ -224,8 +232,8 @@ def is_export(folder: Path) -> bool:
 
 
 def is_written_by_export(folder: Path) -> bool:
-    """Whether a folder holds an exported encoder, in our own form or in that of transformers."""
-    return is_export(folder) or TRANSFORMERS_KEY in read_table(folder / CONFIG_FILE)
+    """Whether a folder holds an exported encoder, in our own form or in that of another library."""
+    return is_export(folder) or FACTS_KEY in read_table(folder / CONFIG_FILE)
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""AdamW with its two groups, and the learning rate as a pure function of the step.
+"""AdamW with its two groups, and learning rate and weight decay as pure functions of the step.
 
-There is no scheduler and no scheduler state, so a resumed run has the learning rates of an uninterrupted one.
+There is no scheduler and no scheduler state, so a resumed run has the rates of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -80,3 +80,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+def weight_decay(step: int, config: OptimConfig, steps: int) -> float:
+    """Weight decay of a step, counted from 0.
+
+    With `weight_decay_end`: half a cosine from `weight_decay` to it, without a warm-up, then constant (DINO, arXiv
+    2104.14294, V-JEPA, arXiv 2404.08471). It ends at `decay_steps`, or at `steps` where that is unset.
+    """
+    if config.weight_decay_end is None:
+        return config.weight_decay
+    done = min(step / (config.decay_steps or steps), 1.0)
+    return config.weight_decay_end + (config.weight_decay - config.weight_decay_end) * 0.5 * (
+        1 + math.cos(math.pi * done)
+    )
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the weight decay of the group that decays."""
+    for group in optimizer.param_groups:
+        if group["name"] == "decay":
+            group["weight_decay"] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 from salt_wds.config import read_config
 from salt_wds.data.failure_policy import LoaderStopped
@@ -13,7 +14,7 @@ from salt_wds.probe.probe import ENCODERS, open_encoders, probe
 from salt_wds.probe.protocol import NAME
 from salt_wds.probe.results import results_table
 from salt_wds.runs.folder import read_run
-from shard_tools.common.cli import OK, PROBLEMS, Parser, comma_separated, one_of, path, run
+from shard_tools.common.cli import OK, PROBLEMS, CommandError, Parser, comma_separated, one_of, path, run
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         "--encoders", type=comma_separated(one_of(*ENCODERS)), metavar="A,B",
         help=f"some of {', '.join(ENCODERS)} (default: all that the run has)",
     )  # fmt: skip
+    parser.add_argument(
+        "--name", metavar="NAME", help="of RUN/probes/NAME.json, such as ucf101-split2 (default: that of the file)"
+    )
     parser.add_argument("--ema", action="store_true", help="take the moving average of the student's weights")
     parser.add_argument("--cache", type=path, metavar="DIR", help="keep all features there, and reuse them")
     parser.add_device()
@@ -39,10 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = read_config(ProbeConfig, args.config, args.set)
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
+        raise CommandError(f"--name {args.name}: letters, digits, - and _ only")
     run_config = read_run(args.run)
     encoders = open_encoders(args.encoders, args.run, run_config, pick_device(args.device), args.ema, config)
     try:
-        result = probe(config, args.run, run_config, encoders, args.config.stem, cache=args.cache, quiet=args.json)
+        result = probe(
+            config, args.run, run_config, encoders, args.name or args.config.stem, cache=args.cache, quiet=args.json
+        )
     except LoaderStopped as stopped:
         log.error("stopped: %s", stopped)
         return PROBLEMS

@@ -6,10 +6,13 @@ The page needs no network and no other file. Runs are only read, so a run that i
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from salt_wds import __version__
 from salt_wds.models.build import pick_device
@@ -17,7 +20,7 @@ from salt_wds.report.formatting import format_time
 from salt_wds.report.gallery import make_gallery
 from salt_wds.report.page import build_page
 from salt_wds.report.record import RunRecord, read_record
-from salt_wds.report.verdicts import verdicts
+from salt_wds.report.verdicts import Verdict, verdicts
 from shard_tools.common.cli import OK, PROBLEMS, Parser, path, positive_int, run
 from shard_tools.common.files import write_atomic
 
@@ -34,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-pictures", action="store_true", help="numbers only; needs no data set and no weights")
     parser.add_argument("--clips", type=positive_int, default=6, metavar="N", help="clips of a run to show (default 6)")
     parser.add_device()
+    parser.add_json("print the verdicts as one JSON object, each with code, number and remedy")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     device = None if args.no_pictures else pick_device(args.device)
@@ -45,11 +49,28 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or args.runs[0] / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page.encode(errors="replace"))
-    for record, judgements in zip(records, found, strict=True):
-        for verdict in judgements:
-            print(f"{record.name}: {verdict.kind:<5}  {verdict.title}  {verdict.text}")
-    print(f"{out}: {len(page) / 1e6:.1f} MB")
+    judged = list(zip(records, found, strict=True))
+    if args.json:
+        print(json.dumps({"report": str(out), "runs": [_as_json(*pair, now) for pair in judged]}))
+    else:
+        for record, judgements in judged:
+            for verdict in judgements:
+                print(f"{record.name}: {verdict.kind:<5}  {verdict.title}  {verdict.text}")
+        print(f"{out}: {len(page) / 1e6:.1f} MB")
     return PROBLEMS if any(gallery and gallery.problems for gallery in galleries) else OK
+
+
+def _as_json(record: RunRecord, judgements: Sequence[Verdict], now: float) -> dict[str, Any]:
+    state, about = record.state(now)
+    return {
+        "name": record.name,
+        "folder": str(record.folder),
+        "step": record.step,
+        "steps": record.steps,
+        "state": state,
+        "about": about,
+        "verdicts": [verdict.record() for verdict in judgements],
+    }
 
 
 def _distinct_names(records: list[RunRecord]) -> list[RunRecord]:

@@ -13,7 +13,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -46,6 +46,12 @@ _MIN_TOKEN_SPREAD = 0.01
 # Of the variance of tokens, the part that depends on the clip. Trained, untrained and teacher's tokens have 0.6 to 1.
 _MIN_CLIP_SHARE = 0.01
 
+# Drives and GPUs slow down by themselves some degrees below the limit that they report.
+_NEAR_LIMIT_C = 5.0
+_MIN_FREE_GB = 1.0  # of main memory, as the machine or the cgroup allows; a worker takes a few 100 MB
+_MAX_THROTTLED = 0.05  # share of lines in which the GPU was slowed down by heat or by its power supply
+_COLLAPSED = "Lower optim.lr or lengthen optim.warmup_steps, and start again from a checkpoint before the collapse."
+
 _RECOVERED = "went away when read again"  # ends the message of a read error that cost nothing (data/pipeline.py)
 
 Kind = Literal["good", "doubt", "bad", "open"]
@@ -53,11 +59,28 @@ Kind = Literal["good", "doubt", "bad", "open"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One judgement: "good", "doubt", "bad" or "open" (not known yet); its subject; its reason."""
+    """One judgement: "good", "doubt", "bad" or "open" (not known yet); its subject; its reason.
+
+    For scripts: `code` names the outcome and never changes its meaning; `number` is the measured value that decided;
+    `remedy` is what to do, if anything.
+    """
 
     kind: Kind
     title: str
-    text: str
+    finding: str
+    code: str
+    number: float | None = None
+    remedy: str = ""
+
+    @property
+    def text(self) -> str:
+        """The reason and what to do, for people."""
+        return f"{self.finding} {self.remedy}".rstrip()
+
+    def record(self) -> dict[str, Any]:
+        """The judgement as JSON."""
+        number = None if self.number is None or not math.isfinite(self.number) else self.number
+        return {**asdict(self), "number": number}
 
 
 @dataclass(frozen=True)
@@ -78,13 +101,14 @@ class TokenSpread:
 def verdicts(record: RunRecord, spreads: Mapping[str, TokenSpread]) -> list[Verdict]:
     """All verdicts on a run. `spreads` are those of its encoders, by name, if pictures were made."""
     found = [learning(record), collapse(record), *(collapsed_tokens(name, s) for name, s in spreads.items())]
-    found += [input_bound(record), failures(record)]
+    found += [input_bound(record), failures(record), *health(record)]
     if record.nonfinite:
         text = (
             f"{pluralise('step', record.nonfinite)} had a loss or gradient that was not finite; nonfinite.jsonl has "
-            "their keys and shards. Look at those clips, or lower optim.lr."
+            "their keys and shards."
         )
-        found.append(Verdict("doubt", "Loss not finite", text))
+        remedy = "Look at those clips, or lower optim.lr."
+        found.append(Verdict("doubt", "Loss not finite", text, "loss-not-finite", record.nonfinite, remedy))
     return found + [verdict for name, probe in record.probes.items() for verdict in probed(name, probe)]
 
 
@@ -96,22 +120,24 @@ def learning(record: RunRecord) -> Verdict:
     title = "Does it learn?"
     r2, by_position = (_settled(record, name) for name in ("r2", "r2_position"))
     if len(r2) < _MIN_LINES:
-        return Verdict("open", title, _too_early(record))
+        return Verdict("open", title, _too_early(record), "learning-too-early")
     recent = _recent(r2)
     mean = statistics.fmean(recent)
     numbers = f"R2 is {mean:.3f} over the last {len(recent)} lines (0: no better than predicting the mean)"
     held_out, overfits = _held_out(record)
     if not _above_zero(recent):
-        return Verdict("bad", title, f"Not so far: {numbers}.{held_out} Check optim.lr, and what the targets are.")
+        remedy = "Check optim.lr, and what the targets are."
+        return Verdict("bad", title, f"Not so far: {numbers}.{held_out}", "not-learning", mean, remedy)
     kind: Kind = "doubt" if overfits else "good"
-    what = "It learns"
+    code, what = "overfits" if overfits else "learns", "It learns"
     if len(by_position) >= _MIN_LINES:
         beyond = _recent(by_position)
         numbers += f", and {statistics.fmean(beyond):.3f} against the running mean of each position"
         if not _above_zero(beyond):
-            kind = "doubt"
+            kind, code = "doubt", "learns-positions-only"
             what = "It has learned what is typical of each position, but nothing yet of the single clip"
-    return Verdict(kind, title, f"{what}: {numbers}.{_trend(r2)}{held_out}")
+    remedy = "Take an earlier checkpoint (--checkpoint best), or more data." if overfits else ""
+    return Verdict(kind, title, f"{what}: {numbers}.{_trend(r2)}{held_out}", code, mean, remedy)
 
 
 def _held_out(record: RunRecord) -> tuple[str, bool]:
@@ -146,42 +172,43 @@ def _trend(values: Sequence[float]) -> str:
 def collapse(record: RunRecord) -> Verdict:
     """Whether features, predictions or targets are (almost) constant, by the metrics."""
 
-    def verdict(kind: Kind, text: str) -> Verdict:
-        return Verdict(kind, "Has it collapsed?", text)
+    def verdict(kind: Kind, code: str, number: float | None, text: str, remedy: str = "") -> Verdict:
+        return Verdict(kind, "Has it collapsed?", text, code, number, remedy)
 
     rank, target, spread = (
         _mean([value for _, value in record.series(name)]) for name in ("effective_rank", "target_std", "token_spread")
     )
     if rank is None or target is None:
-        return verdict("open", _too_early(record))
+        return verdict("open", "collapse-too-early", None, _too_early(record))
     if record.settings.get("loss.target_norm", "layer") == "layer" and target < _MIN_TARGET_SPREAD:
         source = "the clips" if record.settings.get("objective") == "pixels" else "teacher.weights"
-        return verdict(
-            "bad", f"The targets are constant: tokens of size 1 have a spread of {target:.3f}. Check {source}."
-        )
+        text = f"The targets are constant: tokens of size 1 have a spread of {target:.3f}."
+        return verdict("bad", "targets-constant", target, text, f"Check {source}.")
     if rank < _MIN_RANK:
         return verdict(
-            "bad",
+            "bad", "encoder-collapsed", rank,
             f"The encoder has collapsed: its tokens have an effective rank of {rank:.1f}, and a constant has 1. Its "
-            "features say nothing about a clip.",
-        )
+            "features say nothing about a clip.", _COLLAPSED,
+        )  # fmt: skip
     if spread is not None and spread < _MIN_TOKEN_SPREAD:
-        return verdict(
-            "bad", f"The encoder has collapsed: its tokens differ by {spread:.1%} of their size, which is rounding."
-        )
+        text = f"The encoder has collapsed: its tokens differ by {spread:.1%} of their size, which is rounding."
+        return verdict("bad", "encoder-constant", spread, text, _COLLAPSED)
     ranked = f"the encoder's tokens have an effective rank of {rank:.1f} (a constant has 1)"
     prediction, r2 = (_mean(_settled(record, name)) for name in ("prediction_std", "r2"))
     if prediction is None or r2 is None:
-        return verdict("open", f"So far {ranked}. It is early for the predictions: {_too_early(record)}")
+        text = f"So far {ranked}. It is early for the predictions: {_too_early(record)}"
+        return verdict("open", "predictions-too-early", rank, text)
     share = prediction / target if target > 0 else 0.0
     if share < _MIN_PREDICTION_SPREAD:
         return verdict(
-            "bad",
+            "bad", "predictions-constant", share,
             f"The predictions are almost constant: their spread is {share:.0%} of the targets', which can explain at "
-            f"most {share**2:.1%} of the variance; {ranked}.",
-        )
+            f"most {share**2:.1%} of the variance; {ranked}.", "Check optim.lr, and the predictor's sizes.",
+        )  # fmt: skip
     exact = f" ({math.sqrt(r2):.0%} would be exact for this R2)" if r2 > 0 else ""
-    return verdict("good", f"No: {ranked}, and the predictions {share:.0%} of the targets' spread{exact}.")
+    return verdict(
+        "good", "not-collapsed", rank, f"No: {ranked}, and the predictions {share:.0%} of the targets' spread{exact}."
+    )
 
 
 def collapsed_tokens(name: str, found: TokenSpread) -> Verdict:
@@ -193,12 +220,15 @@ def collapsed_tokens(name: str, found: TokenSpread) -> Verdict:
         f"effective rank {found.rank:.1f} of {found.width}"
     )
     if found.spread < _MIN_TOKEN_SPREAD:
-        return Verdict("bad", title, f"Constant: the {name} gives the same token everywhere; {numbers}.")
-    if found.of_clip < _MIN_CLIP_SHARE:
-        return Verdict("bad", title, f"Blind: the {name} gives every clip the same tokens; {numbers}.")
-    if found.rank < _MIN_RANK:
-        return Verdict("bad", title, f"Collapsed: the {name}'s tokens lie on a line; {numbers}.")
-    return Verdict("good", title, f"Not collapsed: {numbers}.")
+        text, code, number = f"Constant: the {name} gives the same token everywhere", "tokens-constant", found.spread
+    elif found.of_clip < _MIN_CLIP_SHARE:
+        text, code, number = f"Blind: the {name} gives every clip the same tokens", "tokens-blind", found.of_clip
+    elif found.rank < _MIN_RANK:
+        text, code, number = f"Collapsed: the {name}'s tokens lie on a line", "tokens-collapsed", found.rank
+    else:
+        return Verdict("good", title, f"Not collapsed: {numbers}.", "tokens-vary", found.rank)
+    remedy = "Check teacher.weights." if name == "teacher" else _COLLAPSED
+    return Verdict("bad", title, f"{text}; {numbers}.", code, number, remedy)
 
 
 def token_spread(tokens_BND: Tensor) -> TokenSpread:  # noqa: N803
@@ -228,12 +258,12 @@ def input_bound(record: RunRecord) -> Verdict:
     title = "Does it wait for data?"
     lines = _recent([line for line in record.lines[1:] if "data_wait_share" in line])  # in the first one workers start
     if not lines:
-        return Verdict("open", title, "Too early to tell.")
+        return Verdict("open", title, "Too early to tell.", "input-too-early")
     share = statistics.fmean(finite_or(line["data_wait_share"], 0.0) for line in lines)
     rate = statistics.fmean(finite_or(line.get("clips_per_sec"), 0.0) for line in lines)
     text = f"{share:.0%} of the time was spent waiting, over the last {len(lines)} lines, at {rate:,.1f} clips/s"
     if share <= InputBound.SHARE:
-        return Verdict("good", title, f"No: {text}.")
+        return Verdict("good", title, f"No: {text}.", "input-keeps-up", share)
     ms: Counter[str] = Counter()
     for line in lines:
         ms.update({stage: finite_or(line.get(f"{stage}_ms"), 0.0) for stage in ("read", "decode", "crop")})
@@ -242,7 +272,35 @@ def input_bound(record: RunRecord) -> Verdict:
     advice = remedy(
         workers if isinstance(workers, int) else 0, start.cores, start.extensions, start.folders, ms,
     )  # fmt: skip
-    return Verdict("doubt", title, f"Yes, it is input-bound: {text}. {advice[0].upper()}{advice[1:]}.")
+    remedy_text = f"{advice[0].upper()}{advice[1:]}."
+    return Verdict("doubt", title, f"Yes, it is input-bound: {text}.", "input-bound", share, remedy_text)
+
+
+def health(record: RunRecord) -> list[Verdict]:
+    """What the machine reports, where it reports it: heat of GPU and drive, and memory."""
+    title, found = "Is the machine well?", []
+    lines = _recent(record.lines)
+
+    def series(name: str) -> list[float]:
+        return [value for line in lines if not math.isnan(value := finite_or(line.get(name), math.nan))]
+
+    throttled, heat = series("gpu_throttled"), series("gpu_temperature_c")
+    if throttled and (share := statistics.fmean(throttled)) > _MAX_THROTTLED:
+        degrees = f", at up to {max(heat):.0f} degrees" if heat else ""
+        text = f"The GPU was slowed down by heat or power in {share:.0%} of the last {len(throttled)} lines{degrees}."
+        remedy_text = "Improve its cooling or power supply; nvidia-smi -q -d PERFORMANCE names the reason."
+        found.append(Verdict("doubt", title, text, "gpu-throttled", share, remedy_text))
+    free = min(series("host_memory_free_gb"), default=math.inf)
+    if free < _MIN_FREE_GB:
+        text = f"Main memory was down to {free:.1f} GB; when it runs out, the kernel kills processes."
+        remedy_text = "Lower data.num_workers or data.prefetch_factor, or end what else runs there."
+        found.append(Verdict("doubt", title, text, "host-memory-short", free, remedy_text))
+    margin = min(series("drive_margin_c"), default=math.inf)
+    if margin < _NEAR_LIMIT_C:
+        hottest = max(series("drive_temperature_c"), default=math.nan)
+        text = f"A drive had {hottest:.0f} degrees, {margin:.0f} below the limit that it reports; it slows down there."
+        found.append(Verdict("doubt", title, text, "drive-hot", hottest, "Improve its cooling."))
+    return found
 
 
 def failures(record: RunRecord) -> Verdict:
@@ -268,7 +326,10 @@ def failures(record: RunRecord) -> Verdict:
     if record.damaged_failures:
         lines = pluralise("line", record.damaged_failures)
         notes.append(f"{lines} of the ledger cannot be read (cut short by a crash).")
-    return Verdict("doubt" if replaced or stopping else "good", title, " ".join(notes))
+    if not replaced and not stopping:
+        return Verdict("good", title, " ".join(notes), "no-failures", 0)
+    remedy_text = "Check the shards with python -m shard_tools.verify."
+    return Verdict("doubt", title, " ".join(notes), "samples-failed", replaced + stopping, remedy_text)
 
 
 def _stopped_run(failure: Failure) -> bool:
@@ -293,7 +354,10 @@ def probed(name: str, probe: ProbeResult | str) -> list[Verdict]:
     clear = {e: gains[e] > _STANDARD_ERRORS * math.hypot(errors["student"], errors[e]) for e in others}
     beside = ", ".join(f"{100 * gains[e]:+.1f} points to the {e} encoder ({top1[e]:.1%})" for e in others)
     text = f"The student has {top1['student']:.1%} top-1: {beside}. Differences within two standard errors are chance."
-    return [Verdict("good" if all(clear.values()) else "doubt", f"Probe {name}", text)]
+    number = min(gains.values())
+    if all(clear.values()):
+        return [Verdict("good", f"Probe {name}", text, "probe-above-others", number)]
+    return [Verdict("doubt", f"Probe {name}", text, "probe-not-above-others", number, "Train longer, or on more data.")]
 
 
 # --- series -------------------------------------------------------------------------------------------------------

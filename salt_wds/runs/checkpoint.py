@@ -177,15 +177,17 @@ def best(folder: Path) -> Path | None:
 
 
 def _mark_best(folder: Path) -> Path | None:
-    """Have the link `best` lead to the best checkpoint; returns that."""
-    found, link = best(folder), folder / "best"
-    if found is None:
-        link.unlink(missing_ok=True)
-    elif not link.is_symlink() or os.readlink(link) != found.name:
-        temporary = folder / ".best.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(found.name)
-        temporary.replace(link)
+    """Have the link `best` lead to the best checkpoint; returns that, also where the file system has no links."""
+    found, link, temporary = best(folder), folder / "best", folder / ".best.tmp"
+    try:
+        if found is None:
+            link.unlink(missing_ok=True)
+        elif not link.is_symlink() or os.readlink(link) != found.name:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(found.name)
+            temporary.replace(link)
+    except OSError as error:
+        log.warning("%s: not marked as the best checkpoint: %s", found or link, describe_os_error(error))
     return found
 
 

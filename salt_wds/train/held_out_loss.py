@@ -84,11 +84,12 @@ class HeldOutLoss:
             for batch in synchronised_batches(self._loader, self._world, self._batches):
                 kept = (~batch["substituted"]).nonzero().flatten()
                 rows = kept if len(kept) else torch.tensor([0])  # ranks that share parameters must run equally often
-                inputs = {name: batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask")}
+                clips, colour, mask = (batch[name][rows].to(self._world.device) for name in ("clips", "colour", "mask"))
+                inputs = {"clips": clips, "colour": colour, "mask": mask}
                 features = features or feature_diagnostics(self._config, self._student, inputs, self._world.device)
                 if self._forward is not None:
-                    targets = self._forward.targets(*inputs.values())
-                    batch_loss, stats = self._forward.loss(*inputs.values(), targets)
+                    targets = self._forward.targets(clips, colour, mask)
+                    batch_loss, stats = self._forward.loss(clips, colour, mask, targets)
                     loss += batch_loss.item() * len(kept)
                     r2 += stats["r2"].item() * len(kept)
                 count += len(kept)

@@ -24,7 +24,7 @@ from salt_wds.data.batches import Batch
 from salt_wds.data.failure_policy import LoaderStopped
 from salt_wds.data.loader import Loader
 from salt_wds.data.pictures import write_first_batch
-from salt_wds.models.optim import learning_rate, set_learning_rate
+from salt_wds.models.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
 from salt_wds.models.student import Student
 from salt_wds.runs import checkpoint
 from salt_wds.runs.metrics import RunLog
@@ -33,6 +33,7 @@ from salt_wds.train.distributed import World, clip_gradients
 from salt_wds.train.ema import Ema
 from salt_wds.train.feed import Feed
 from salt_wds.train.flops import Utilisation
+from salt_wds.train.health import machine_health, worst
 from salt_wds.train.held_out_loss import HeldOutLoss
 from salt_wds.train.knn_probe import KnnProbe
 from salt_wds.train.meters import Clock, Meter, peak_memory_gb
@@ -149,6 +150,7 @@ class Loop:
         inputs = self.feed.copy(batch, self.waited_s)
         self.clock.add(len(batch["keys"]), batch["ms"])
         set_learning_rate(self.optimizer, lr)
+        set_weight_decay(self.optimizer, weight_decay(self.step - 1, self.config.optim, self.config.train.steps))
         loss, stats = self.forward_backward(*inputs)
         grad_norm = clip_gradients(self.student, self.config.optim.clip_grad_norm)
         self.position_mean.advance(stats.pop("position_sums"))
@@ -209,7 +211,10 @@ class Loop:
         counted = means.pop("counted")  # the share of steps that were not skipped
         here = {name: value / counted for name, value in means.items()} | rates if counted else {}
         features = feature_diagnostics(self.config, self.student, batch, self.world.device)
-        ranks = self.world.gather((here | features, peak_memory_gb(self.world.device), policy.total, policy.by_kind))
+        device = self.world.device
+        ranks = self.world.gather(
+            (here | features, peak_memory_gb(device), policy.total, policy.by_kind, machine_health(device))
+        )
         if reset:
             self.meter = Meter()
         if self.log is None or not counted:
@@ -220,6 +225,7 @@ class Loop:
             "epoch": videos / self.loader.catalog.num_samples,
             **{name: sum(rank[0][name] for rank in ranks) / len(ranks) for name in here | features},
             "lr": lr,
+            "weight_decay": weight_decay(self.step - 1, self.config.optim, self.config.train.steps),
         }
         latents = self.loader.spec.latents
         line |= {
@@ -229,6 +235,7 @@ class Loop:
             "clips_per_sec": line["clips_per_sec"] * len(ranks),
             "gpu_memory_gb": max(rank[1][0] for rank in ranks) or None,
             "gpu_reserved_gb": max(rank[1][1] for rank in ranks) or None,
+            **worst([rank[4] for rank in ranks]),
             "failures": sum(rank[2] for rank in ranks),
             "failures_by_kind": dict(sum((rank[3] for rank in ranks), Counter())),
             "skipped": self.guard.count,

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from salt_wds.config import LossConfig
 
-_DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+_DISTANCES = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "cosine": lambda predictions, targets: (1 - F.cosine_similarity(predictions, targets, dim=-1)).mean(),
+}
 _SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite if all targets are equal
 
 
@@ -31,6 +36,14 @@ def normalise_targets(targets: Tensor, target_norm: str) -> Tensor:
     """
     targets = targets.float()
     return F.layer_norm(targets, targets.shape[-1:]) if target_norm == "layer" else targets
+
+
+def comparable(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig) -> Tensor:  # noqa: N803
+    """Predictions as statistics can be taken of them: with the cosine loss, brought to the length of their targets."""
+    if config.kind != "cosine":
+        return predictions_BKD
+    predictions, targets = predictions_BKD.float(), targets_BKD.float()
+    return F.normalize(predictions, dim=-1) * targets.norm(dim=-1, keepdim=True)
 
 
 def masked_loss(predictions_BKD: Tensor, targets_BKD: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: N803

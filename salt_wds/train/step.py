@@ -29,7 +29,7 @@ from salt_wds.models.student import Student
 from salt_wds.train.attention import UNPINNED, Attention, pinned
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import gradient_sync
-from salt_wds.train.loss import gather_tokens, masked_loss, normalise_targets
+from salt_wds.train.loss import comparable, gather_tokens, masked_loss, normalise_targets
 from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def make_forward(
             predictions = student(patches, visible, masked)  # (B, K, D)
         # Stored targets were normalised before they were stored; the stand-in for their teacher makes fp32 of them.
         targets = teacher(targets) if stored else normalise_targets(targets, config.loss.target_norm)
+        predictions = comparable(predictions, targets, config.loss)
         distance, stats = masked_loss(predictions, targets, config.loss)
         if position_mean is not None:
             stats["r2_position"], stats["position_sums"] = position_mean(predictions, targets, masked)

@@ -376,11 +376,13 @@ def test_the_licence_of_the_teacher_is_carried_on(tmp_path):
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_base_patch16_clip_224"])
 def test_timm_gives_the_tokens_of_a_static_clip(arch, tmp_path):
     make_run(tmp_path / "run", student__arch=arch)
-    encoder = write_export(tmp_path / "run", tmp_path / "out", "--timm")
+    encoder = write_export(tmp_path / "run", tmp_path / "encoder")
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--timm"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    model = eval(re.search(r"`(timm\.create_model\(.*?\))`", card)[1], {"timm": timm})
-    model.load_state_dict(load_file(tmp_path / "out" / "timm_vit.safetensors"), strict=True)
-    model.eval()
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    numbers = [tuple(data[name]) for name in ("input_size", "mean", "std")]
+    assert numbers == [(3, 32, 32), encoder.config.mean, encoder.config.std]
     image = torch.randn(2, 3, 32, 32)
     clip = image[:, :, None].expand(-1, -1, 4, -1, -1)
     with torch.inference_mode():
@@ -392,6 +394,11 @@ def test_timm_gives_the_tokens_of_a_static_clip(arch, tmp_path):
     assert lost.abs().max() > 1e-2  # what the card says is lost: the temporal positions
     found = re.search(r"largest difference ([\d.e-]+)\)", card)
     assert float(found[1]) < 1e-4
+    assert "library_name: timm" in card
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=5)(image).shape == (2, 5)
+    with pytest.raises(CommandError, match=r"an encoder for timm; load it with timm\.create_model\(.local-dir:"):
+        salt_wds.load_encoder(tmp_path / "out")
+    write_export(tmp_path / "run", tmp_path / "out", "--overwrite")
 
 
 def test_a_torch_export_program_gives_the_same_tokens(run, tmp_path):
@@ -407,3 +414,19 @@ def test_a_format_with_other_tokens_is_refused(run, tmp_path, monkeypatch, capsy
     assert export.main([str(run), str(tmp_path / "out"), "--torch-export"]) == 1
     assert "encoder.pt2: its tokens of a random clip differ by nan" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_says_which_probes_are_on_videos_that_the_teacher_has_seen(tmp_path):
+    def card(**settings):
+        make_run(tmp_path / "run", **settings)
+        (tmp_path / "run/probes").mkdir(exist_ok=True)
+        for name in ("probe_ssv2", "k400", "ucf101-split1", "lavawebcam"):
+            (tmp_path / "run/probes" / f"{name}.json").write_text(json.dumps(PROBE))
+        write_export(tmp_path / "run", tmp_path / "out", "--overwrite")
+        return (tmp_path / "out/README.md").read_text()
+
+    known = card(teacher__weights=VIDEOMAE)
+    assert "UnlabeledHybrid (arXiv 2303.16727)" in known
+    assert "not of unseen videos: probes k400, probe_ssv2.\n" in known
+    assert "What the teacher was trained on is not known here" in card(teacher__weights="someone/else")
+    assert "teacher was trained on" not in card(objective="pixels")

@@ -66,7 +66,7 @@ def test_tokens_are_those_of_the_student(make_config, folder, tmp_path, given):
         path = shutil.copytree(path, tmp_path / "my-teacher")
     if given == "exported":
         path = tmp_path / "encoder"
-        export_run(folder, path, ema=False, extras=(), overwrite=False)
+        export_run(folder, path, ema=False, program=False, overwrite=False)
     if given == "older":
         path = folder / "checkpoints" / "step-00000010"
     teacher = build_teacher(make_config(path))

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from salt_wds.config import OptimConfig, StudentConfig, load_config
-from salt_wds.models.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
+from salt_wds.models.optim import (
+    build_optimizer,
+    describe_groups,
+    learning_rate,
+    set_learning_rate,
+    set_weight_decay,
+    weight_decay,
+)
 from salt_wds.models.student import build_student
 from shard_tools.common.cli import CommandError
 
@@ -149,3 +156,21 @@ def test_settings_that_contradict_each_other_are_refused_in_one_line(repository,
         load_config(repository / "configs" / "tiny.toml", settings)  # warm-up 20, decay_steps 200, 200 steps
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_weight_decay_by_hand():
+    assert weight_decay(7, OptimConfig(weight_decay=0.3), steps=8) == 0.3
+    config = OptimConfig(weight_decay=0.04, weight_decay_end=0.4, warmup_steps=4)
+    found = [weight_decay(step, config, steps=8) for step in range(10)]
+    assert found[0] == pytest.approx(0.04)  # no warm-up
+    assert found[4] == pytest.approx(0.22)
+    assert found[2] == pytest.approx(0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert found[8:] == pytest.approx([0.4, 0.4])
+    falling = OptimConfig(weight_decay=0.4, weight_decay_end=0.0, decay_steps=4, warmup_steps=0)
+    assert [weight_decay(step, falling, steps=100) for step in (0, 2, 4, 50)] == pytest.approx([0.4, 0.2, 0.0, 0.0])
+
+
+def test_only_the_group_that_decays_takes_the_weight_decay():
+    optimizer = build_optimizer(Toy(), OptimConfig(weight_decay=0.3), fused=False)
+    set_weight_decay(optimizer, 0.5)
+    assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {"decay": 0.5, "no_decay": 0.0}

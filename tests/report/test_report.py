@@ -260,3 +260,15 @@ def test_neighbours_are_the_nearest_whatever_all_clips_share():
 def test_label_agreement_and_chance():
     nearest = torch.tensor([[1], [0], [0], [2]])
     assert label_agreement(nearest, ["a", "a", "b", "b"]) == (0.75, pytest.approx(1 / 3))
+
+
+def test_verdicts_as_json_for_scripts(run_dir, tmp_path, capsys):
+    out = tmp_path / "r.html"
+    assert report.main([str(run_dir), "--no-pictures", "--json", "--out", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"] == str(out)
+    assert out.is_file()
+    (one,) = found["runs"]
+    assert (one["folder"], one["state"]) == (str(run_dir), "stopped")
+    assert {"code", "kind", "number", "remedy", "title", "finding"} == set(one["verdicts"][0])
+    assert {verdict["code"] for verdict in one["verdicts"]} & {"samples-failed", "no-failures"}

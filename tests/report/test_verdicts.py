@@ -13,6 +13,7 @@ from salt_wds.report.verdicts import (
     collapse,
     collapsed_tokens,
     failures,
+    health,
     input_bound,
     learning,
     probed,
@@ -226,3 +227,54 @@ def test_the_state_of_a_run(record, lines, events, age, state, words):
     found = run.state(1000.0 + lines - 1 + age)
     assert found[0] == state
     assert words in found[1]
+
+
+# --- the machine, and verdicts for scripts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "number", "words"),
+    [
+        (
+            {"gpu_throttled": lambda n: float(n % 2), "gpu_temperature_c": 91.0},
+            "gpu-throttled",
+            0.6,
+            "up to 91 degrees",
+        ),
+        ({"gpu_throttled": 1.0}, "gpu-throttled", 1.0, "in 100% of the last 5 lines."),
+        ({"host_memory_free_gb": lambda n: 40.0 - n}, None, None, ""),
+        ({"host_memory_free_gb": lambda n: 40.0 - 0.999 * n}, None, None, ""),
+        ({"host_memory_free_gb": lambda n: 20.0 - 0.5 * n}, "host-memory-short", 0.5, "down to 0.5 GB"),
+        ({"drive_temperature_c": 79.0, "drive_margin_c": 2.0}, "drive-hot", 79.0, "79 degrees, 2 below the limit"),
+        ({"drive_temperature_c": 60.0, "drive_margin_c": 20.0, "gpu_throttled": 0.0}, None, None, ""),
+        ({"drive_temperature_c": 99.0, "drive_margin_c": None}, None, None, ""),  # a drive that names no limit
+        ({}, None, None, ""),
+    ],
+)
+def test_the_machine_is_judged_by_what_it_reports(record, numbers, code, number, words):
+    found = health(record(**numbers))
+    assert [verdict.code for verdict in found] == ([code] if code else [])
+    for verdict in found:
+        assert verdict.number == pytest.approx(number)
+        assert verdict.kind == "doubt"
+        assert verdict.remedy
+        assert words in verdict.text
+
+
+def test_every_verdict_has_a_code_and_bad_ones_a_remedy(record):
+    seen = {}
+    for numbers in (
+        {}, {"r2": -0.1}, {"lines": 3}, {"effective_rank": 1.0}, {"target_std": 0.01}, {"prediction_std": 0.05},
+        {"token_spread": 0.004}, {"data_wait_share": 0.5}, {"r2_position": lambda n: 0.02 * (-1) ** n},
+        {"val_r2": lambda n: 0.3 if n < 30 else 0.2}, {"lines": 0}, {"r2": float("nan")},
+    ):  # fmt: skip
+        for verdict in verdicts(record(**numbers), {}):
+            assert json.loads(json.dumps(verdict.record(), allow_nan=False))["code"] == verdict.code
+            assert verdict.remedy or verdict.kind not in ("bad",), verdict
+            assert verdict.text.endswith(verdict.remedy)
+            seen.setdefault(verdict.code, set()).add((verdict.kind, verdict.title))
+    assert all(len(outcomes) == 1 for outcomes in seen.values())  # a code means one thing
+    assert {
+        "learns", "not-learning", "learning-too-early", "overfits", "learns-positions-only", "encoder-collapsed",
+        "encoder-constant", "targets-constant", "predictions-constant", "not-collapsed", "input-bound", "no-failures",
+    } <= seen.keys()  # fmt: skip

@@ -1,8 +1,10 @@
 """The command evaluate: the numbers of the training itself, for any checkpoint or export; and the best checkpoint."""
 
+import errno
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from salt_wds.data.views import Views
 from salt_wds.export import __main__ as export
 from salt_wds.models.exported import load_encoder
 from salt_wds.models.frozen import student_of
+from salt_wds.models.timm_vit import tubelets
 from salt_wds.runs import checkpoint
 from salt_wds.train.diagnostics import effective_rank
 from salt_wds.train.held_out_loss import HeldOutLoss
@@ -86,7 +89,9 @@ def test_an_export_has_the_rank_of_its_visible_tokens_and_no_loss(trained, datas
     batch = next(iter(Loader(config, tmp_path / "ledger.jsonl", views=Views())))
     clips = ~batch["substituted"]
     visible = batch["mask"][clips][:, : config.num_tokens // 4].long()
-    tokens = frozen.network.encoder(frozen.video(batch["clips"][clips], batch["colour"][clips]), visible)
+    network, patches = frozen.network.encoder, tubelets(frozen.video(batch["clips"][clips], batch["colour"][clips]))
+    seen = patches.flatten(2)[torch.arange(len(visible))[:, None], visible]  # (B, V, 1536)
+    tokens = network.transform(network.embed(seen) + network.positions[0, visible])
     count = -(-8 * frozen.width // visible.shape[1])  # clips that suffice for the rank
     assert found["val_effective_rank"] == pytest.approx(effective_rank(tokens[:count].flatten(0, 1)).item(), rel=1e-4)
 
@@ -156,3 +161,14 @@ def test_a_split_that_cannot_be_read_is_a_problem(trained, damaged_dataset, caps
     code, found, _ = measure(capsys, "--run", run, "--shards", folder)
     assert code == 1
     assert "val_loss" not in found
+
+
+def test_without_links_old_checkpoints_are_removed_all_the_same(trained, monkeypatch, caplog):
+    def refuse(self, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    losses_of(monkeypatch, 0.3, 0.9, 0.5)
+    run = trained("run", train__keep_checkpoints=1)
+    assert steps_in(run) == [2, 6]
+    assert "not marked as the best checkpoint" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from salt_wds.config import LossConfig
-from salt_wds.train.loss import gather_tokens, masked_loss, normalise_targets
+from salt_wds.train.loss import comparable, gather_tokens, masked_loss, normalise_targets
 
 # Two clips, one masked token each, two channels: errors are 1, 0.5, 0 and 2.
 PREDICTIONS = torch.tensor([[[1.0, 2.5]], [[4.0, 6.0]]])
@@ -19,6 +19,7 @@ TARGETS = torch.tensor([[[0.0, 2.0]], [[4.0, 8.0]]])
         ("mse", (1 + 0.25 + 0 + 4) / 4),
         ("l1", (1 + 0.5 + 0 + 2) / 4),
         ("smooth_l1", (0.5 + 0.125 + 0 + 1.5) / 4),
+        ("cosine", 1 - (2.5 / 7.25**0.5 + 64 / (52 * 80) ** 0.5) / 2),
     ],
 )
 def test_loss_by_hand(kind, expected):
@@ -94,3 +95,23 @@ def test_compiles_into_one_graph():
     index = torch.tensor([[0, 2, 4], [1, 2, 3]])
     compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(predictions, tokens, index), objective(predictions, tokens, index))
+
+
+def test_statistics_of_the_cosine_loss_are_those_of_predictions_as_long_as_their_targets():
+    """Their length is free: ten times as long, they have the same loss, R2 and direction of the gradient."""
+    config = LossConfig(kind="cosine")
+    found = []
+    for factor in (1.0, 10.0):
+        predictions = (factor * PREDICTIONS).requires_grad_()
+        loss, stats = masked_loss(comparable(predictions, TARGETS, config), TARGETS, config)
+        loss.backward()
+        found.append((loss.item(), stats["r2"].item(), (factor * predictions.grad).tolist()))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
+    torch.testing.assert_close(*(torch.tensor(gradient) for _, _, gradient in found), rtol=1e-4, atol=1e-6)
+    assert torch.tensor(found[0][2]).abs().max() > 1e-3
+    scaled = PREDICTIONS * (TARGETS.norm(dim=-1) / PREDICTIONS.norm(dim=-1))[..., None]
+    assert found[0][1] == pytest.approx(masked_loss(scaled, TARGETS, LossConfig())[1]["r2"].item(), rel=1e-5)
+    assert comparable(PREDICTIONS, TARGETS, LossConfig(kind="l1")) is PREDICTIONS
+    zero = torch.zeros_like(PREDICTIONS).requires_grad_()
+    masked_loss(comparable(zero, TARGETS, config), TARGETS, config)[0].backward()
+    assert zero.grad.isfinite().all()

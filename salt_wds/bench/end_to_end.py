@@ -1,7 +1,7 @@
 """Loader and step together, against each alone, in one run (`python -m salt_wds.bench end-to-end`).
 
-Waiting is counted as in training: the time until the loader hands over a batch. On a GPU the host runs ahead of the
-device, so the real cost of waiting is the second figure: how much longer a step takes than without a loader.
+Waiting is counted as in training: the time until the loader hands over a batch; on a GPU, as far as the GPU stood still
+for it. How much longer a step takes than without a loader is the second figure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from salt_wds.config import Config
 from salt_wds.data.batches import Batch
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
-from salt_wds.train.feed import step_inputs
+from salt_wds.train.feed import Feed
 from salt_wds.train.tuning import synthetic_batch, tuned_step
 
 
@@ -59,24 +59,29 @@ def bench_end_to_end(config: Config, steps: int) -> dict[str, Any]:
 def _run(config: Config, steps: int, device: torch.device, update: Update | None) -> tuple[float, float, int]:
     """Seconds of `steps` batches, seconds waited for them, failures; without `update` batches are only taken."""
 
-    def use(batch: Batch) -> None:
+    feed = Feed(device)
+
+    def use(batch: Batch, waited_s: float) -> None:
         if update is not None:
-            update(step_inputs(batch, device))
+            update(feed.copy(batch, waited_s))
+            feed.step_done()
 
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(config, Path(folder) / "failures.jsonl", copy=False)
         with closing(iter(loader)) as batches:
             for batch in islice(batches, 1 + loader.budget.workers * loader.budget.prefetch):
-                use(batch)
+                feed.throttle()
+                use(batch, 0.0)
             synchronize(device)
-            started, waited = time.perf_counter(), 0.0
+            feed.waited_s()
+            started = time.perf_counter()
             for _ in range(steps):
+                feed.throttle()
                 asked = time.perf_counter()
                 batch = next(batches)
-                waited += time.perf_counter() - asked
-                use(batch)
+                use(batch, time.perf_counter() - asked)
             synchronize(device)
-            return time.perf_counter() - started, waited, loader.policy.total
+            return time.perf_counter() - started, feed.waited_s(), loader.policy.total
 
 
 def end_to_end_table(result: dict[str, Any]) -> str:

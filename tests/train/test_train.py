@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_a_run_writes_what_the_contract_says(make_config, tmp_path, capsys):
     assert [round(e.value, 4) for e in board.Scalars("loss")] == [round(line["loss"], 4) for line in found.values()]
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("data ", "loader ", "device ", "teacher ", "student ", "64 tokens"))
+
+
+def test_the_time_of_a_line_of_metrics_counts(make_config, tmp_path, monkeypatch):
+    def slow(*args):
+        time.sleep(0.3)
+        return {}
+
+    monkeypatch.setattr(loop, "feature_diagnostics", slow)
+    assert train(make_config(train__steps=3, train__log_every=1)) == 0
+    found = lines(tmp_path / "run")
+    assert min(found[step]["step_ms"] for step in (2, 3)) >= 300
+    assert found[3]["gpu_reserved_gb"] is None
 
 
 def test_stopping_and_resuming_changes_nothing(make_config, tmp_path):

@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIDEOS = "20bn-something-something-v2"
@@ -141,6 +142,8 @@ def watch(command: Sequence[str]) -> Watched:
 
 
 def _children(pid: int) -> list[psutil.Process]:
+    import psutil  # here, because a borrowed GPU machine may lack it
+
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -149,6 +152,8 @@ def _children(pid: int) -> list[psutil.Process]:
 
 def _cpu_seconds(pid: int) -> float:
     """Processor time a process has used; 0 if it is gone."""
+    import psutil
+
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:
@@ -177,7 +182,7 @@ def setting(*packages: str) -> dict[str, Any]:
         "machine": {
             "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "load_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), "kernel": platform.release()}

@@ -1,16 +1,19 @@
 """`python -m salt_wds.preflight --config FILE`: try everything that a long run needs, in a few minutes.
 
-Three checks, each a line with its numbers: a single batch; the workers under stress, with their shared memory against
-the forecast; one forward and backward pass of teacher and student. `--overfit` adds a fourth: a few clips
-are trained on again and again, and their loss must fall. tests/test_dataloader_preflight.py runs them, too.
+Each check is a line with its numbers: a single batch; the workers under stress, with their shared memory against the
+forecast; the C compiler that a compiled step needs; one forward and backward pass of teacher and student; with
+`--overfit` a few clips are trained on again and again, and their loss must fall. tests/test_dataloader_preflight.py
+runs the first four, too.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -77,6 +80,7 @@ def _run_checks(config: Config, ledger_path: Path, batches: int, clips: int | No
     checks: dict[str, Callable[[], str]] = {
         "single batch": lambda: check_single_batch(config, ledger_path),
         "worker stress": lambda: check_workers(config, ledger_path, batches),
+        "compiler": lambda: check_compiler(config),
         "models": lambda: check_models(config, ledger_path),
     }
     if clips is not None:
@@ -146,6 +150,27 @@ def check_workers(config: Config, ledger_path: Path, batches: int) -> str:
 def dev_shm_used() -> int:
     """Bytes in use on /dev/shm, which this loader does not use, but torch's own workers do."""
     return shutil.disk_usage("/dev/shm").used
+
+
+def check_compiler(config: Config) -> str:
+    """Compile a line of C with Python's headers, as Triton does before its first kernel."""
+    if pick_device(config.train.device).type != "cuda" or config.train.compile == "off":
+        return "not needed: nothing is compiled for a GPU"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise CheckFailed("no C compiler, which train.compile needs: install gcc, or set train.compile = off")
+    headers = sysconfig.get_paths()["include"]
+    command = [*compiler.split(), "-fsyntax-only", "-x", "c", f"-I{headers}", "-"]
+    try:
+        done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CheckFailed(f"CC = {compiler}: {error.strerror}; install gcc, or set train.compile = off") from None
+    if done.returncode:
+        raise CheckFailed(
+            f"{compiler} cannot compile for Python, which train.compile needs: {done.stderr.splitlines()[0]}; install "
+            f"Python's headers ({headers}; python3-dev), or set train.compile = off"
+        )
+    return f"{compiler} finds Python.h"
 
 
 def check_models(config: Config, ledger_path: Path) -> str:

@@ -6,9 +6,11 @@ the worker check. Add `-rP` to see the numbers.
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from salt_wds import preflight
 from salt_wds.config import load_config
@@ -42,3 +44,24 @@ def test_workers_hold_under_stress_and_give_shared_memory_back(config, ledger_pa
 
 def test_teacher_and_student_take_a_batch(config, ledger_path):
     print(preflight.check_models(config, ledger_path))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        (None, "finds Python.h"),
+        ("no-such-compiler", "CC = no-such-compiler: No such file or directory; install gcc"),
+        ("gcc -nostdinc", "cannot compile for Python, which train.compile needs: "),
+    ],
+)
+def test_a_compiler_that_triton_cannot_use_is_told(config, monkeypatch, compiler, words):
+    assert "not needed" in preflight.check_compiler(config)
+    compiled = config.changed(train={"compile": "default"})
+    monkeypatch.setattr(preflight, "pick_device", lambda name: torch.device("cuda"))
+    if compiler is None:
+        monkeypatch.delenv("CC", raising=False)
+        assert words in preflight.check_compiler(compiled)
+    else:
+        monkeypatch.setenv("CC", compiler)
+        with pytest.raises(preflight.CheckFailed, match=re.escape(words)):
+            preflight.check_compiler(compiled)

@@ -8,10 +8,15 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from salt_wds.bench.end_to_end import bench_end_to_end, end_to_end_table
+from salt_wds.bench.estimate import bench_estimate, estimate_table
 from salt_wds.bench.loader import bench_loader, forecast_table, loader_table, simulate
 from salt_wds.bench.step import Grid, bench_step, step_table
 from salt_wds.config import Config, load_config
+from salt_wds.models.build import build_models, pick_device
+from salt_wds.train.flops import DATA_SHEETS
 from salt_wds.train.step import COMPILE_MODES
 from shard_tools.common.cli import (
     OK,
@@ -26,6 +31,7 @@ from shard_tools.common.cli import (
 )
 
 _EXIT_CODES = "0 measured; 2 usage or configuration"
+SHEETS = {sheet.name: sheet for sheet in DATA_SHEETS.values()}
 Measured = tuple[str, dict[str, Any]]  # the text for a person, and what --json prints
 
 
@@ -70,6 +76,11 @@ def main(argv: list[str] | None = None) -> int:
             help=f"{text} (default: {default})",
         )  # fmt: skip
     step.add_argument("--steps", type=positive_int, default=20, help="timed steps of each combination (default 20)")
+    step.add_argument(
+        "--estimate", type=comma_separated(one_of(*SHEETS)), default=(), metavar="GPU,GPU",
+        help="FLOPs, bytes and least time of each part on these GPUs (" + ", ".join(SHEETS) + "); without a GPU here "
+        "nothing is measured then",
+    )  # fmt: skip
     together = add("end-to-end", _end_to_end, "Loader and step together, against each alone.")
     together.add_argument("--steps", type=positive_int, default=50, help="timed steps (default 50)")
 
@@ -93,9 +104,19 @@ def _loader(args: argparse.Namespace) -> Measured:
 
 def _step(args: argparse.Namespace) -> Measured:
     config = load_config(args.config, args.set)
-    compile_modes = args.compile or tuple(dict.fromkeys(("off", config.train.compile)))
-    result = bench_step(config, Grid(args.modes, args.checkpointing, compile_modes, args.teacher), args.steps)
-    return step_table(result), result
+    texts, result = [], dict[str, Any]()
+    gpu = torch.cuda.get_device_name() if pick_device(config.train.device).type == "cuda" else None
+    if gpu or not args.estimate:
+        compile_modes = args.compile or tuple(dict.fromkeys(("off", config.train.compile)))
+        result = bench_step(config, Grid(args.modes, args.checkpointing, compile_modes, args.teacher), args.steps)
+        texts.append(step_table(result))
+    here = (DATA_SHEETS[gpu].name,) if gpu in DATA_SHEETS else ()
+    if names := args.estimate or here:
+        torch.manual_seed(config.train.seed)
+        models = build_models(config, torch.device("cpu"))
+        result["estimate"] = bench_estimate(config, models, [SHEETS[name] for name in names])
+        texts.append(estimate_table(result["estimate"]))
+    return "\n".join(texts), result
 
 
 def _end_to_end(args: argparse.Namespace) -> Measured:

@@ -21,6 +21,7 @@ from salt_wds.config import Config
 from salt_wds.models.build import Models, build_models, pick_device
 from salt_wds.models.optim import build_optimizer
 from salt_wds.train.flops import matmul_rate
+from salt_wds.train.meters import peak_memory_gb
 from salt_wds.train.tuning import TunedStep, synthetic_batch, tuned_step
 
 Update = Callable[[Sequence[Tensor]], None]  # of clips, colour, mask, and stored targets if there are some
@@ -137,7 +138,7 @@ def _measure(
         "gflop_a_clip": flops / 1e9,
         "mfu": clips * flops / seconds / peak if peak else None,
         "share_of_matmul": clips * flops / seconds / rate,
-        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        **dict(zip(("peak_gb", "reserved_gb"), peak_memory_gb(device), strict=True)),
     }
 
 
@@ -175,7 +176,7 @@ def _rows(rows: list[dict[str, Any]]) -> Iterator[str]:
             continue
         ran = row["ran"] if row["ran"] == row["compile"] else f"{row['ran']} (fell back)"
         mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
-        peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] is not None else "-"
+        peak = f"{row['reserved_gb']:.1f}" if row["reserved_gb"] else "-"
         yield (
             f"{named}{ran:<28}{row['teacher']:<9}{row['clips_per_sec']:>9.1f}{row['ms']:>9.1f}{mfu:>7}"
             f"{row['share_of_matmul']:>11.1%}{peak:>7}"

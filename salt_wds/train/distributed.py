@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +38,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-_SLACK_S = 60.0  # beyond the longest wait for data: ranks compile at different speeds
+_SLACK_S = 60.0  # beyond the longest wait for data
+# One rank may find in its cache what another compiles for minutes.
+_FIRST_STEP = timedelta(minutes=30)
 _PATIENCE_S = 10.0  # of waiting for other ranks without a word
 _LOST = ("connection", "closed by peer", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
 
@@ -97,8 +100,7 @@ class World:
 def join(device: torch.device, data_timeout_s: float, stop: StopSignals) -> World:
     """Join the ranks that torchrun's environment variables name; without them, a world of one process.
 
-    Collectives time out after twice `data_timeout_s` and a minute: a rank with a hung sample takes `data_timeout_s` to
-    notice it, and as long again to try the sample alone.
+    Collectives time out after half an hour, until `first_step_done`.
 
     Raises:
         CommandError: this machine has fewer GPUs than ranks.
@@ -116,8 +118,28 @@ def join(device: torch.device, data_timeout_s: float, stop: StopSignals) -> Worl
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     world = World(device, int(os.environ["RANK"]), size)
-    _connect(world, timedelta(seconds=2 * data_timeout_s + _SLACK_S), stop)
+    _connect(world, _longest_wait(data_timeout_s), stop)
+    _set_timeout(max(_FIRST_STEP, _longest_wait(data_timeout_s)))
     return world
+
+
+def first_step_done(world: World, data_timeout_s: float) -> None:
+    """Wait for all ranks; from now on collectives time out after twice `data_timeout_s` and a minute.
+
+    A rank with a hung sample takes `data_timeout_s` to notice it, and as long again to try the sample alone.
+    """
+    if world.size > 1:
+        world.largest(0)
+        _set_timeout(_longest_wait(data_timeout_s))
+
+
+def _longest_wait(data_timeout_s: float) -> timedelta:
+    return timedelta(seconds=2 * data_timeout_s + _SLACK_S)
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # the public one: from torch 2.15
+    change(timeout, dist.group.WORLD)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -27,16 +27,32 @@ from salt_wds.models.teacher import Teacher
 
 _PATCH_VALUES = 3 * TUBELET * PATCH * PATCH
 
-# Dense bf16 rate with fp32 accumulation, FLOPs a second, without sparsity. Sources: data sheets of H100, H200 and A100;
-# Ada white paper (RTX 4090); a quarter of the 838e12 published for fp16 with sparsity (RTX 5090). GPUs that share
-# a name with another clock (PCIe, NVL) are left out: their peak is measured.
-_PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GeForce RTX 5090": 209.5e12,
+
+@dataclass(frozen=True)
+class DataSheet:
+    """What the maker says a GPU reaches at most."""
+
+    name: str
+    """In a few letters, as on a command line."""
+    flops: float
+    """FLOPs a second: dense bf16 with fp32 accumulation, without sparsity."""
+    bandwidth: float
+    """Bytes a second of its memory."""
+    link: float
+    """Bytes a second from the host, in one direction: PCIe with 16 lanes."""
+
+
+_PCIE4, _PCIE5 = 32e9, 64e9
+# By the name that torch gives. Sources: NVIDIA's data sheets of H100, H200 and A100 (the SXM ones; rates with sparsity
+# halved); Ada white paper, appendix A (RTX 4090); Blackwell white paper, appendix A (RTX 5090). GPUs that share a name
+# with another clock (PCIe, NVL) are left out: their peak is measured.
+DATA_SHEETS = {
+    "NVIDIA H100 80GB HBM3": DataSheet("H100", 989e12, 3.35e12, _PCIE5),
+    "NVIDIA H200": DataSheet("H200", 989e12, 4.8e12, _PCIE5),
+    "NVIDIA A100-SXM4-40GB": DataSheet("A100-40GB", 312e12, 1.555e12, _PCIE4),
+    "NVIDIA A100-SXM4-80GB": DataSheet("A100", 312e12, 2.039e12, _PCIE4),
+    "NVIDIA GeForce RTX 4090": DataSheet("RTX4090", 165.2e12, 1.008e12, _PCIE4),
+    "NVIDIA GeForce RTX 5090": DataSheet("RTX5090", 209.5e12, 1.792e12, _PCIE5),
 }
 
 
@@ -144,8 +160,8 @@ def utilisation_of(work: Workload, device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cuda":
         return Utilisation(work)
     name = torch.cuda.get_device_name(device)
-    if name in _PEAKS and dtype == torch.bfloat16:
-        return Utilisation(work, _PEAKS[name], f"data sheet of {name}, bf16, dense")
+    if name in DATA_SHEETS and dtype == torch.bfloat16:
+        return Utilisation(work, DATA_SHEETS[name].flops, f"data sheet of {name}, bf16, dense")
     product = f"a {str(dtype).removeprefix('torch.')} matrix product"
     return Utilisation(work, matmul_rate(device, dtype), f"measured: {product}")
 

@@ -29,7 +29,7 @@ from salt_wds.models.student import Student
 from salt_wds.runs import checkpoint
 from salt_wds.runs.metrics import RunLog
 from salt_wds.train.diagnostics import PositionMean, feature_diagnostics
-from salt_wds.train.distributed import World, clip_gradients
+from salt_wds.train.distributed import World, clip_gradients, first_step_done
 from salt_wds.train.ema import Ema
 from salt_wds.train.feed import Feed
 from salt_wds.train.flops import Utilisation
@@ -72,7 +72,7 @@ class Loop:
     def __post_init__(self) -> None:
         train, state, world = self.config.train, self.state, self.world
         self.run_dir = Path(train.run_dir)
-        self.step = state["step"] if state else 0
+        self.step = self.start = state["step"] if state else 0
         self.meter = Meter.from_state(state["meter"], world.device) if state else Meter()
         self.clock, self.feed = Clock(), Feed(world.device)
         if state and world.first:  # counts are summed over ranks; the first rank continues those of the past
@@ -113,6 +113,8 @@ class Loop:
                     self.step += 1
                     lr = learning_rate(self.step - 1, self.config.optim, train.steps)
                     self.update(batch, lr)
+                    if self.step == self.start + 1:
+                        first_step_done(self.world, self.config.data.timeout_s)
                     self.trace(batch)
                     self.profiler.after(self.step)
                     measured = self.evaluate()

@@ -113,7 +113,7 @@ def test_step_measures_every_combination_without_data(measure):
         assert row["share_of_matmul"] == pytest.approx(
             row["clips_per_sec"] * row["gflop_a_clip"] / 1e3 / result["matmul_tflops"]
         )
-        assert (row["mfu"], row["peak_gb"], row["ran"]) == (None, None, "off")
+        assert (row["mfu"], row["peak_gb"], row["reserved_gb"], row["ran"]) == (None, 0, 0, "off")
     assert rows[0]["gflop_a_clip"] > rows[1]["gflop_a_clip"] > 0
 
 

@@ -153,16 +153,22 @@ def test_a_killed_rank_ends_the_others_soon(config_of, tmp_path, victim):
 
 
 DISTURBED = """
-import atexit, os, runpy, sys
+import atexit, os, runpy, sys, time
 from salt_wds.data import failure_policy
-from salt_wds.train import step
+from salt_wds.train import distributed, step
 
 what, rank, calls = sys.argv.pop(1), os.environ["RANK"], iter(range(1000))
 real_loss, real_observe = step.masked_loss, failure_policy.FailurePolicy.observe
 
+if what.startswith("slow"):
+    distributed._SLACK_S = 1.0
+
 def masked_loss(*args):
+    call = next(calls)
+    if rank == "1" and what == f"slow {call}":
+        time.sleep(5)
     loss, stats = real_loss(*args)
-    return (loss * float("inf") if rank == "1" and what == "loss" and next(calls) == 3 else loss), stats
+    return (loss * float("inf") if rank == "1" and what == "loss" and call == 3 else loss), stats
 
 def observe(self, batch):
     if rank == "1" and what == "loader" and batch["number"] == 3:
@@ -202,6 +208,15 @@ def test_a_loss_not_finite_on_one_rank_concerns_all(disturbed, tmp_path, action,
     (line,) = [json.loads(line) for line in (tmp_path / "run/nonfinite.jsonl").read_text().splitlines()]
     traced = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert (line["step"], line["keys"], len(line["shards"])) == (4, traced[3]["keys"], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slow", "codes"), [("slow 0", [0, 0]), ("slow 1", [1, 1])])
+def test_ranks_wait_longer_for_the_first_step_of_another(disturbed, slow, codes):
+    """It compiles; later, 5 s are more than twice data.timeout_s and what is added."""
+    got, texts = disturbed(slow, train__steps=3, data__timeout_s=1)
+    assert got == codes, texts
+    assert ("another rank is gone or does not answer" in texts[0][1]) == (codes[0] == 1)
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_runs import small
 
+from salt_wds.bench.estimate import replace_tensors
 from salt_wds.models.optim import build_optimizer
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import World
@@ -43,16 +43,6 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def move(module: nn.Module, device: torch.device) -> None:
-    """Parameters and buffers anew, without values; `Module.to` cannot do that with fake tensors."""
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, old in table.items():
-                if old is not None:
-                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    table[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
 @pytest.fixture
 def played_gpu(monkeypatch):
     """What torch asks of the machine before it takes CUDA tensors; gradients without a backward pass."""
@@ -65,7 +55,7 @@ def a_loop(config, models, monkeypatch) -> Loop:
     gpu, means = torch.device("cuda"), PositionMean(config.num_tokens, models.teacher.width)
     models.student.set_checkpointing(config.train.checkpointing)
     for module in (models.teacher, models.student, means):
-        move(module, gpu)
+        replace_tensors(module, gpu)
 
     def backward(loss):
         for parameter in models.student.parameters():

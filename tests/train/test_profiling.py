@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_a_resumed_run_profiles_the_rest(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["steps-3-4.json.gz"]
 
 
+def refuse_waiting(refuse: bool) -> None:
+    with warnings.catch_warnings():  # the first call warns that this is a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error" if refuse else "default")
+
+
+def test_refusing_to_wait_warns_nobody(monkeypatch):
+    called = []
+
+    def set_sync_debug_mode(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+        called.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
+    refuse_waiting(True)
+    refuse_waiting(False)
+    assert called == ["error", "default"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("compiled", ["off", "default"])
 def test_no_step_waits_for_the_gpu(make_config, monkeypatch, compiled):
@@ -65,11 +85,11 @@ def test_no_step_waits_for_the_gpu(make_config, monkeypatch, compiled):
     real = loop.Loop.update
 
     def update(self, *args):
-        torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
+        refuse_waiting(self.step > 1)
         try:
             return real(self, *args)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            refuse_waiting(False)
 
     monkeypatch.setattr(loop.Loop, "update", update)
     settings = {"train__device": "cuda", "train__precision": "bf16", "train__checkpointing": "full"}

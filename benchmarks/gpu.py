@@ -6,8 +6,8 @@
 
 call-1 is what matters most and needs no long compilation: the step eager and in compile mode default, and loader and
 step together on raw planes and on videos as they are. call-2 is the step in max-autotune: a cold start tries hundreds
-of matrix-product kernels and may take most of the ten minutes. call-3 is the rest: checkpointing, the dense student,
-DDP and FSDP2 with one rank, memory over 200 steps, and the tests that skip themselves without a GPU.
+of matrix-product kernels and may take most of the ten minutes. call-3 is the rest: checkpointing, a teacher in fp8, the
+dense student, DDP and FSDP2 with one rank, memory over 200 steps, and the tests that skip themselves without a GPU.
 
 A part is a process group of its own with a time limit, so that a hang costs that part only; its output stays in the
 folder. summary.json is written after each part, and keeps those of earlier calls. The teacher has random weights, which
@@ -137,9 +137,17 @@ def parts(folder: Path, tiny: bool) -> list[Part]:
     default = "off" if tiny else "default"  # compiling for a CPU takes minutes and tells nothing
     steps = ["--steps", 1 if tiny else 20]
 
-    def step(name: str, call: int, seconds: float, compiled: str, mode: str = "visible", kept: str = "off") -> Part:
+    def step(
+        name: str,
+        call: int,
+        seconds: float,
+        compiled: str,
+        mode: str = "visible",
+        kept: str = "off",
+        more: tuple[str, ...] = (),
+    ) -> Part:
         options = ["--modes", mode, "--checkpointing", kept, "--compile", "off" if tiny else compiled]
-        return Part(name, call, _bench("step", config, alone, *options, *steps), seconds)
+        return Part(name, call, _bench("step", config, [*alone, *more], *options, *steps), seconds)
 
     def together(tier: str) -> Part:
         loaded = [f"data.shards={folder / tier}", f"data.num_workers={workers}", f"train.compile={default}"]
@@ -173,6 +181,7 @@ def parts(folder: Path, tiny: bool) -> list[Part]:
             "flat-memory", 3, [sys.executable, "benchmarks/flat_memory.py", *map(str, flat)], 200, folder / "flat.json",
             needs=TRAINING,
         ),
+        step("step-fp8", 3, 150, "default", more=() if tiny else ("teacher.fp8=true",)),
         step("step-selective", 3, 120, "default", kept="selective"),
         step("step-dense", 3, 180, "default", mode="dense"),
     ]  # fmt: skip

@@ -113,8 +113,9 @@ def _step(args: argparse.Namespace) -> Measured:
     here = (DATA_SHEETS[gpu].name,) if gpu in DATA_SHEETS else ()
     if names := args.estimate or here:
         torch.manual_seed(config.train.seed)
-        models = build_models(config, torch.device("cpu"))
-        result["estimate"] = bench_estimate(config, models, [SHEETS[name] for name in names])
+        in_bf16 = config.changed(teacher={"fp8": False})  # a CPU refuses fp8
+        models = build_models(in_bf16, torch.device("cpu"))
+        result["estimate"] = bench_estimate(in_bf16, models, [SHEETS[name] for name in names])
         texts.append(estimate_table(result["estimate"]))
     return "\n".join(texts), result
 

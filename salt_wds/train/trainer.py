@@ -166,5 +166,9 @@ def _describe_targets(config: Config, models: Models) -> str:
             f"{latents.views} views; no teacher runs; their R2 of {latents.r2:.6f} is a ceiling of the training's"
         )
     count = sum(p.numel() for p in models.teacher.parameters())
-    fp8 = f", products in fp8 (R2 {models.fp8_r2:.6f} against bf16 on generated clips)" if models.fp8_r2 else ""
+    fp8 = (
+        f", products in fp8 (R2 {models.fp8_r2:.6f} against bf16 on generated clips)"
+        if models.fp8_r2 is not None
+        else ""
+    )
     return f"teacher   {config.teacher.weights}, {count / 1e6:.1f} M parameters, frozen{fp8}"

@@ -49,6 +49,11 @@ def sinusoid_3d(grid: Grid, width: int) -> Tensor:
     return torch.cat(parts, dim=-1).reshape(1, t * h * w, width)
 
 
+def gather_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:  # noqa: N803
+    """The tokens at `index_BK` (int64), each clip its own: (B, K, D)."""
+    return tokens_BND.gather(1, index_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
+
+
 def at(table: Tensor, index: Tensor) -> Tensor:
     """The positions (1, N, D) of the tokens at `index` (B, K): (B, K, D).
 

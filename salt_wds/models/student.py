@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from salt_wds.config import StudentConfig
-from salt_wds.models.positions import at, position_table, sinusoid_3d, temporal_table
+from salt_wds.models.positions import at, gather_tokens, position_table, sinusoid_3d, temporal_table
 from salt_wds.models.timm_vit import INIT_STD, Grid, image_vit, inflate, load_image_weights, tubelets
 from shard_tools.common.cli import CommandError
 
@@ -93,13 +93,13 @@ class Student(nn.Module):
         """
         if self.predictor is not None:
             return self.predictor(self.features(patches, visible, masked), visible, masked)
-        return self.head(_take(self._with_mask_tokens(patches, masked), masked))
+        return self.head(gather_tokens(self._with_mask_tokens(patches, masked), masked))
 
     def features(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """The encoder's tokens at visible positions in the forward pass: (B, V, D)."""
         if self.predictor is not None:
             return self.encoder.transform(self.encoder.embed(patches) + at(self.encoder.positions, visible))
-        return _take(self._with_mask_tokens(patches, masked), visible)
+        return gather_tokens(self._with_mask_tokens(patches, masked), visible)
 
     def _with_mask_tokens(self, patches: Tensor, masked: Tensor) -> Tensor:
         """All tokens after the final norm, with mask tokens at masked positions in the input: (B, N, D)."""
@@ -272,11 +272,6 @@ def _attention_half(block: Block, tokens: Tensor) -> Tensor:
 
 def _mlp_half(block: Block, tokens: Tensor) -> Tensor:
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-
-
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, N, D) at `index` (B, K), each clip its own: (B, K, D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 # --- new parts ---

@@ -23,11 +23,6 @@ _DISTANCES = {
 _SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite if all targets are equal
 
 
-def gather_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:  # noqa: N803
-    """The tokens at `index_BK` (int64), each clip its own: (B, K, D)."""
-    return tokens_BND.gather(1, index_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
-
-
 def normalise_targets(targets: Tensor, target_norm: str) -> Tensor:
     """Targets as the student regresses them, fp32, same shape.
 

@@ -25,11 +25,12 @@ from salt_wds.config import Config
 from salt_wds.data.masks import num_masked
 from salt_wds.data.pixels import to_normalised_rgb
 from salt_wds.models.build import student_inputs
+from salt_wds.models.positions import gather_tokens
 from salt_wds.models.student import Student
 from salt_wds.train.attention import UNPINNED, Attention, pinned
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import gradient_sync
-from salt_wds.train.loss import comparable, gather_tokens, masked_loss, normalise_targets
+from salt_wds.train.loss import comparable, masked_loss, normalise_targets
 from shard_tools.common.cli import CommandError
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from salt_wds.config import LossConfig
-from salt_wds.train.loss import comparable, gather_tokens, masked_loss, normalise_targets
+from salt_wds.models.positions import gather_tokens
+from salt_wds.train.loss import comparable, masked_loss, normalise_targets
 
 # Two clips, one masked token each, two channels: errors are 1, 0.5, 0 and 2.
 PREDICTIONS = torch.tensor([[[1.0, 2.5]], [[4.0, 6.0]]])

@@ -92,14 +92,18 @@ class Student(nn.Module):
             (B, K, target width), in the order of `masked`.
         """
         if self.predictor is not None:
-            return self.predictor(self.features(patches, visible, masked), visible, masked)
+            return self.predictor(self._seen(patches, visible), visible, masked)
         return self.head(gather_tokens(self._with_mask_tokens(patches, masked), masked))
 
     def features(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """The encoder's tokens at visible positions in the forward pass: (B, V, D)."""
         if self.predictor is not None:
-            return self.encoder.transform(self.encoder.embed(patches) + at(self.encoder.positions, visible))
+            return self._seen(patches, visible)
         return gather_tokens(self._with_mask_tokens(patches, masked), visible)
+
+    def _seen(self, patches: Tensor, visible: Tensor) -> Tensor:
+        """The encoder's tokens of visible patches. Not in `features`, around which FSDP2 puts hooks: they do not nest."""
+        return self.encoder.transform(self.encoder.embed(patches) + at(self.encoder.positions, visible))
 
     def _with_mask_tokens(self, patches: Tensor, masked: Tensor) -> Tensor:
         """All tokens after the final norm, with mask tokens at masked positions in the input: (B, N, D)."""

@@ -102,7 +102,7 @@ class Student(nn.Module):
         return gather_tokens(self._with_mask_tokens(patches, masked), visible)
 
     def _seen(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """The encoder's tokens of visible patches. Not in `features`, around which FSDP2 puts hooks: they do not nest."""
+        """The encoder's tokens of visible patches. Not `features`: FSDP2 puts hooks around that."""
         return self.encoder.transform(self.encoder.embed(patches) + at(self.encoder.positions, visible))
 
     def _with_mask_tokens(self, patches: Tensor, masked: Tensor) -> Tensor:

@@ -159,11 +159,13 @@ class Step:
         """Remove the gradients, or set them to zero where they accumulate.
 
         Then they need memory of their own: the gradients of a CUDA graph lie in the graph's memory, and a parameter
-        without a gradient takes over that of the first part as it is, which the second part would overwrite.
+        without a gradient takes over that of the first part as it is, which the second part would overwrite. FSDP2
+        accumulates in memory of its own, and has no CUDA graphs.
         """
+        accumulate = self._micro_batches > 1 and not isinstance(self._network, FSDPModule)
         parameters = [p for p in self._network.parameters() if p.requires_grad] if self._network else []
         for p in parameters:
-            if self._micro_batches == 1:
+            if not accumulate:
                 p.grad = None
             elif p.grad is None:
                 p.grad = torch.zeros_like(p)

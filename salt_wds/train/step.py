@@ -130,6 +130,8 @@ class Step:
     ) -> None:
         self._forward, self._attention = forward, attention
         self._network, self._micro_batches = network, micro_batches
+        # Now: after a forward pass without a backward pass, FSDP2 names other tensors than the optimizer has.
+        self._trained = [p for p in network.parameters() if p.requires_grad] if network else []
         self.mode = mode
         self._passed = 0
         self._run = self._compiled()
@@ -163,8 +165,7 @@ class Step:
         accumulates in memory of its own, and has no CUDA graphs.
         """
         accumulate = self._micro_batches > 1 and not isinstance(self._network, FSDPModule)
-        parameters = [p for p in self._network.parameters() if p.requires_grad] if self._network else []
-        for p in parameters:
+        for p in self._trained:
             if not accumulate:
                 p.grad = None
             elif p.grad is None:

@@ -56,7 +56,7 @@ def bare(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
         for module, owners in installed.items()
         if module in without or not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & allowed
     } - {"salt_wds", "shard_tools"}
-    assert {"decord", "ray", "pebble"} <= refused  # it does take something away
+    assert {"decord", "ray"} <= refused  # it does take something away
     (folder / "sitecustomize.py").write_text(FINDER.format(refused=sorted(refused)))
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(gpu.REPOSITORY)]), "OMP_NUM_THREADS": "1"}
 

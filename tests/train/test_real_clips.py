@@ -99,5 +99,5 @@ def test_preflight_holds_on_real_clips(shards, run_module):
     done = run_module(
         "salt_wds.preflight", "--config", "configs/tiny.toml", "--set", f"data.shards={shards}", "--batches", 20
     )
-    assert done.stdout.count("ok    ") == 3
+    assert done.stdout.count("ok    ") == 4
     assert "forecast" in done.stdout

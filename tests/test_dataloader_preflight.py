@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from salt_wds import preflight
 from salt_wds.config import load_config
+from salt_wds.preflight import checks
 
 BATCHES = int(os.environ.get("PREFLIGHT_BATCHES", "20"))
 
@@ -34,16 +34,16 @@ def ledger_path(tmp_path):
 
 
 def test_a_single_batch_is_whole(config, ledger_path):
-    print(preflight.check_single_batch(config, ledger_path))
+    print(checks.check_single_batch(config, ledger_path))
 
 
 @pytest.mark.slow
 def test_workers_hold_under_stress_and_give_shared_memory_back(config, ledger_path):
-    print(preflight.check_workers(config, ledger_path, BATCHES))
+    print(checks.check_workers(config, ledger_path, BATCHES))
 
 
 def test_teacher_and_student_take_a_batch(config, ledger_path):
-    print(preflight.check_models(config, ledger_path))
+    print(checks.check_models(config, ledger_path))
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_teacher_and_student_take_a_batch(config, ledger_path):
     ],
 )
 def test_a_compiler_that_triton_cannot_use_is_told(config, monkeypatch, compiler, words):
-    assert "not needed" in preflight.check_compiler(config)
+    assert "not needed" in checks.check_compiler(config)
     compiled = config.changed(train={"compile": "default"})
-    monkeypatch.setattr(preflight, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(checks, "pick_device", lambda name: torch.device("cuda"))
     if compiler is None:
         monkeypatch.delenv("CC", raising=False)
-        assert words in preflight.check_compiler(compiled)
+        assert words in checks.check_compiler(compiled)
     else:
         monkeypatch.setenv("CC", compiler)
-        with pytest.raises(preflight.CheckFailed, match=re.escape(words)):
-            preflight.check_compiler(compiled)
+        with pytest.raises(checks.CheckFailed, match=re.escape(words)):
+            checks.check_compiler(compiled)

@@ -18,9 +18,9 @@ import torch
 from salt_wds.bench.step import Update, machine, make_update, synchronize, time_updates
 from salt_wds.config import Config
 from salt_wds.data.batches import Batch
+from salt_wds.data.feed import Feed
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
-from salt_wds.train.feed import Feed
 from salt_wds.train.tuning import synthetic_batch, tuned_step
 
 

@@ -22,18 +22,18 @@ import torch
 from salt_wds.config import Config
 from salt_wds.data.batches import Batch
 from salt_wds.data.failure_policy import LoaderStopped
+from salt_wds.data.feed import Feed
 from salt_wds.data.loader import Loader
 from salt_wds.data.pictures import write_first_batch
 from salt_wds.models.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
 from salt_wds.models.student import Student
 from salt_wds.runs import checkpoint
+from salt_wds.runs.health import machine_health, worst
 from salt_wds.runs.metrics import RunLog
 from salt_wds.train.diagnostics import PositionMean, feature_diagnostics
 from salt_wds.train.distributed import World, clip_gradients, first_step_done
 from salt_wds.train.ema import Ema
-from salt_wds.train.feed import Feed
 from salt_wds.train.flops import Utilisation
-from salt_wds.train.health import machine_health, worst
 from salt_wds.train.held_out_loss import HeldOutLoss
 from salt_wds.train.knn_probe import KnnProbe
 from salt_wds.train.meters import Clock, Meter, peak_memory_gb

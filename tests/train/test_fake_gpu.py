@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from train_runs import small
 
 from salt_wds.bench.estimate import replace_tensors
+from salt_wds.data.feed import Feed
 from salt_wds.models.optim import build_optimizer
 from salt_wds.train.diagnostics import PositionMean
 from salt_wds.train.distributed import World
 from salt_wds.train.ema import Ema
-from salt_wds.train.feed import Feed
 from salt_wds.train.loop import Loop
 from salt_wds.train.meters import Clock, Meter
 from salt_wds.train.safety import FiniteGuard

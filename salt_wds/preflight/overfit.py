@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from salt_wds.config import Config
+from salt_wds.data.feed import step_inputs
 from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
 from salt_wds.models.optim import build_optimizer, set_learning_rate
 from salt_wds.train.distributed import clip_gradients
-from salt_wds.train.feed import step_inputs
 from salt_wds.train.tuning import tuned_step
 
 _WARMUP = 0.05  # of the steps; the run's own warm-up is often longer than all of them

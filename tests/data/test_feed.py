@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from salt_wds.train.feed import AHEAD, Feed
+from salt_wds.data.feed import AHEAD, Feed
 from salt_wds.train.meters import Clock, peak_memory_gb
 
 GPU = torch.device("cuda")

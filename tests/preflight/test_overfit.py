@@ -3,8 +3,9 @@
 import pytest
 from train_runs import config_maker
 
-from salt_wds import preflight
-from salt_wds.train.overfit import Overfit, overfit
+from salt_wds.preflight import checks
+from salt_wds.preflight.__main__ import main
+from salt_wds.preflight.overfit import Overfit, overfit
 
 FAST = {"optim__lr": 3e-3, "data__size": 32, "data__num_frames": 4}
 
@@ -17,7 +18,7 @@ def make_config(dataset, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"objective": "pixels"}, {"data__batch_size": 3, "train__micro_batch": 2}])
 def test_a_sound_set_up_passes(make_config, tmp_path, settings):
     config = make_config(**FAST | settings)
-    line = preflight.check_overfit(config, tmp_path / "ledger.jsonl", clips=8)
+    line = checks.check_overfit(config, tmp_path / "ledger.jsonl", clips=8)
     assert "% less" in line
     assert "in 200 steps at lr 0.003" in line
 
@@ -34,8 +35,8 @@ def test_a_sound_set_up_passes(make_config, tmp_path, settings):
     ],
 )
 def test_what_cannot_learn_fails_and_says_why(make_config, tmp_path, settings, words):
-    with pytest.raises(preflight.CheckFailed) as failed:
-        preflight.check_overfit(make_config(**FAST | settings), tmp_path / "ledger.jsonl", clips=4, steps=30)
+    with pytest.raises(checks.CheckFailed) as failed:
+        checks.check_overfit(make_config(**FAST | settings), tmp_path / "ledger.jsonl", clips=4, steps=30)
     assert words in str(failed.value)
 
 
@@ -43,9 +44,9 @@ def test_the_command_has_a_fourth_check_with_its_exit_code(make_config, tmp_path
     config = make_config(**FAST | {"optim__lr": 1e-6, "optim__min_lr": 0.0})
     path = tmp_path / "run.toml"
     path.write_text(config.to_toml())
-    assert preflight.main(["--config", str(path), "--batches", "1", "--overfit", "4"]) == 1
+    assert main(["--config", str(path), "--batches", "1", "--overfit", "4"]) == 1
     assert [line[:13] for line in capsys.readouterr().out.splitlines()][-1] == "FAIL  overfit"
-    assert preflight.main(["--config", str(path), "--batches", "1"]) == 0
+    assert main(["--config", str(path), "--batches", "1"]) == 0
     assert "overfit" not in capsys.readouterr().out
 
 

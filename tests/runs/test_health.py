@@ -6,8 +6,8 @@ import pytest
 import torch
 from train_runs import config_maker, lines
 
-from salt_wds.train import health
-from salt_wds.train.health import drive_health, machine_health, worst
+from salt_wds.runs import health
+from salt_wds.runs.health import drive_health, machine_health, worst
 from salt_wds.train.trainer import train
 
 

@@ -18,10 +18,10 @@ from salt_wds.data.loader import Loader
 from salt_wds.models.build import build_models, pick_device
 from salt_wds.models.optim import build_optimizer, set_learning_rate
 from salt_wds.train.distributed import clip_gradients
+from salt_wds.train.loss import targets_are_constant
 from salt_wds.train.tuning import tuned_step
 
 _WARMUP = 0.05  # of the steps; the run's own warm-up is often longer than all of them
-_CONSTANT = 0.05  # spread of targets of size 1 below which they are one vector, as in the report's verdict
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Overfit:
     steps: int
     grad_norm: float
     target_std: float
+    target_norm: str
     lr: float
 
     @property
@@ -44,7 +45,7 @@ class Overfit:
         """What is wrong when the loss does not fall, and what to do."""
         if not math.isfinite(self.last):
             return f"the loss is no longer finite: lower optim.lr from {self.lr:g}"
-        if self.target_std < _CONSTANT:
+        if targets_are_constant(self.target_std, self.target_norm):
             return f"the targets are constant (spread {self.target_std:.2g}): check teacher.weights and the clips"
         if self.grad_norm == 0:
             return "no gradient reaches the student: check its weights and optim.clip_grad_norm"
@@ -90,6 +91,7 @@ def overfit(config: Config, ledger: Path, clips: int, steps: int) -> Overfit:
         steps=len(losses),
         grad_norm=_mean(norms[-whole:]),
         target_std=_mean(spreads[-whole:]),
+        target_norm=config.loss.target_norm,
         lr=config.optim.lr,
     )
 

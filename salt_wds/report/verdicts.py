@@ -24,6 +24,7 @@ from salt_wds.report.record import RunRecord
 from salt_wds.runs.history import Event
 from salt_wds.runs.probe_results import ProbeResult
 from salt_wds.train.diagnostics import effective_rank
+from salt_wds.train.loss import targets_are_constant
 from salt_wds.train.progress import InputBound, remedy
 from shard_tools.format.ledger import Failure
 
@@ -39,8 +40,6 @@ _MAX_R2_DROP = 0.02  # held-out batches are the same every time, so by chance th
 _MIN_RANK = 2.0
 # A prediction that is right on average has the variance R2 x variance of the target: a tenth of its spread means 1 %.
 _MIN_PREDICTION_SPREAD = 0.1
-# A target through LayerNorm has the size 1: with this spread over positions and clips 99.75 % of it is one vector.
-_MIN_TARGET_SPREAD = 0.05
 # Tokens that differ by less than 1 % of their size differ by rounding: a number in bf16 is exact to 2^-8 = 0.4 %.
 _MIN_TOKEN_SPREAD = 0.01
 # Of the variance of tokens, the part that depends on the clip. Trained, untrained and teacher's tokens have 0.6 to 1.
@@ -180,7 +179,7 @@ def collapse(record: RunRecord) -> Verdict:
     )
     if rank is None or target is None:
         return verdict("open", "collapse-too-early", None, _too_early(record))
-    if record.settings.get("loss.target_norm", "layer") == "layer" and target < _MIN_TARGET_SPREAD:
+    if targets_are_constant(target, record.settings.get("loss.target_norm", "layer")):
         source = "the clips" if record.settings.get("objective") == "pixels" else "teacher.weights"
         text = f"The targets are constant: tokens of size 1 have a spread of {target:.3f}."
         return verdict("bad", "targets-constant", target, text, f"Check {source}.")

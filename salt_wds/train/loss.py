@@ -20,7 +20,14 @@ _DISTANCES = {
     "smooth_l1": F.smooth_l1_loss,
     "cosine": lambda predictions, targets: (1 - F.cosine_similarity(predictions, targets, dim=-1)).mean(),
 }
+# A target through LayerNorm has the size 1: with this spread over positions and clips 99.75 % of it is one vector.
+_MIN_TARGET_SPREAD = 0.05
 _SMALLEST = torch.finfo(torch.float32).tiny  # keeps the ratio finite if all targets are equal
+
+
+def targets_are_constant(target_std: float, target_norm: str) -> bool:
+    """Whether targets of this spread are (almost) one vector; without target_norm = "layer" their size is not known."""
+    return target_norm == "layer" and target_std < _MIN_TARGET_SPREAD
 
 
 def normalise_targets(targets: Tensor, target_norm: str) -> Tensor:

@@ -186,7 +186,7 @@ class DamagedShard:
             return None
         sources, paths = list(self._sources.values()), {key: self.root / s.path for key, s in self._sources.items()}
         sizes = {key: path.stat().st_size if path.is_file() else 0 for key, path in paths.items()}
-        encoding = Encoding(dataset.frames, settings.quality, settings.short_side)
+        encoding = Encoding.of(dataset.frames, settings)
         plan = make_plan(
             dataset.name, sources, dataset.classes, predict_sizes(self.root, sources, sizes, encoding, _here, 1),
             encoding=str(encoding), seed=dataset.seed, shard_bytes=settings.shard_bytes,

@@ -61,11 +61,13 @@ def test_every_clip_counts_in_both_passes(make_config, tmp_path):
 
 def test_the_diagnosis_is_that_of_the_numbers():
     def diagnosis(**numbers):
-        usual = {"first": 1.0, "last": 0.9, "steps": 200, "grad_norm": 1.0, "target_std": 1.0, "lr": 1e-4}
+        usual = {"first": 1.0, "last": 0.9, "steps": 200, "grad_norm": 1.0, "target_std": 1.0, "lr": 1e-4,
+                 "target_norm": "layer"}  # fmt: skip
         return Overfit(**usual | numbers).diagnosis()
 
     assert "no longer finite" in diagnosis(last=float("nan"))
     assert "targets are constant" in diagnosis(target_std=0.01)
+    assert "too slowly" in diagnosis(target_std=0.01, target_norm="none")  # small numbers, not one vector
     assert "no gradient" in diagnosis(grad_norm=0.0)
     assert "the loss rises" in diagnosis(last=1.2)
     assert "too slowly" in diagnosis()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import av
@@ -23,6 +24,7 @@ from shard_tools.common.cli import CommandError
 from shard_tools.format.dataset import read_dataset
 from shard_tools.format.index import read_index
 from shard_tools.format.sample import PacketTable
+from shard_tools.pack.plan import Plan, make_plan
 from shard_tools.repair import __main__ as repair
 from shard_tools.video import tiers
 from shard_tools.video.decode import VideoInfo, decode_video, get_decoder, payload_frames
@@ -247,6 +249,28 @@ def test_repair_encodes_again_byte_for_byte(h264: Path, videos: Path, tmp_path: 
     out = damaged(h264, tmp_path)
     assert repair.main([str(out), "--source", str(videos), "--workers", "1"]) == 0
     assert contents(out) == contents(h264)
+
+
+def test_a_shard_without_tar_and_index_is_planned_again(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack_here(videos, "--out", out, "--frames", "h264", "--gop", 9, "--shard-size", "64KiB")
+    before, plan_hash = contents(out), read_dataset(out).plan_hash
+    shards = sorted(out.glob("train*.tar"))
+    assert len(shards) > 1
+    shards[0].unlink()
+    shards[0].with_suffix(".parquet").unlink()
+    hashes = []
+
+    def planned(*args: Any, **options: Any) -> Plan:
+        plan = make_plan(*args, **options)
+        hashes.append(plan.hash)
+        return plan
+
+    serial = mock.patch("shard_tools.repair.repair.run_local", serially)
+    with serial, mock.patch("shard_tools.repair.rebuild.make_plan", planned):
+        assert repair.main([str(out), "--source", str(videos), "--workers", "1"]) == 0
+    assert set(hashes) == {plan_hash}
+    assert contents(out) == before
 
 
 def test_repair_with_another_build_says_so_and_changes_nothing(

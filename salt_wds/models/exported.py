@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from pydantic import ValidationError, model_validator
@@ -128,19 +129,19 @@ class VideoEncoder(nn.Module):
         """One vector per clip, (B, D): the mean over its tokens."""
         return self(video).mean(dim=1)
 
-    def preprocess(self, frames: Tensor) -> Tensor:
+    def preprocess(self, frames: Tensor | np.ndarray) -> Tensor:
         """The input of `forward` from decoded frames: (B, 3, T, S, S) of the weights' type, on their device.
 
         The largest central square of each frame is resized to S x S, bilinearly, or by area averaging where it
         shrinks to less than half. Evaluation does the same on YUV planes, so its pixels differ by chroma resizing.
 
         Args:
-            frames: uint8 RGB (B, T, H, W, 3): every `config.frame_stride`-th frame of the video.
+            frames: uint8 RGB (B, T, H, W, 3), tensor or array: every `config.frame_stride`-th frame of the video.
 
         Raises:
             ValueError: another shape or type.
         """
-        c = self.config
+        c, frames = self.config, torch.as_tensor(frames)
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[1] != c.num_frames or frames.shape[4] != 3:
             raise ValueError(
                 f"frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 RGB (B, {c.num_frames}, H, W, 3): "

@@ -155,6 +155,6 @@ def _held_out_split(data: DataConfig) -> DataConfig:
         if data.validation_split not in splits:
             raise CommandError(
                 f"{folder}: no split {data.validation_split!r} for the held-out loss, it has {', '.join(splits)}; set "
-                "data.validation_split, or train.validate_every = 0"
+                "data.validation_split (of evaluate: --split), or train.validate_every = 0"
             )
     return evaluation_loader(data).model_copy(update={"split": data.validation_split})

@@ -144,7 +144,7 @@ def test_frames_become_the_central_square_resized(encoder, height, width):
     square = frames[0, :, y : y + side, x : x + side].astype(np.float32) / 255
     resized = np.stack([cv2.resize(picture, (32, 32), interpolation=cv2.INTER_LINEAR) for picture in square])
     expected = (resized - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    video = encoder.preprocess(torch.from_numpy(frames))
+    video = encoder.preprocess(frames)
     assert video.shape == (1, 3, 4, 32, 32)
     np.testing.assert_allclose(video[0].permute(1, 2, 3, 0), expected, atol=1e-4)
 
